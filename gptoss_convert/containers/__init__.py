@@ -1,0 +1,67 @@
+"""Containers: how tensors lie in files. They know names, dtypes, shapes and offsets, never the model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+DTYPE_BYTES: dict[str, int] = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
+"""Item size of each dtype a GPT-OSS weight may be stored in, by its safetensors name."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor to store: `chunk_shape` is the box a container that chunks tensors stores at once."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A box of a tensor that lies contiguous and row-major in one file; often the whole tensor."""
+
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    start: tuple[int, ...]
+    """Index of the box's first element in the tensor."""
+    extent: tuple[int, ...]
+    """Shape of the box."""
+    file: str
+    """Path relative to the checkpoint directory, POSIX form."""
+    offset: int
+    """Byte offset of the box's first element in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the box."""
+        return math.prod(self.extent) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class FileImage:
+    """A file to be written: its final size, and the bytes known before any tensor is read."""
+
+    name: str
+    size: int
+    fixed: tuple[tuple[int, bytes], ...] = ()
+    """(offset, bytes): headers, zip records, serialized objects. Everything else is chunk data or a hole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A directory to be written, every offset decided before the first byte."""
+
+    files: tuple[FileImage, ...]
+    chunks: tuple[Chunk, ...]
+    closing: tuple[tuple[str, bytes], ...]
+    """(name, content) of files written, in this order, after all tensor bytes are on disk."""

@@ -1,0 +1,1 @@
+"""The mapping tables, shipped as package data; read them with importlib.resources."""
