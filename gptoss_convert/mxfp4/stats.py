@@ -1,0 +1,55 @@
+"""What an encoding did to the values: exact, or how far off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeStats:
+    """Counts and errors of the blocks of one encoding; `a + b` is the encoding of a, then b."""
+
+    blocks: int = 0
+    inexact_blocks: int = 0
+    inexact_values: int = 0
+    """Values that decode to something else, non-finite ones included."""
+    nonfinite: int = 0
+    """Infinities and NaN: stored as +-6 times the block's scale, for want of a code."""
+    clipped: int = 0
+    """Finite values beyond 6 times the scale, saturated."""
+    flushed: int = 0
+    """Nonzero values that became zero."""
+    zero_blocks: int = 0
+    min_scale: int = 255
+    """Over the blocks that hold a nonzero value; above `max_scale` if there is none."""
+    max_scale: int = 0
+    squares: float = 0.0
+    """Sum of the squared finite values of the inexact blocks."""
+    squared_error: float = 0.0
+    """Sum of the squared errors of the finite values."""
+    max_abs_error: float = 0.0
+    hinted_blocks: int = 0
+    """Blocks whose hint was taken where the rule would have chosen another scale."""
+    first_inexact: int = -1
+    """Flat index of the first inexact block, -1 if all are exact."""
+
+    def __add__(self, other: EncodeStats) -> EncodeStats:
+        first = self.first_inexact
+        if first < 0 and other.first_inexact >= 0:
+            first = self.blocks + other.first_inexact
+        return EncodeStats(
+            blocks=self.blocks + other.blocks,
+            inexact_blocks=self.inexact_blocks + other.inexact_blocks,
+            inexact_values=self.inexact_values + other.inexact_values,
+            nonfinite=self.nonfinite + other.nonfinite,
+            clipped=self.clipped + other.clipped,
+            flushed=self.flushed + other.flushed,
+            zero_blocks=self.zero_blocks + other.zero_blocks,
+            min_scale=min(self.min_scale, other.min_scale),
+            max_scale=max(self.max_scale, other.max_scale),
+            squares=self.squares + other.squares,
+            squared_error=self.squared_error + other.squared_error,
+            max_abs_error=max(self.max_abs_error, other.max_abs_error),
+            hinted_blocks=self.hinted_blocks + other.hinted_blocks,
+            first_inexact=first,
+        )
