@@ -6,8 +6,8 @@ NUMBA_DISABLE_JIT is set, numpy gives the same bits.
 
 from __future__ import annotations
 
+from gptoss_convert.mxfp4 import jit
 from gptoss_convert.mxfp4.codec import decode, encode
-from gptoss_convert.mxfp4.jit import kernels
 from gptoss_convert.mxfp4.relayout import cast, copy
 from gptoss_convert.mxfp4.stats import EncodeStats
 
@@ -16,4 +16,4 @@ __all__ = ["EncodeStats", "cast", "copy", "decode", "encode", "warm"]
 
 def warm() -> None:
     """Compile or load every kernel, so that no later call waits for it."""
-    kernels()
+    jit.kernels()

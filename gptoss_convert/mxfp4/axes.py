@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.uint8] | NDArray[np.uint16]
+Array = NDArray[np.uint8 | np.uint16]
 
 
 @dataclass(frozen=True, slots=True)
