@@ -1,0 +1,83 @@
+"""The common state: training arguments and run state, reduced to plain data."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+
+from gptoss_convert.containers.torch_dist import pickles
+from gptoss_convert.containers.torch_dist.items import (
+    describe_tensor,
+    pickled_record,
+    strip_root,
+)
+from gptoss_convert.containers.torch_dist.machine import Record
+from gptoss_convert.containers.torch_dist.stand_ins import COMMON, PATH, Storage
+from gptoss_convert.containers.torch_dist.zips import ReadAt, read_archive
+from gptoss_convert.errors import InputError
+
+MAX_PICKLE_BYTES = 1 << 24
+_MAX_VALUES = 1 << 20
+_MAX_TEXT = 1 << 26
+_MAX_DEPTH = 100
+
+
+def parse(read_at: ReadAt, length: int, where: str) -> dict[str, object]:
+    """Return the dict in a `torch.save` archive of `length` bytes as plain data.
+
+    Lists, tuples, dicts, strings, numbers, None stay; namespaces become dicts, everything foreign
+    a string. core 0.19 and later wrap the dict in a list of one. InputError for foreign globals,
+    a wrong checksum, and values that expand without bound.
+    """
+    archive = read_archive(read_at, length, where)
+    members = strip_root(archive.members, where)
+    pickled = pickled_record(members, read_at, MAX_PICKLE_BYTES, where)
+    # Zero stands for "not computed": torch can be told to write none.
+    if members["data.pkl"].crc not in (0, zlib.crc32(pickled)):
+        raise InputError(f"{where}: data.pkl does not match its checksum")
+    value = _Plain(where).convert(pickles.load(pickled, COMMON, where), 0)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a dict, found {type(value).__name__}")
+    return {str(key): item for key, item in value.items()}
+
+
+@dataclass(slots=True)
+class _Plain:
+    """Converts a value; counts what it visits, as shared parts can expand exponentially."""
+
+    where: str
+    values: int = 0
+    text: int = 0
+
+    def convert(self, value: object, depth: int) -> object:
+        self.values += 1
+        self.text += len(value) if isinstance(value, str | bytes) else 0
+        if self.values > _MAX_VALUES or self.text > _MAX_TEXT or depth > _MAX_DEPTH:
+            raise InputError(f"{self.where}: nests too deep or expands to too many values")
+        if value is None or isinstance(value, str | int | float | bytes):
+            return value
+        if isinstance(value, dict):
+            return {self.key(k): self.convert(v, depth + 1) for k, v in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            items = [self.convert(item, depth + 1) for item in value]
+            return tuple(items) if isinstance(value, tuple) else items
+        if isinstance(value, Record):
+            return self.record(value, depth)
+        return f"torch storage {value.dtype}" if isinstance(value, Storage) else "foreign value"
+
+    def key(self, key: object) -> object:
+        return key if isinstance(key, str | int) else str(self.convert(key, _MAX_DEPTH - 2))[:200]
+
+    def record(self, record: Record, depth: int) -> object:
+        if record.name in ("argparse.Namespace", "types.SimpleNamespace"):
+            return self.convert(record.state if record.state is not None else {}, depth + 1)
+        if record.name == PATH:
+            parts = self.convert(record.args, depth + 1)
+            return "/".join(str(part) for part in parts) if isinstance(parts, tuple) else ""
+        if record.name == "tensor":
+            tensor = describe_tensor(record, self.where)
+            return f"tensor {tensor.dtype} of {math.prod(tensor.shape)} elements"
+        return record.name

@@ -1,0 +1,47 @@
+"""Positional reads of one file, bounded by its size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptoss_convert.errors import DiskError, IntegrityError
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """A file open for reading; `size` as it was when opened."""
+
+    name: str
+    descriptor: int
+    size: int
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Return exactly `size` bytes. IntegrityError, before allocating, if there are fewer."""
+        if not 0 <= offset <= offset + size <= self.size:
+            raise IntegrityError(
+                f"{self.name}: truncated: {size} bytes expected at {offset} of {self.size}"
+            )
+        try:
+            content = os.pread(self.descriptor, size, offset)
+        except OSError as error:
+            raise DiskError(f"{self.name}: {error.strerror}") from None
+        if len(content) != size:
+            raise IntegrityError(f"{self.name}: became shorter while it was read")
+        return content
+
+
+@contextmanager
+def open_file(directory: Path, name: str) -> Iterator[OpenFile]:
+    """Open a file of a checkpoint directory for as long as the context lasts."""
+    try:
+        descriptor = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise DiskError(f"{directory / name}: {error.strerror}") from None
+    try:
+        yield OpenFile(name, descriptor, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,111 @@
+"""Which iteration directory of a Megatron checkpoint to read, and whether it is `torch_dist`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from gptoss_convert.errors import InputError, IntegrityError, UsageError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+_MAX_TEXT = 1 << 16
+
+
+def find_iteration(root: Path, iteration: int | None) -> Path:
+    """Return the directory of the asked or the latest iteration, found to be `torch_dist`.
+
+    `root` may be the iteration directory itself. Raises UsageError if the choice is open,
+    InputError for the formats that are not read, IntegrityError for an unfinished save.
+    """
+    if (root / ".metadata").is_file() or (root / "metadata.json").is_file() or _is_legacy(root):
+        if iteration is not None and root.name != f"iter_{iteration:07d}":
+            raise UsageError(f"{root}: is itself an iteration directory; omit --iteration")
+        directory = root
+    elif iteration is not None:
+        directory = root / f"iter_{iteration:07d}"
+        if not directory.is_dir():
+            raise UsageError(f"{root}: no iteration {iteration}; {_choices(root)}")
+    else:
+        directory = _latest(root)
+    _require_torch_dist(directory)
+    return directory
+
+
+def _latest(root: Path) -> Path:
+    tracker = root / TRACKER
+    if tracker.is_file():
+        text = _text(tracker).strip()
+        name = text if text == "release" else f"iter_{int(text):07d}" if _is_number(text) else None
+        if name is None:
+            raise InputError(f"{tracker}: expected an iteration, found {text[:40]!a}")
+        if not (root / name).is_dir():
+            raise UsageError(f"{tracker}: names {name}, which is missing; {_choices(root)}")
+        return root / name
+    present = _present(root)
+    if len(present) == 1:
+        return root / f"iter_{present[0]:07d}"
+    if not present:
+        raise InputError(f"{root}: not a Megatron checkpoint: no {TRACKER}, no iter_* directory")
+    raise UsageError(f"{root}: no {TRACKER}; {_choices(root)}")
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 16
+
+
+def _present(root: Path) -> list[int]:
+    if not root.is_dir():
+        return []
+    found = (_ITERATION.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _choices(root: Path) -> str:
+    present = _present(root)
+    if not present:
+        return "no iteration is present"
+    return f"choose --iteration {' or '.join(map(str, present))}"
+
+
+def _is_legacy(directory: Path) -> bool:
+    return directory.is_dir() and any(directory.glob("mp_rank_*"))
+
+
+def _require_torch_dist(directory: Path) -> None:
+    if _is_legacy(directory):
+        raise InputError(f"{directory}: legacy 'torch' format (mp_rank_*); supported: torch_dist")
+    config = directory / "metadata.json"
+    if config.is_file():
+        backend = _backend(config)
+        if backend != "torch_dist":
+            raise InputError(f"{config}: format {backend!a}; supported: torch_dist")
+    if any(directory.glob("*/.zarray")):
+        raise InputError(f"{directory}: zarr format; supported: torch_dist")
+    if not (directory / ".metadata").is_file():
+        if any(directory.glob("*.distcp")) or config.is_file():
+            raise IntegrityError(
+                f"{directory}: no .metadata: an unfinished (perhaps asynchronous) save"
+            )
+        raise InputError(f"{directory}: not a torch_dist checkpoint: no .metadata")
+
+
+def _backend(config: Path) -> str:
+    try:
+        parsed: object = json.loads(_text(config))
+    except (json.JSONDecodeError, RecursionError):
+        raise IntegrityError(f"{config}: not JSON") from None
+    backend = parsed.get("sharded_backend") if isinstance(parsed, dict) else None
+    if not isinstance(backend, str):
+        raise InputError(f"{config}: names no sharded_backend")
+    return backend
+
+
+def _text(path: Path) -> str:
+    with path.open("rb") as stream:
+        content = stream.read(_MAX_TEXT)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise IntegrityError(f"{path}: not UTF-8 text") from None

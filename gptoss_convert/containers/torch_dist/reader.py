@@ -1,0 +1,179 @@
+"""Reading a torch_dist directory: every chunk located, no pickle executed, torch not imported."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from gptoss_convert.containers import Chunk
+from gptoss_convert.containers.torch_dist import common, metadata
+from gptoss_convert.containers.torch_dist.coverage import require_tiling
+from gptoss_convert.containers.torch_dist.files import open_file
+from gptoss_convert.containers.torch_dist.items import ItemLocator, within
+from gptoss_convert.containers.torch_dist.machine import MAX_BYTES
+from gptoss_convert.containers.torch_dist.metadata import Item, Metadata, StoredTensor
+from gptoss_convert.containers.torch_dist.stand_ins import DTYPE_NAMES
+from gptoss_convert.errors import InputError, IntegrityError
+
+COMMON_STATE = "common_state/shard_0_1"
+"""Object that holds the common state from core 0.19 on; before, it is the file `common.pt`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchDist:
+    """A torch_dist directory: every chunk lies inside its file and each tensor is covered once."""
+
+    chunks: tuple[Chunk, ...]
+    objects: tuple[str, ...]
+    """Names of all serialized objects, the skipped ones included."""
+    common: Mapping[str, object]
+    skipped: Mapping[str, int]
+    """Entries that hold no weights, by kind: optimizer, rng, extra_state, other."""
+    saved_by: str
+
+
+def read(iteration_dir: Path) -> TorchDist:
+    """Return what an iteration directory holds; of the tensors' data nothing is read.
+
+    Raises InputError for foreign globals in a pickle, unsafe paths and unsupported dtypes,
+    IntegrityError for missing files, truncation, and chunks that overlap or leave gaps.
+    """
+    content = metadata.parse(_metadata_bytes(iteration_dir), ".metadata")
+    _require_plain_keys(iteration_dir, content)
+    weights = [tensor for tensor in content.tensors if kind_of(tensor.name) == "weight"]
+    kinds = [kind_of(tensor.name) for tensor in content.tensors]
+    kinds += ["other" if (k := kind_of(name)) == "weight" else k for name in content.objects]
+    skipped = Counter(kind for kind in kinds if kind not in ("weight", "common"))
+    _require_files(iteration_dir, content)
+    _require_disjoint(content, iteration_dir)
+    for tensor in weights:
+        _require_weight(tensor)
+    chunks = tuple(_chunks(weights, _locate(iteration_dir, weights)))
+    state = _common(iteration_dir, content)
+    saver = _saved_by(iteration_dir, state)
+    return TorchDist(chunks, tuple(content.objects), state, dict(skipped), saver)
+
+
+def kind_of(name: str) -> str:
+    """Return what an entry holds by Megatron's names: weight, optimizer, rng, extra_state, ..."""
+    parts = name.replace("/", ".").split(".")
+    if parts[0] == "common_state":
+        return "common"
+    if "_extra_state" in parts:
+        return "extra_state"
+    if parts[0].startswith("chained_"):
+        parts = parts[1:]
+    if parts[:1] in (["optimizer"], ["opt_param_scheduler"]):
+        return "optimizer"
+    return "rng" if parts[:1] in (["rng_state"], ["rerun_state_machine_state"]) else "weight"
+
+
+def _metadata_bytes(directory: Path) -> bytes:
+    if not (directory / ".metadata").is_file():
+        raise IntegrityError(
+            f"{directory}: no .metadata: not torch_dist, or an unfinished (asynchronous) save"
+        )
+    with open_file(directory, ".metadata") as opened:
+        if opened.size > MAX_BYTES:
+            raise InputError(f"{directory}: .metadata of {opened.size} bytes")
+        return opened.read_at(0, opened.size)
+
+
+def _require_plain_keys(directory: Path, content: Metadata) -> None:
+    """torch_dcp and fsdp_dtensor keep a nested state dict: names begin with `model.`."""
+    nested = any(tensor.name.startswith(("model.", "model_")) for tensor in content.tensors)
+    if nested and not (directory / "metadata.json").exists():
+        raise InputError(
+            f"{directory}: an fsdp_dtensor or torch_dcp checkpoint (tensor names begin with "
+            "'model.', no metadata.json); supported: torch_dist"
+        )
+
+
+def _require_files(directory: Path, content: Metadata) -> None:
+    files = {item.file for item, _ in _all_items(content)}
+    missing = sorted(name for name in files if not (directory / name).is_file())
+    if missing:
+        raise IntegrityError(f"{directory}: {len(missing)} files missing: {', '.join(missing)}")
+
+
+def _all_items(content: Metadata) -> Iterator[tuple[Item, str]]:
+    for tensor in content.tensors:
+        for item in tensor.items.values():
+            yield item, tensor.name
+    for name, item in content.objects.items():
+        yield item, name
+
+
+def _require_disjoint(content: Metadata, directory: Path) -> None:
+    """Require that items lie inside their files and share no byte."""
+    file, size, reached, previous = "", 0, 0, ""
+    for item, name in sorted(_all_items(content), key=lambda pair: (pair[0].file, pair[0].offset)):
+        if item.file != file:
+            file, size, reached = item.file, (directory / item.file).stat().st_size, 0
+        if item.offset < reached:
+            raise IntegrityError(f"{file}: items of {previous} and {name} overlap")
+        reached, previous = item.offset + item.length, name
+        if reached > size:
+            raise IntegrityError(
+                f"{file}: truncated: {name} ends at byte {reached}, the file at {size}"
+            )
+
+
+def _require_weight(tensor: StoredTensor) -> None:
+    if tensor.dtype not in DTYPE_NAMES:
+        raise InputError(
+            f"{tensor.name}: dtype {tensor.dtype}; supported: {', '.join(DTYPE_NAMES)}"
+        )
+    try:
+        require_tiling(tensor.shape, tensor.items.keys())
+    except (InputError, IntegrityError) as error:
+        raise type(error)(f"{tensor.name}: {error}") from None
+
+
+def _locate(directory: Path, tensors: Iterable[StoredTensor]) -> dict[Item, int]:
+    """Return the offset of each item's data, visiting files one by one and in file order."""
+    parts = [(item, box, tensor) for tensor in tensors for box, item in tensor.items.items()]
+    parts.sort(key=lambda part: (part[0].file, part[0].offset))
+    locator = ItemLocator()
+    offsets: dict[Item, int] = {}
+    for file, group in groupby(parts, key=lambda part: part[0].file):
+        with open_file(directory, file) as opened:
+            for item, box, tensor in group:
+                where = f"{file}: {tensor.name} at {box.start}"
+                offsets[item] = locator.locate(
+                    opened.read_at, item, tensor.dtype, box.extent, where
+                )
+    return offsets
+
+
+def _chunks(tensors: Iterable[StoredTensor], offsets: Mapping[Item, int]) -> Iterator[Chunk]:
+    for tensor in tensors:
+        dtype = DTYPE_NAMES[tensor.dtype]
+        for box, item in tensor.items.items():
+            yield Chunk(
+                tensor.name, dtype, tensor.shape, box.start, box.extent, item.file, offsets[item]
+            )
+
+
+def _common(directory: Path, content: Metadata) -> dict[str, object]:
+    """Return the common state: of the file if present, as Megatron's loaders prefer it."""
+    if (directory / "common.pt").is_file():
+        with open_file(directory, "common.pt") as opened:
+            return common.parse(opened.read_at, opened.size, "common.pt")
+    item = content.objects.get(COMMON_STATE)
+    if item is None:
+        return {}
+    where = f"{item.file}: {COMMON_STATE}"
+    with open_file(directory, item.file) as opened:
+        return common.parse(within(opened.read_at, item, where), item.length, where)
+
+
+def _saved_by(directory: Path, state: Mapping[str, object]) -> str:
+    if (directory / "run_config.yaml").exists():
+        return "Megatron-Bridge"
+    if "args" in state:
+        return "Megatron-LM"
+    return "megatron-core" if (directory / "metadata.json").exists() else "torch"
