@@ -6,7 +6,7 @@ from typing import ClassVar
 
 
 class GptossError(Exception):
-    """Base of all expected errors: the message is one line that says where, what, expected, found."""
+    """Base of all expected errors; the message is one line: where, what, expected, found."""
 
     exit_code: ClassVar[int] = 3
 

@@ -1,4 +1,4 @@
-"""Containers: how tensors lie in files. They know names, dtypes, shapes and offsets, never the model."""
+"""Containers: how tensors lie in files. They know names, dtypes and offsets, never the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DTYPE_BYTES: dict[str, int] = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor to store: `chunk_shape` is the box a container that chunks tensors stores at once."""
+    """A tensor to store; `chunk_shape` is what a container that chunks tensors stores at once."""
 
     name: str
     dtype: str
@@ -54,7 +54,7 @@ class FileImage:
     name: str
     size: int
     fixed: tuple[tuple[int, bytes], ...] = ()
-    """(offset, bytes): headers, zip records, serialized objects. Everything else is chunk data or a hole."""
+    """(offset, bytes): headers, zip records, objects. All else is chunk data or a hole."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,55 @@
+"""Paths inside a checkpoint: names from untrusted files never lead out of its directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from gptoss_convert.errors import DiskError, InputError, IntegrityError
+
+_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+
+
+def safe_name(name: str, folders: bool = False) -> bool:
+    """Whether `name` is a plain relative file name on POSIX and on Windows."""
+    parts = name.split("/")
+    return (
+        0 < len(name) <= 255
+        and (folders or len(parts) == 1)
+        and all(part not in {"", ".", ".."} for part in parts)
+        and not _FORBIDDEN.search(name)
+    )
+
+
+def open_inside(root: Path, name: str) -> BinaryIO:
+    """Open `root/name` for reading, unbuffered; links may lead to the Hub cache's blobs only."""
+    path = root / name
+    try:
+        real = path.resolve(strict=True)
+    except FileNotFoundError:
+        what = "dangling link" if path.is_symlink() else "no such file"
+        raise IntegrityError(f"{path}: {what}") from None
+    except (OSError, RuntimeError) as error:
+        raise DiskError(f"{path}: {error}") from None
+    base = root.resolve()
+    if not real.is_relative_to(base) and not _is_blob(real, base):
+        raise InputError(f"{path}: links to {real}, outside the checkpoint")
+    try:
+        descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise DiskError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path}: not a regular file")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def _is_blob(real: Path, base: Path) -> bool:
+    """The Hub cache keeps `snapshots/<commit>/file` as links to `blobs/<hash>` of the same repo."""
+    for parent in (base, *base.parents):
+        if parent.parent.name == "snapshots":
+            return real.parent == parent.parent.parent / "blobs"
+    return False

@@ -1,0 +1,252 @@
+"""The safetensors container: checked headers in, planned shards out.
+
+Why the header is read and written here and not by the reference library:
+docs/decisions/0002-own-safetensors-headers.md.
+Format: https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert.containers import DTYPE_BYTES, Chunk, FileImage, Image, TensorSpec
+from gptoss_convert.containers.paths import open_inside, safe_name
+from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.strict_json import parse_object
+
+INDEX = "model.safetensors.index.json"
+MAX_HEADER = 100_000_000
+MAX_TENSORS = 500_000
+MAX_NAME = 512
+PAGE = 4096
+_DTYPE_ORDER = ("F32", "BF16", "F16", "U8")
+_OTHER_DTYPES = frozenset(
+    ("BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "F64", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked safetensors header."""
+
+    text: str
+    """The JSON as stored, padding included."""
+    chunks: tuple[Chunk, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def data_start(self) -> int:
+        """Byte offset of the first tensor byte."""
+        return 8 + len(self.text.encode())
+
+
+def read_directory(root: Path) -> tuple[tuple[Chunk, ...], dict[str, Header]]:
+    """All tensors of the shards in `root`, and each file's header.
+
+    With an index, exactly the files it names are read and both must agree; without one, every
+    `*.safetensors` file. Raises InputError or IntegrityError naming file and tensor.
+    """
+    index = _read_index(root)
+    if index is None:
+        names = sorted(path.name for path in root.glob("*.safetensors"))
+    else:
+        names = sorted(set(index.values()))
+        if lost := [name for name in names if not (root / name).exists()]:
+            raise IntegrityError(
+                f"{root / INDEX}: {len(lost)} of {len(names)} shards missing: {', '.join(lost)}"
+            )
+    headers = {name: read_header(root, name) for name in names}
+    home: dict[str, str] = {}
+    for name, header in headers.items():
+        for chunk in header.chunks:
+            if chunk.tensor in home:
+                other = home[chunk.tensor]
+                raise IntegrityError(f"{chunk.tensor}: stored in {other} and again in {name}")
+            home[chunk.tensor] = name
+    if index is not None:
+        _check_index(root, index, home)
+    return tuple(chunk for header in headers.values() for chunk in header.chunks), headers
+
+
+def read_header(root: Path, name: str) -> Header:
+    """The header of one file, fully checked against its size; nothing past the header is read."""
+    where = root / name
+    with open_inside(root, name) as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        head = file.read(8)
+        if len(head) < 8 or (length := struct.unpack("<Q", head)[0]) > size - 8:
+            raise IntegrityError(f"{where}: {_looks_like(head + file.read(1024), size)}")
+        if length > MAX_HEADER:
+            raise IntegrityError(f"{where}: header of {length} bytes, at most {MAX_HEADER}")
+        raw = file.read(length)
+    return parse_header(where, name, raw, size - 8 - length)
+
+
+def parse_header(where: Path | str, name: str, raw: bytes, data_bytes: int) -> Header:
+    """Check a header against the number of data bytes behind it; offsets become absolute."""
+    if not raw.startswith(b"{"):
+        raise IntegrityError(f"{where}: header does not start with '{{'")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"{where}: header is not UTF-8 at byte {error.start}") from None
+    content = parse_object(f"{where}: header", text)
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
+        raise IntegrityError(f"{where}: __metadata__ is not a map of strings")
+    if len(content) > MAX_TENSORS:
+        raise InputError(f"{where}: {len(content)} tensors, at most {MAX_TENSORS}")
+    start = 8 + len(raw)
+    chunks = sorted(
+        (_entry(where, name, tensor, entry, start) for tensor, entry in content.items()),
+        key=lambda chunk: (chunk.offset, chunk.nbytes),
+    )
+    end = start
+    for chunk in chunks:
+        if chunk.offset != end:
+            kind = (
+                "overlaps the tensor before it" if chunk.offset < end else "leaves a hole before it"
+            )
+            raise IntegrityError(
+                f"{where}: {chunk.tensor}: starts at byte {chunk.offset}, expected {end}: {kind}"
+            )
+        end += chunk.nbytes
+    if end != start + data_bytes:
+        kind = "truncated" if end > start + data_bytes else "trailing bytes"
+        raise IntegrityError(
+            f"{where}: {kind}: the header describes {end} bytes, the file has {start + data_bytes}"
+        )
+    return Header(text, tuple(chunks), metadata)
+
+
+def _entry(where: Path | str, file: str, name: str, entry: Any, start: int) -> Chunk:
+    if len(name) > MAX_NAME or _CONTROL.search(name) or ".." in name or "/" in name:
+        raise InputError(f"{where}: tensor name {name[:80]!r} is not acceptable")
+    place = f"{where}: {name}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise IntegrityError(f"{place}: expects dtype, shape and data_offsets, found {entry!r:.80}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPE_BYTES:
+        known = dtype in _OTHER_DTYPES
+        what = "has no place in GPT-OSS" if known else "is unknown"
+        raise InputError(f"{place}: dtype {dtype!r} {what}; expects {', '.join(DTYPE_BYTES)}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 8:
+        raise IntegrityError(f"{place}: shape {shape!r:.80} or offsets {offsets!r:.80} malformed")
+    chunk = Chunk(
+        name, dtype, tuple(shape), (0,) * len(shape), tuple(shape), file, start + offsets[0]
+    )
+    if chunk.nbytes != offsets[1] - offsets[0]:
+        raise IntegrityError(
+            f"{place}: {dtype} {shape} takes {chunk.nbytes} bytes, offsets span "
+            f"{offsets[1] - offsets[0]}"
+        )
+    if chunk.nbytes == 0:
+        raise InputError(f"{place}: empty tensor of shape {shape}")
+    return chunk
+
+
+def _naturals(numbers: Any) -> bool:
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 53 for n in numbers)
+
+
+def _looks_like(head: bytes, size: int) -> str:
+    if size == 0:
+        return "empty file"
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        wanted = re.search(rb"\nsize (\d{1,20})\n", head)
+        expects = f" (expects {int(wanted[1])} bytes)" if wanted else ""
+        return f"a Git LFS pointer, not weights{expects}; fetch the file: git lfs pull"
+    if head[:1] == b"<" or head[:9].lower() == b"<!doctype":
+        return "looks like an HTML page, not safetensors; download it again"
+    if head[:2] == b"\x1f\x8b" or head[:4] == b"PK\x03\x04":
+        return "a compressed archive, not safetensors; unpack it first"
+    if head[:1] == b"{":
+        return "looks like JSON text, not safetensors; download it again"
+    return f"no safetensors header in {size} bytes: truncated, or another format"
+
+
+def _read_index(root: Path) -> dict[str, str] | None:
+    path = root / INDEX
+    if not path.exists():
+        return None
+    with open_inside(root, INDEX) as file:
+        content = parse_object(str(path), file.read().decode("utf-8", "replace"))
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise IntegrityError(f"{path}: no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not safe_name(name):
+            raise InputError(f"{path}: {tensor}: file name {name!r} leaves the directory")
+        if not name.endswith(".safetensors"):
+            raise InputError(f"{path}: {tensor}: {name!r} is not a safetensors file")
+    return weight_map
+
+
+def _check_index(root: Path, index: Mapping[str, str], home: Mapping[str, str]) -> None:
+    for tensor, name in index.items():
+        if home.get(tensor) != name:
+            found = home.get(tensor, "nowhere")
+            raise IntegrityError(f"{root / INDEX}: {tensor}: expected in {name}, found {found}")
+    for tensor, name in home.items():
+        if tensor not in index:
+            raise IntegrityError(f"{root / INDEX}: {tensor} of {name} is not in the index")
+
+
+def reference_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The order in which the reference library's `save_file` lays tensors out."""
+    return sorted(specs, key=lambda spec: (_DTYPE_ORDER.index(spec.dtype), spec.name))
+
+
+def aligned_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Whole pages first, so that every large tensor starts on a page; otherwise as given."""
+    return sorted(specs, key=lambda spec: spec.nbytes % PAGE != 0)
+
+
+def header_text(specs: Sequence[TensorSpec], metadata: Mapping[str, str], align: int) -> str:
+    """The header for tensors laid out in this order, padded so that data starts at a multiple."""
+    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for spec in specs:
+        content[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    return text + " " * (-(8 + len(text.encode())) % align)
+
+
+def file_image(name: str, text: str) -> tuple[FileImage, tuple[Chunk, ...]]:
+    """The image of one file from its header text, and its chunks."""
+    raw = text.encode()
+    content = parse_object(name, text)
+    content.pop("__metadata__", None)
+    data_bytes = max((entry["data_offsets"][1] for entry in content.values()), default=0)
+    header = parse_header(name, name, raw, data_bytes)
+    fixed = ((0, struct.pack("<Q", len(raw)) + raw),)
+    return FileImage(name, header.data_start + data_bytes, fixed), header.chunks
+
+
+def image(headers: Mapping[str, str], index: tuple[str, bytes] | None, folder: str = "") -> Image:
+    """A directory of shards from their header texts; the index, if any, is written last."""
+    images = [file_image(folder + name, text) for name, text in headers.items()]
+    return Image(
+        tuple(file for file, _ in images),
+        tuple(chunk for _, chunks in images for chunk in chunks),
+        (index,) if index else (),
+    )
+
+
+def total_bytes(specs: Iterable[TensorSpec]) -> int:
+    """Bytes of all tensors, what an index calls total_size."""
+    return sum(math.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in specs)

@@ -1,0 +1,261 @@
+"""Positional file I/O into page-aligned buffers, past the page cache where the file system allows.
+
+The kernel's page cache costs more than the disk (docs/performance.md), so whole pages go through a
+descriptor opened with O_DIRECT and only ragged ends through a second, buffered one.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from gptoss_convert.containers.paths import open_inside
+from gptoss_convert.errors import DiskError, IntegrityError
+
+PAGE = 4096
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
+
+
+class Arena:
+    """One worker's buffer: page-aligned anonymous memory, handed out anew for every step."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._allocate(nbytes)
+
+    def _allocate(self, nbytes: int) -> None:
+        self.memory = mmap.mmap(-1, max(nbytes, PAGE))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self._free = 0
+
+    def reset(self, nbytes: int) -> None:
+        """Start over with room for at least `nbytes`."""
+        self._free = 0
+        if nbytes > len(self.memory):
+            self._allocate(nbytes)
+
+    def take(self, nbytes: int, phase: int) -> int:
+        """A position with room for `nbytes`, whole pages around it, at `phase` within its page."""
+        position = self._free + phase % PAGE
+        self._free = -(-(position + nbytes) // PAGE) * PAGE
+        if self._free > len(self.memory):
+            raise AssertionError(f"arena of {len(self.memory)} bytes is too small")
+        return position
+
+
+class _File:
+    """A file open twice: once past the page cache if possible, once through it."""
+
+    def __init__(self, path: Path, buffered: int, flags: int) -> None:
+        self.path = path
+        self.buffered = buffered
+        self.size = os.fstat(buffered).st_size
+        self.direct: int | None = None
+        try:
+            self.direct = os.open(f"/proc/self/fd/{buffered}", flags | _DIRECT | os.O_CLOEXEC)
+        except OSError:
+            self.direct = None
+
+    def close(self) -> None:
+        for descriptor in (self.direct, self.buffered):
+            if descriptor is not None:
+                os.close(descriptor)
+        self.direct = None
+
+
+class SourceFiles:
+    """The source's files, each opened once and read by position; safe to share between threads.
+
+    A file's name may begin with a prefix that chooses another of the `roots`.
+    """
+
+    def __init__(self, roots: Mapping[str, Path]) -> None:
+        self._roots = roots
+        self._open: dict[str, _File] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def read(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
+        """Fill the arena at `position`, which has the phase of `offset`; raises IntegrityError."""
+        file = self._file(name)
+        if file.direct is not None:
+            lead = offset % PAGE
+            whole = -(-(lead + nbytes) // PAGE) * PAGE
+            try:
+                got = _read_all(
+                    file.direct, arena, position - lead, whole, offset - lead, lead + nbytes
+                )
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise DiskError(f"{file.path}: {error.strerror} at byte {offset}") from None
+                file.direct = None
+            else:
+                _check_length(file, offset, nbytes, got - lead)
+                return
+        try:
+            got = _read_all(file.buffered, arena, position, nbytes, offset, nbytes)
+        except OSError as error:
+            raise DiskError(f"{file.path}: {error.strerror} at byte {offset}") from None
+        _check_length(file, offset, nbytes, got)
+
+    def _file(self, name: str) -> _File:
+        with self._lock:
+            if name not in self._open:
+                prefix, colon, plain = name.rpartition(":")
+                root = self._roots[prefix + colon]
+                with open_inside(root, plain) as stream:
+                    descriptor = os.dup(stream.fileno())
+                self._open[name] = _File(root / plain, descriptor, os.O_RDONLY)
+            return self._open[name]
+
+
+def _read_all(
+    descriptor: int, arena: Arena, position: int, nbytes: int, offset: int, enough: int
+) -> int:
+    """Read until `enough` bytes have come or the file ends; returns the bytes read."""
+    view = memoryview(arena.memory)
+    got = 0
+    while got < enough:
+        count = os.preadv(descriptor, [view[position + got : position + nbytes]], offset + got)
+        if count == 0:
+            break
+        got += count
+    return got
+
+
+def _check_length(file: _File, offset: int, wanted: int, got: int) -> None:
+    if got < wanted:
+        raise IntegrityError(
+            f"{file.path}: truncated: expected {wanted} bytes at {offset}, found {max(got, 0)}"
+        )
+
+
+class TargetFiles:
+    """The files of a directory being written: sized first, filled in any order, synced last."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._open: dict[str, _File] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def create(self, name: str, size: int) -> None:
+        """Create `name` with its final size; its folders are created too."""
+        path = self._root / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(path, flags, 0o666)
+            os.ftruncate(descriptor, size)
+        except OSError as error:
+            raise _write_error(path, error) from None
+        self._open[name] = _File(path, descriptor, os.O_RDWR)
+
+    def write(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
+        """Write from the arena: whole pages directly, ragged ends through the page cache."""
+        file = self._open[name]
+        view = memoryview(arena.memory)
+        start, stop = -(-offset // PAGE) * PAGE, (offset + nbytes) // PAGE * PAGE
+        if file.direct is None or start >= stop or (position - offset) % PAGE:
+            self._write(file, file.buffered, view[position : position + nbytes], offset)
+            return
+        first, last = position + start - offset, position + stop - offset
+        try:
+            self._write(file, file.direct, view[first:last], start)
+        except _DirectRefusedError:
+            file.direct = None
+            self._write(file, file.buffered, view[first:last], start)
+        if start > offset:
+            self._write(file, file.buffered, view[position:first], offset)
+        if stop < offset + nbytes:
+            self._write(file, file.buffered, view[last : position + nbytes], stop)
+
+    def write_bytes(self, name: str, offset: int, content: bytes) -> None:
+        """Write bytes that are known beforehand, through the page cache."""
+        file = self._open[name]
+        self._write(file, file.buffered, memoryview(content), offset)
+
+    def sync(self) -> None:
+        """Wait until every byte is on the disk."""
+        for file in self._open.values():
+            try:
+                os.fsync(file.buffered)
+            except OSError as error:
+                raise _write_error(file.path, error) from None
+
+    @staticmethod
+    def _write(file: _File, descriptor: int, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwrite(descriptor, view[done:], offset + done)
+            except OSError as error:
+                if descriptor == file.direct and error.errno in _REFUSED:
+                    raise _DirectRefusedError from None
+                raise _write_error(file.path, error) from None
+
+
+class _DirectRefusedError(Exception):
+    """The file system opened a file with O_DIRECT but refuses to write so."""
+
+
+def _write_error(path: Path, error: OSError) -> DiskError:
+    hint = {
+        errno.ENOSPC: "; free some space and run the same command again",
+        errno.EDQUOT: "; the quota is used up",
+        errno.EFBIG: "; the file system or a limit allows no file of this size",
+    }.get(error.errno or 0, "")
+    return DiskError(f"{path}: {error.strerror}{hint}")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file and wait until it is on the disk; the file must not exist."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _write_error(path, error) from None
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the directory's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise _write_error(path, error) from None
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,204 @@
+"""Plans: how each box of each parameter gets from the source's files to the target's."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from gptoss_convert.containers import DTYPE_BYTES
+from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.extents import Extent, overlap, volume
+from gptoss_convert.layout import Box
+from gptoss_convert.tables import BLOCK, Family, Model
+
+PAGE = 4096
+TILE_BYTES = 32 << 20
+"""Largest tile of a weight as BF16: one expert's gate_up of the released models fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One box of one weight: the extents that hold it in the source and take it in the target."""
+
+    family: Family
+    box: Box
+    sources: tuple[Extent, ...]
+    targets: tuple[Extent, ...]
+
+    def of(self, extents: Iterable[Extent], member: str) -> Iterator[tuple[Extent, Box]]:
+        """The extents that hold `member`, each with its part of the step's box."""
+        box = member_box(self.family, member, self.box)
+        for extent in extents:
+            if extent.param == member and (part := overlap(extent.box, box)):
+                yield extent, part
+
+    def buffer_bytes(self) -> tuple[int, int]:
+        """Bytes of buffer that the source parts and the target parts need, page phases included."""
+        return _span(self, self.sources), _span(self, self.targets)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of a conversion, in the order of the target's bytes."""
+
+    steps: tuple[Step, ...]
+    read_bytes: int
+    write_bytes: int
+    buffer_bytes: int
+    """Bytes of buffer that one worker needs for the largest step."""
+
+
+def member_box(family: Family, member: str, box: Box) -> Box:
+    """The box of a weight in the axes of its blocks or scales; whole blocks only."""
+    if member == family.weight:
+        return box
+    (lo, hi) = box[-1]
+    rows = (*box[:-1], (lo // BLOCK, -(-hi // BLOCK)))
+    return (*rows, (0, BLOCK // 2)) if member == family.blocks else rows
+
+
+def needed(family: Family, have: frozenset[str], want: frozenset[str]) -> frozenset[str]:
+    """The source members that make the target members: kept where both have them."""
+    weight, blocks, scales = family.weight, family.blocks, family.scales
+    need: set[str | None] = set()
+    if weight in want:
+        need |= {weight} if weight in have else {blocks, scales}
+    if blocks in want:
+        need |= {blocks, scales} if blocks in have else {weight, scales} & {*have, weight}
+    elif scales in want:
+        need |= {scales}
+    if lacking := need - have:
+        raise InputError(f"{weight}: the source holds no {' and no '.join(map(str, lacking))}")
+    return frozenset(member for member in need if member)
+
+
+def make_plan(
+    model: Model,
+    sizes: Mapping[str, int],
+    sources: Sequence[Extent],
+    targets: Sequence[Extent],
+    tile_bytes: int = TILE_BYTES,
+) -> Plan:
+    """Join source and target extents, parameter by parameter.
+
+    Checks that every element a step needs lies in the source exactly once and that every target
+    element is written exactly once; raises IntegrityError that names the parameter and the box.
+    """
+    source_of, target_of = _by_param(sources), _by_param(targets)
+    steps: list[Step] = []
+    for family in model.families.values():
+        want = frozenset(member for member in family.members if member in target_of)
+        if not want:
+            continue
+        have = frozenset(member for member in family.members if member in source_of)
+        need = needed(family, have, want)
+        held = [extent for member in need for extent in source_of[member]]
+        taken = [extent for member in want for extent in target_of[member]]
+        steps.extend(_family_steps(family, sizes, held, taken, tile_bytes))
+    order = {name: i for i, name in enumerate(dict.fromkeys(e.file for e in targets))}
+    steps.sort(key=lambda step: _position(step, order))
+    return Plan(tuple(steps), *_totals(steps))
+
+
+def _family_steps(
+    family: Family,
+    sizes: Mapping[str, int],
+    sources: Sequence[Extent],
+    targets: Sequence[Extent],
+    tile_bytes: int,
+) -> Iterator[Step]:
+    lengths = [sizes[axis] for axis in family.axes]
+    tile = _tile(lengths, targets[0], tile_bytes)
+    source_cells = _cells(lengths, tile, sources)
+    target_cells = _cells(lengths, tile, targets)
+    for index in product(*(range(-(-n // t)) for n, t in zip(lengths, tile, strict=True))):
+        box = tuple(
+            (i * t, min(i * t + t, n)) for i, t, n in zip(index, tile, lengths, strict=True)
+        )
+        step = Step(family, box, tuple(source_cells[index]), tuple(target_cells[index]))
+        _check_cover("source", step, step.sources, {e.param for e in sources})
+        _check_cover("target", step, step.targets, {e.param for e in targets})
+        yield step
+
+
+def _tile(lengths: Sequence[int], target: Extent, tile_bytes: int) -> list[int]:
+    """The longest box that fits, cut along the target's slowest axes; blocks are never cut."""
+    tile = list(lengths)
+    rows = range(len(lengths) - 1)
+    for axis in sorted(rows, key=lambda axis: (target.strides[axis] != 0, -target.strides[axis])):
+        unit = 2 * math.prod(tile) // tile[axis]
+        if target.strides[axis] == 0 or unit >= tile_bytes:
+            tile[axis] = 1
+        elif unit * tile[axis] > tile_bytes:
+            tile[axis] = tile_bytes // unit
+    return tile
+
+
+def _cells(
+    lengths: Sequence[int], tile: Sequence[int], extents: Iterable[Extent]
+) -> dict[tuple[int, ...], list[Extent]]:
+    """The extents that reach into each cell of the grid of tiles."""
+    cells: dict[tuple[int, ...], list[Extent]] = defaultdict(list)
+    rows = range(len(lengths) - 1)
+    for extent in extents:
+        spans = [
+            range(extent.box[axis][0] // tile[axis], -(-extent.box[axis][1] // tile[axis]))
+            for axis in rows
+        ]
+        for index in product(*spans, (0,)):
+            cells[index].append(extent)
+    return cells
+
+
+def _check_cover(side: str, step: Step, extents: Sequence[Extent], members: set[str]) -> None:
+    for member in members:
+        whole = member_box(step.family, member, step.box)
+        for alias in {extent.alias for extent in extents}:
+            parts = [part for extent, part in step.of(extents, member) if extent.alias == alias]
+            if parts == [whole] or (alias and not parts):
+                continue
+            twice = any(overlap(a, b) for i, a in enumerate(parts) for b in parts[:i])
+            if twice or sum(map(volume, parts)) != volume(whole):
+                raise IntegrityError(
+                    f"{side}: {member}{list(whole)}: "
+                    + ("stored more than once" if twice else "not stored completely")
+                )
+        if not extents:
+            raise IntegrityError(f"{side}: {member}{list(whole)}: not stored")
+
+
+def _by_param(extents: Iterable[Extent]) -> dict[str, list[Extent]]:
+    grouped: dict[str, list[Extent]] = defaultdict(list)
+    for extent in extents:
+        grouped[extent.param].append(extent)
+    return grouped
+
+
+def _position(step: Step, order: Mapping[str, int]) -> tuple[int, int]:
+    extent = step.targets[0]
+    box = member_box(step.family, extent.param, step.box)
+    return order[extent.file], extent.at(overlap(extent.box, box) or box)
+
+
+def _span(step: Step, extents: Sequence[Extent]) -> int:
+    total = 0
+    for member in {extent.param for extent in extents}:
+        for extent, part in step.of(extents, member):
+            total += extent.span(part) + 2 * PAGE
+    return total
+
+
+def _totals(steps: Sequence[Step]) -> tuple[int, int, int]:
+    """(bytes to read, bytes to write, largest buffer)."""
+    read = sum(_payload(step, step.sources) for step in steps)
+    written = sum(_payload(step, step.targets) for step in steps)
+    return read, written, max((sum(step.buffer_bytes()) for step in steps), default=0)
+
+
+def _payload(step: Step, extents: Sequence[Extent]) -> int:
+    members = {extent.param for extent in extents}
+    parts = (part for member in members for part in step.of(extents, member))
+    return sum(volume(box) * DTYPE_BYTES[extent.dtype] for extent, box in parts)

@@ -1,0 +1,72 @@
+"""What the machine allows: memory, processors, free disk space."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+from gptoss_convert.errors import DiskError, ResourceError
+
+BASE_BYTES = 160_000_000
+"""Resident memory of the interpreter, numpy and the compiled kernels, before any buffer."""
+
+
+def memory_limit() -> int:
+    """Bytes this process may use: the smallest of physical memory, cgroup and RLIMIT_AS limits."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        limits.append(soft)
+    limits += _cgroup_limits()
+    return min(limits)
+
+
+def _cgroup_limits() -> list[int]:
+    paths = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            group = Path("/sys/fs/cgroup") / line.split(":", 2)[2].lstrip("/")
+            paths += [folder / "memory.max" for folder in (group, *group.parents)]
+    except (OSError, IndexError):
+        pass
+    limits = []
+    for path in paths:
+        try:
+            limits.append(int(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return limits
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def choose_workers(buffer_bytes: int, max_memory: int, workers: int | None) -> int:
+    """How many workers fit into `max_memory`; raises ResourceError if not even one does.
+
+    Without a wish: one more than there are processors, at most 16, as more only wait for the disk.
+    """
+    limit = memory_limit()
+    allowed = min(max_memory, limit)
+    fit = (allowed - BASE_BYTES) // max(buffer_bytes, 1)
+    if fit < 1:
+        whose = "the machine or its container allows" if limit < max_memory else "--max-memory is"
+        raise ResourceError(
+            f"one worker needs {(BASE_BYTES + buffer_bytes) / 1e6:.0f} MB, {whose} "
+            f"{allowed / 1e6:.0f} MB"
+        )
+    cores = len(os.sched_getaffinity(0))
+    return int(min(workers or min(cores + 1, 16), fit))
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Refuse to start what cannot fit; raises DiskError with both numbers."""
+    state = os.statvfs(folder)
+    free = state.f_bavail * state.f_frsize
+    if needed > free:
+        raise DiskError(
+            f"{folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; free some space"
+        )

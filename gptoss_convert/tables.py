@@ -1,0 +1,342 @@
+"""Mapping tables: what each stored tensor of a format holds, from `mappings/*.toml`."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from itertools import groupby, product
+from typing import Any
+
+from gptoss_convert.errors import InputError, UsageError
+from gptoss_convert.layout import STAR, Layout, Placement, shape_of
+
+_HOLE = re.compile(r"\{([a-z_]+)\}")
+_SIZE = re.compile(r"([a-z_]+)(?: / ([a-z_]+|\d+))?")
+_RULE_KEYS = {"param", "layout", "chunk", "at", "alias"}
+BLOCK = 32
+"""Values of one MXFP4 block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A weight and, where MXFP4 can encode it, the parameters that hold its blocks and scales."""
+
+    weight: str
+    axes: tuple[str, ...]
+    blocks: str | None = None
+    scales: str | None = None
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The weight, and its blocks and scales if it has them."""
+        return tuple(name for name in (self.weight, self.blocks, self.scales) if name)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The hub: axes and parameters, from `model.toml`."""
+
+    axes: Mapping[str, str | int]
+    params: Mapping[str, tuple[str, ...]]
+    """Axes of every parameter, blocks and scales included, slowest first."""
+    families: Mapping[str, Family]
+    """By the weight's name, in model order."""
+
+    def sizes(self, config: Mapping[str, int]) -> dict[str, int]:
+        """The length of every axis, for the numbers of a config.json."""
+        return {axis: _size(axis, rule, config) for axis, rule in self.axes.items()}
+
+    def dtype(self, param: str) -> str:
+        """U8 for blocks and scales, BF16 for everything else."""
+        return "BF16" if param in self.families else "U8"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What one stored tensor, or one per layer and expert, holds."""
+
+    name: str
+    params: tuple[str, ...]
+    layout: Layout
+    chunk: tuple[str, ...]
+    at: Mapping[str, int]
+    alias: bool
+    """A second copy of a parameter that another tensor of the same variant already holds."""
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The axes whose index the tensor's name gives."""
+        return (*_HOLE.findall(self.name), *self.at)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One stored tensor of a checkpoint of known size: its rule, with the name's axes bound."""
+
+    name: str
+    rule: Rule
+    dtype: str
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    placements: tuple[Placement, ...]
+    bound: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The tensors of one format, by variant."""
+
+    format: str
+    container: str
+    partial: bool
+    variants: Mapping[str, tuple[Rule, ...]]
+    model: Model
+
+    def variant(self, name: str) -> tuple[Rule, ...]:
+        """The rules of a variant; raises UsageError that lists the choices."""
+        if name not in self.variants:
+            raise UsageError(
+                f"{self.format}: no variant {name!r}; choose {', '.join(self.variants)}"
+            )
+        return self.variants[name]
+
+    def holds(self, variant: str) -> frozenset[str]:
+        """The parameters that a variant stores."""
+        return frozenset(param for rule in self.variant(variant) for param in rule.params)
+
+    def tensors(self, variant: str, sizes: Mapping[str, int]) -> Iterator[Tensor]:
+        """Every tensor of a checkpoint of this variant: rules in table order, layer by layer."""
+        rules = [(rule, *_shape(rule, self.model, sizes)) for rule in self.variant(variant)]
+        for layered, run in groupby(rules, key=lambda entry: "layer" in entry[0].named):
+            entries = list(run)
+            for layer in range(sizes["layer"]) if layered else (None,):
+                bound = {} if layer is None else {"layer": layer}
+                for entry in entries:
+                    yield from self._bind(entry, sizes, bound)
+
+    def _bind(
+        self,
+        entry: tuple[Rule, tuple[int, ...], tuple[int, ...], tuple[Placement, ...]],
+        sizes: Mapping[str, int],
+        bound: Mapping[str, int],
+    ) -> Iterator[Tensor]:
+        rule, shape, chunk_shape, placements = entry
+        holes = [axis for axis in _HOLE.findall(rule.name) if axis not in bound]
+        for index in product(*(range(sizes[axis]) for axis in holes)):
+            names = {**bound, **dict(zip(holes, index, strict=True))}
+            yield Tensor(
+                _HOLE.sub(lambda hole: str(names[hole[1]]), rule.name),  # noqa: B023
+                rule,
+                self.model.dtype(rule.params[0]),
+                shape,
+                chunk_shape,
+                placements,
+                {**names, **rule.at},
+            )
+
+
+def _shape(
+    rule: Rule, model: Model, sizes: Mapping[str, int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Placement, ...]]:
+    params = {param: model.params[param] for param in rule.params}
+    shape, placements = shape_of(rule.layout, params, sizes, rule.named)
+    if not rule.chunk:
+        return shape, (), placements
+    cut = dict.fromkeys(rule.chunk, 1)
+    chunk_shape, _ = shape_of(rule.layout, params, {**sizes, **cut}, rule.named)
+    return shape, chunk_shape, placements
+
+
+def _size(axis: str, rule: str | int, config: Mapping[str, int]) -> int:
+    if isinstance(rule, int):
+        return rule
+    match = _SIZE.fullmatch(rule)
+    if match is None:
+        raise InputError(
+            f"model.toml: axis {axis!r}: {rule!r} is not a key, a number or a quotient"
+        )
+    top = config[match[1]]
+    if match[2] is None:
+        return top
+    bottom = int(match[2]) if match[2].isdigit() else config[match[2]]
+    if top % bottom:
+        raise InputError(f"config: {match[1]} {top} is not a multiple of {match[2]} {bottom}")
+    return top // bottom
+
+
+def _read(name: str) -> dict[str, Any]:
+    text = resources.files("gptoss_convert.mappings").joinpath(name).read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+@cache
+def load_model() -> Model:
+    """The hub, from the installed `model.toml`."""
+    return parse_model(_read("model.toml"))
+
+
+@cache
+def load_table(format: str) -> Table:
+    """The table of a format (`hf`, `openai`, `megatron`, `scales`), fully checked."""
+    return parse_table(format, _read(f"{format}.toml"), load_model())
+
+
+def parse_model(content: Mapping[str, Any]) -> Model:
+    """Check and build the hub; raises InputError naming the parameter and the axis."""
+    _only_keys("model.toml", content, {"axes", "params", "mxfp4"})
+    axes: dict[str, str | int] = content["axes"]
+    for axis, rule in axes.items():
+        if not isinstance(rule, int) and not _SIZE.fullmatch(rule):
+            raise InputError(
+                f"model.toml: axis {axis!r}: {rule!r} is not a key, a number or a quotient"
+            )
+    params = {name: _axes(name, text, axes) for name, text in content["params"].items()}
+    families = {name: Family(name, where) for name, where in params.items()}
+    for weight, encoded in content["mxfp4"].items():
+        if weight not in families:
+            raise InputError(f"model.toml: [mxfp4] names {weight!r}, which is no parameter")
+        _only_keys(f"model.toml: [mxfp4] {weight}", encoded, {"blocks", "scales"})
+        blocks = _axes(f"{weight}.blocks", encoded["blocks"], axes)
+        scales = _axes(f"{weight}.scales", encoded["scales"], axes)
+        if blocks[:-1] != scales or scales[:-1] != params[weight][:-1]:
+            raise InputError(
+                f"model.toml: [mxfp4] {weight}: only the last axis may be cut into blocks"
+            )
+        families[weight] = Family(weight, params[weight], f"{weight}.blocks", f"{weight}.scales")
+        params |= {f"{weight}.blocks": blocks, f"{weight}.scales": scales}
+    return Model(axes, params, families)
+
+
+def parse_table(format: str, content: Mapping[str, Any], model: Model) -> Table:
+    """Check and build a table; raises InputError naming the file, the tensor and the axis."""
+    where = f"{format}.toml"
+    sections = {k: v for k, v in content.items() if k not in {"container", "partial", "variants"}}
+    for key in ("container", "variants"):
+        if key not in content:
+            raise InputError(f"{where}: no {key!r}")
+    if content["container"] not in {"safetensors", "torch_dist"}:
+        raise InputError(f"{where}: unknown container {content['container']!r}")
+    rules = {
+        section: [_rule(where, name, rule, model) for name, rule in tensors.items()]
+        for section, tensors in sections.items()
+    }
+    variants: dict[str, tuple[Rule, ...]] = {}
+    for variant, members in content["variants"].items():
+        unknown = [section for section in members if section not in rules]
+        if unknown:
+            raise InputError(f"{where}: variant {variant!r} names no section {unknown[0]!r}")
+        variants[variant] = tuple(rule for section in members for rule in rules[section])
+        _check_variant(
+            f"{where}: {variant}", variants[variant], model, content.get("partial", False)
+        )
+    unused = set(rules) - {
+        section for members in content["variants"].values() for section in members
+    }
+    if unused:
+        raise InputError(f"{where}: section {min(unused)!r} belongs to no variant")
+    return Table(format, content["container"], content.get("partial", False), variants, model)
+
+
+def _rule(where: str, name: str, content: Mapping[str, Any], model: Model) -> Rule:
+    place = f"{where}: {name}"
+    _only_keys(place, content, _RULE_KEYS)
+    for key in ("param", "layout"):
+        if key not in content:
+            raise InputError(f"{place}: no {key!r}")
+    params = content["param"] if isinstance(content["param"], list) else [content["param"]]
+    for param in params:
+        if param not in model.params:
+            raise InputError(f"{place}: unknown parameter {param!r}")
+    at = content.get("at", {})
+    layout = Layout.parse(content["layout"])
+    chunk = tuple(content.get("chunk", "").split())
+    rule = Rule(name, tuple(params), layout, chunk, at, content.get("alias", False))
+    for axis in (*rule.named, *layout.axes, *chunk):
+        if axis != STAR and axis not in model.axes:
+            raise InputError(f"{place}: unknown axis {axis!r}")
+    for axis in chunk:
+        if axis not in layout.axes:
+            raise InputError(f"{place}: chunk axis {axis!r} is not in layout {layout.text!r}")
+    _check_axes(place, rule, model)
+    return rule
+
+
+def _check_axes(place: str, rule: Rule, model: Model) -> None:
+    """Every axis of every parameter stands exactly once, in the name or in the layout."""
+    explicit = [axis for axis in rule.layout.axes if axis != STAR]
+    starred = STAR in rule.layout.axes
+    for param in rule.params:
+        axes = model.params[param]
+        for axis in (*rule.named, *explicit):
+            if axis not in axes:
+                raise InputError(
+                    f"{place}: {param!r} has no axis {axis!r} (axes: {' '.join(axes)})"
+                )
+            if axis in rule.named and axis in explicit:
+                raise InputError(f"{place}: axis {axis!r} stands in the name and in the layout")
+        missing = [axis for axis in axes if axis not in rule.named and axis not in explicit]
+        if missing and not starred:
+            raise InputError(
+                f"{place}: layout {rule.layout.text!r} places no axis {missing[0]!r} of {param!r}"
+            )
+    if len(rule.params) > 1 and not starred:
+        raise InputError(
+            f"{place}: {len(rule.params)} parameters need a '*' in {rule.layout.text!r}"
+        )
+
+
+def _check_variant(place: str, rules: tuple[Rule, ...], model: Model, partial: bool) -> None:
+    """Every parameter is held exactly once: plain, or as blocks and scales."""
+    names = [rule.name for rule in rules]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{place}: tensor {name!r} appears twice")
+    held: dict[str, list[Rule]] = {}
+    for rule in rules:
+        for param in rule.params if not rule.alias else ():
+            held.setdefault(param, []).append(rule)
+    for param, holders in held.items():
+        if not _once(holders, model):
+            raise InputError(f"{place}: {param!r} is held by {', '.join(r.name for r in holders)}")
+    if partial:
+        return
+    for family in model.families.values():
+        encoded = [param for param in (family.blocks, family.scales) if param in held]
+        if family.weight in held and encoded:
+            raise InputError(f"{place}: {family.weight!r} is held plain and as {encoded[0]!r}")
+        if family.weight not in held and (family.blocks is None or len(encoded) < 2):
+            raise InputError(f"{place}: {family.weight!r} is held by no tensor")
+
+
+def _once(holders: list[Rule], model: Model) -> bool:
+    """Whether the indexes fixed by the holders' `at` cover the parameter exactly once."""
+    if len(holders) == 1:
+        return not holders[0].at
+    fixed = [rule.at for rule in holders]
+    axes = {axis for at in fixed for axis in at}
+    if len(axes) != 1 or any(len(at) != 1 for at in fixed):
+        return False
+    (axis,) = axes
+    return model.axes[axis] == len(fixed) and sorted(at[axis] for at in fixed) == [
+        *range(len(fixed))
+    ]
+
+
+def _axes(name: str, text: str, axes: Mapping[str, object]) -> tuple[str, ...]:
+    names = tuple(text.split())
+    for axis in names:
+        if axis not in axes:
+            raise InputError(f"model.toml: {name}: unknown axis {axis!r}")
+        if names.count(axis) > 1:
+            raise InputError(f"model.toml: {name}: axis {axis!r} appears twice")
+    return names
+
+
+def _only_keys(where: str, content: Mapping[str, object], known: set[str]) -> None:
+    for key in content:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")
