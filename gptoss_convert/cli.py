@@ -1,0 +1,182 @@
+"""The command line: options in, one call, text or JSON out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gptoss_convert import progress, report
+from gptoss_convert.errors import EXIT_CODES
+from gptoss_convert.version import VERSION
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_FORMATS = ["hf", "openai", "megatron"]
+_EPILOG = "\b\nExit status:\n" + "\n".join(f"  {code:<4}{why}" for code, why in EXIT_CODES.items())
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes such as 5GB, 256MB or 4GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes; fails with the accepted form."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", value.strip().lower())
+        if match is None:
+            self.fail(f"{value!r} is no size; write for example 5GB, 256MB or 4GiB", param, ctx)
+        unit = match[2] or ""
+        return int(float(match[1]) * (_UNITS.get(unit) or _BINARY[unit]))
+
+
+_PATH = click.Path(path_type=Path)
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_quiet = click.option("--quiet", is_flag=True, help="No progress; notes and errors only.")
+_overwrite = click.option(
+    "--overwrite", is_flag=True, help="Replace TARGET, once everything is written."
+)
+_workers = click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    help="Steps in flight at once.  [default: processors + 1, at most 16]",
+)
+
+
+@click.group(context_settings=_SETTINGS, epilog=_EPILOG)
+@click.version_option(VERSION, "-V", "--version", prog_name="gptoss-convert")
+def cli() -> None:
+    """Convert GPT-OSS checkpoints between Hugging Face and OpenAI's layout, MXFP4 and BF16.
+
+    Values are exact, memory is bounded, and TARGET appears complete or not at all.
+    """
+
+
+@cli.command(epilog=_EPILOG)
+@click.argument("source", type=_PATH)
+@click.argument("target", type=_PATH)
+@click.option("--to", required=True, type=click.Choice(["hf", "openai"]), help="Format of TARGET.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "mxfp4", "bf16"]),
+    default="keep",
+    help="Encoding of the expert weights in TARGET.",
+)
+@click.option(
+    "--from",
+    "source_format",
+    type=click.Choice(_FORMATS),
+    help="Format to read, where SOURCE holds several.",
+)
+@click.option(
+    "--shards",
+    type=click.Choice(["auto", "size", "published"]),
+    default="auto",
+    help="Files of TARGET: as the MXFP4 original's where a sidecar remembers them, else by size; "
+    "always by size; or OpenAI's own names, order and boundaries.",
+)
+@click.option("--max-shard-size", type=Size(), default="5GB", help="Largest file, by size.")
+@click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
+@_workers
+@click.option(
+    "--scales",
+    type=_PATH,
+    help="An MXFP4 checkpoint, or a BF16 one with a sidecar, whose block scales to prefer. "
+    "Restores its bytes, never changes a value.  [default: SOURCE's sidecar]",
+)
+@click.option("--no-scales", is_flag=True, help="Write no sidecar of MXFP4 scales beside BF16.")
+@click.option("--cast", is_flag=True, help="Round a float32 or float16 SOURCE to BF16.")
+@click.option("--lossy", is_flag=True, help="Round values that have no exact MXFP4 form.")
+@click.option("--repair", is_flag=True, help="Read what transformers 5.21 to 5.23 mis-saved.")
+@click.option("--tokenizer", type=_PATH, help="Directory whose tokenizer and template TARGET gets.")
+@_overwrite
+@click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
+@_json
+@_quiet
+@click.option("-v", "--verbose", is_flag=True, help="Show the plan before it runs.")
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    no_scales: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Convert SOURCE, a checkpoint directory, to a new directory TARGET.
+
+    \b
+    gptoss-convert convert gpt-oss-20b out --to hf --dtype bf16
+    gptoss-convert convert out back --to hf --dtype mxfp4
+    gptoss-convert convert gpt-oss-20b/original out --to hf --tokenizer gpt-oss-20b
+    """
+    from gptoss_convert.convert import Options, plan, run
+
+    conversion = plan(source, target, Options(**options, keep_scales=not no_scales))
+    if dry_run or verbose:
+        text = report.conversion(conversion.summary())
+        if dry_run:
+            _print(conversion.summary(), text, as_json)
+            return
+        click.echo(text, err=True)
+    done = run(conversion, progress.for_terminal(quiet)).summary()
+    _print(done, report.finished(done), as_json)
+
+
+@cli.command(epilog=_EPILOG)
+@click.argument("path", type=_PATH)
+@click.option(
+    "--from",
+    "source_format",
+    type=click.Choice(_FORMATS),
+    help="Format to read, where PATH holds several.",
+)
+@_json
+def inspect(path: Path, source_format: str | None, as_json: bool) -> None:
+    """Tell what the checkpoint in PATH is: format, size, encoding, anything odd. Headers only.
+
+    \b
+    gptoss-convert inspect gpt-oss-20b
+    """
+    from gptoss_convert.inspect import inspect
+
+    summary = inspect(path, source_format).summary()
+    _print(summary, report.inspection(summary), as_json)
+
+
+@cli.command(epilog=_EPILOG)
+@click.argument("target", type=_PATH)
+@click.option("--model", type=click.Choice(["tiny", "20b", "120b"]), default="tiny")
+@click.option("--layers", type=click.IntRange(1), help="Fewer layers than the model has.")
+@click.option("--format", type=click.Choice(["hf", "openai"]), default="hf")
+@click.option("--dtype", type=click.Choice(["keep", "mxfp4", "bf16"]), default="keep")
+@click.option("--shards", type=click.Choice(["auto", "size", "published"]), default="auto")
+@click.option("--seed", type=int, default=0)
+@_workers
+@_overwrite
+@_json
+@_quiet
+def synth(target: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write a synthetic checkpoint: published names, shapes and files, realistic random values.
+
+    \b
+    gptoss-convert synth tiny
+    gptoss-convert synth gpt-oss-20b --model 20b
+    """
+    from gptoss_convert.synth import synth
+
+    done = synth(target, progress=progress.for_terminal(quiet), **options).summary()
+    _print(done, report.finished(done), as_json)
+
+
+def _print(summary: Mapping[str, Any], text: str, as_json: bool) -> None:
+    click.echo(json.dumps(summary, indent=2) if as_json else text)

@@ -1,0 +1,70 @@
+"""What a checkpoint is, told from its headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert.checkpoint import Checkpoint, casts, open_checkpoint
+from gptoss_convert.tables import load_model
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint's format, size and configuration; every tensor is known and well-shaped."""
+
+    checkpoint: Checkpoint
+    files: dict[str, int]
+    """Size of every weight file."""
+    dtypes: dict[str, int]
+    """Number of tensors by dtype."""
+    parameters: int
+    tensor_bytes: int
+
+    @property
+    def encoding(self) -> str:
+        """`mxfp4` or `bf16`."""
+        return self.checkpoint.encoding
+
+    def summary(self) -> dict[str, Any]:
+        """The inspection as plain data."""
+        checkpoint = self.checkpoint
+        config = {k: v for k, v in vars(checkpoint.config).items() if k != "notes"}
+        return {
+            "path": str(checkpoint.root),
+            "format": checkpoint.label,
+            "variant": checkpoint.variant,
+            "model": checkpoint.config.size,
+            "encoding": self.encoding,
+            "parameters": self.parameters,
+            "tensor_bytes": self.tensor_bytes,
+            "tensors": len({chunk.tensor for chunk in checkpoint.chunks}),
+            "dtypes": self.dtypes,
+            "files": self.files,
+            "scales_sidecar": checkpoint.scales is not None,
+            "carried_files": [path.name for path in checkpoint.carried],
+            "config": config,
+            "notes": list(checkpoint.notes),
+        }
+
+
+def inspect(path: str | Path, source_format: str | None = None) -> Inspection:
+    """Open a checkpoint and check every header; raises what `convert` would refuse it for."""
+    checkpoint = open_checkpoint(Path(path), source_format, repair=True)
+    checkpoint.extents(casts(True))
+    model = load_model()
+    sizes = model.sizes(checkpoint.config.numbers)
+    parameters = sum(
+        math.prod(sizes[axis] for axis in family.axes) for family in model.families.values()
+    )
+    names = sorted({chunk.file for chunk in checkpoint.chunks})
+    return Inspection(
+        checkpoint,
+        {name: (checkpoint.root / name).stat().st_size for name in names},
+        dict(Counter(dtype for _, dtype in {(c.tensor, c.dtype) for c in checkpoint.chunks})),
+        parameters,
+        sum(chunk.nbytes for chunk in checkpoint.chunks),
+    )

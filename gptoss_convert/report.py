@@ -1,0 +1,82 @@
+"""Results as text: short aligned lines for people; `summary()` of each result is for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def size(nbytes: float) -> str:
+    """`13.76 GB`, powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def lines(rows: Mapping[str, str]) -> str:
+    """Keys and values in two aligned columns."""
+    width = max(map(len, rows))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+
+
+def inspection(summary: Mapping[str, Any]) -> str:
+    """The text of `inspect`."""
+    config = summary["config"]
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(summary["dtypes"].items()))
+    files = summary["files"]
+    rows = {
+        "path": summary["path"],
+        "format": f"{summary['format']} ({summary['variant']})",
+        "model": f"gpt-oss {summary['model']}, {summary['parameters'] / 1e9:.3f} B parameters",
+        "experts": {"mxfp4": "MXFP4", "bf16": "BF16"}[summary["encoding"]],
+        "tensors": f"{summary['tensors']} ({dtypes}), {size(summary['tensor_bytes'])}",
+        "files": f"{len(files)} ({size(sum(files.values()))})",
+        "layers": f"{config['num_hidden_layers']}, window {config['sliding_window']} on even ones",
+        "experts/layer": f"{config['num_local_experts']}, {config['num_experts_per_tok']} a token",
+        "hidden, inter": f"{config['hidden_size']}, {config['intermediate_size']}",
+        "heads": f"{config['num_attention_heads']} query, {config['num_key_value_heads']} kv, "
+        f"{config['head_dim']} wide",
+        "vocabulary": f"{config['vocab_size']}",
+        "context": f"{config['max_position_embeddings']} (YaRN {config['rope_factor']:g} x "
+        f"{config['original_max_position_embeddings']}, theta {config['rope_theta']:g})",
+    }
+    if summary["scales_sidecar"]:
+        rows["sidecar"] = "MXFP4 scales: the way back restores the original bytes"
+    if summary["carried_files"]:
+        rows["beside"] = ", ".join(summary["carried_files"])
+    text = lines(rows)
+    return "\n".join([text, *(f"note: {note}" for note in summary["notes"])])
+
+
+def conversion(summary: Mapping[str, Any]) -> str:
+    """The text of a plan, `convert --dry-run`."""
+    target = summary["target"]
+    files = target["files"]
+    rows = {
+        "source": f"{summary['source']['format']}  {summary['source']['path']}",
+        "target": f"{target['format']}-{target['variant']}  {target['path']}",
+        "model": f"gpt-oss {summary['model']}",
+        "tensors": f"{target['tensors']} in {len(files)} files",
+        "reads": size(summary["read_bytes"]),
+        "writes": size(summary["write_bytes"]),
+        "steps": f"{summary['steps']} on {summary['workers']} workers",
+        "memory": f"about {size(summary['memory_bytes'])}",
+    }
+    listed = [f"  {name}  {size(nbytes)}" for name, nbytes in files.items()]
+    if len(listed) > 12:
+        listed = [*listed[:5], f"  ... {len(listed) - 10} more", *listed[-5:]]
+    notes = [f"note: {note}" for note in summary["notes"]]
+    return "\n".join([lines(rows), *listed, *notes])
+
+
+def finished(summary: Mapping[str, Any]) -> str:
+    """The line at the end of a conversion."""
+    moved = summary["read_bytes"] + summary["write_bytes"]
+    seconds = max(summary["seconds"], 1e-3)
+    return (
+        f"{summary['target']['path']}: {size(summary['write_bytes'])} in {seconds:.1f} s "
+        f"({moved / seconds / 1e6:.0f} MB/s read and written), "
+        f"peak memory {size(summary['peak_memory_bytes'])}"
+    )
