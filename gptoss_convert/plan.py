@@ -16,7 +16,9 @@ from gptoss_convert.tables import BLOCK, Family, Model
 
 PAGE = 4096
 TILE_BYTES = 32 << 20
-"""Largest tile of a weight as BF16: one expert's gate_up of the released models fits."""
+"""Largest tile of an expert weight as BF16: one expert's gate_up of the released models fits."""
+_PLAIN_TILE_BYTES = 8 << 20
+"""Largest tile of any other weight: long enough runs for the disk, small buffers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,8 @@ def _family_steps(
     tile_bytes: int,
 ) -> Iterator[Step]:
     lengths = [sizes[axis] for axis in family.axes]
+    if family.blocks is None:
+        tile_bytes = min(tile_bytes, _PLAIN_TILE_BYTES)
     tile = _tile(lengths, targets[0], tile_bytes)
     source_cells = _cells(lengths, tile, sources)
     target_cells = _cells(lengths, tile, targets)

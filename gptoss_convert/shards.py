@@ -100,7 +100,8 @@ def index_json(headers: Mapping[str, str], format: str, origin: Origin | None) -
         return origin.index.encode()
     if format == "hf" and next(iter(headers)).startswith("model-00000-of-"):
         return json.dumps(content).encode()
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+    end = "" if format == "openai" else "\n"
+    return (json.dumps(content, indent=2, sort_keys=True) + end).encode()
 
 
 def specs_of(tensors: Iterable[Tensor]) -> list[TensorSpec]:
