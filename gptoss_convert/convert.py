@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptoss_convert import resources, sidecar
 from gptoss_convert.checkpoint import Checkpoint, casts, open_checkpoint
@@ -19,6 +20,9 @@ from gptoss_convert.progress import SILENT, Progress
 from gptoss_convert.publish import check_target, workspace
 from gptoss_convert.tables import load_model, load_table
 from gptoss_convert.targets import make_image
+
+if TYPE_CHECKING:
+    from gptoss_convert.files import ByteSource
 
 ENCODINGS = ("keep", "mxfp4", "bf16")
 SHARDS = ("auto", "size", "published")
@@ -123,6 +127,11 @@ def plan(source: str | Path, target: str | Path, options: Options) -> Conversion
     source, target = Path(source), Path(target)
     check_target(source, target, options.overwrite)
     opened = open_checkpoint(source, options.source_format, repair=options.repair)
+    return plan_opened(opened, target, options)
+
+
+def plan_opened(opened: Checkpoint, target: Path, options: Options) -> Conversion:
+    """The plan for a checkpoint that is open; TARGET has been checked."""
     variant = _variant(opened, options)
     notes = [*opened.notes]
     sizes = load_model().sizes(opened.config.numbers)
@@ -146,8 +155,10 @@ def convert(
     return run(plan(source, target, options), progress)
 
 
-def run(conversion: Conversion, progress: Progress = SILENT) -> Report:
-    """Execute a planned conversion.
+def run(
+    conversion: Conversion, progress: Progress = SILENT, source: ByteSource | None = None
+) -> Report:
+    """Execute a planned conversion; `source` stands in for the files that the plan reads.
 
     Raises CodecError if a value has no MXFP4 form and `lossy` was not asked for: what would be lost
     is stated, by weight, through `progress` first.
@@ -163,7 +174,7 @@ def run(conversion: Conversion, progress: Progress = SILENT) -> Report:
     with workspace(target, conversion.options.overwrite) as work:
         total = conversion.plan.read_bytes + conversion.plan.write_bytes
         with (
-            SourceFiles(conversion.roots) as sources,
+            nullcontext(source) if source else SourceFiles(conversion.roots) as sources,
             TargetFiles(work) as files,
             progress.phase("converting", total, len(conversion.plan.steps)) as advance,
         ):

@@ -16,7 +16,7 @@ from gptoss_convert import mxfp4
 from gptoss_convert.containers import DTYPE_BYTES
 from gptoss_convert.errors import CodecError, GptossError
 from gptoss_convert.extents import Extent, overlap, volume
-from gptoss_convert.files import PAGE, Arena, SourceFiles, TargetFiles
+from gptoss_convert.files import PAGE, Arena, ByteSource, TargetFiles
 from gptoss_convert.layout import Box
 from gptoss_convert.plan import Plan, Step, member_box
 from gptoss_convert.tables import BLOCK
@@ -59,7 +59,7 @@ class Outcome:
 
 def execute(
     plan: Plan,
-    sources: SourceFiles,
+    sources: ByteSource,
     targets: TargetFiles,
     *,
     workers: int,
@@ -109,7 +109,7 @@ def execute(
 
 
 class _Worker:
-    def __init__(self, sources: SourceFiles, targets: TargetFiles, buffer_bytes: int) -> None:
+    def __init__(self, sources: ByteSource, targets: TargetFiles, buffer_bytes: int) -> None:
         self._sources = sources
         self._targets = targets
         self._arena = Arena(buffer_bytes)

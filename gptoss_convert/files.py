@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from gptoss_convert.containers.paths import open_inside
 from gptoss_convert.errors import DiskError, IntegrityError
@@ -68,6 +68,14 @@ class _File:
             if descriptor is not None:
                 os.close(descriptor)
         self.direct = None
+
+
+class ByteSource(Protocol):
+    """What the workers read from: files on disk, or bytes that are made when they are asked for."""
+
+    def read(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
+        """Fill the arena at `position` with the bytes of file `name`; called from many threads."""
+        ...
 
 
 class SourceFiles:
