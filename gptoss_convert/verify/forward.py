@@ -1,0 +1,279 @@
+"""The whole GPT-OSS model as one deterministic forward pass, a layer at a time.
+
+The caller owns the loop over layers and hands in one layer's weights at a time, so that two
+checkpoints walk side by side with one layer each on the device. Identical weights give
+bit-identical outputs. In float32 it agrees with transformers and megatron-core up to rounding.
+
+Shape suffixes: T tokens of all sequences, one after another; S tokens of one sequence (queries),
+C keys of that sequence, D hidden, N query heads, K kv heads, G query heads per kv head, H head_dim,
+h half of head_dim, E experts, A experts per token, F inter, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gptoss_convert.verify.fp4 import Packed
+from gptoss_convert.verify.model import ExpertMatrices, LayerWeights, ModelConfig
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one layer computed, observable after each sub-block."""
+
+    attention: Tensor
+    """Residual stream after attention, `[T, D]`."""
+    router: Tensor
+    """Router logits, `[T, E]`."""
+    chosen: Tensor
+    """Experts of each token, `[T, A]`, strongest first."""
+    output: Tensor
+    """Residual stream after the experts, `[T, D]`: the input of the next layer."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How to compute: the dtype of activations and products, and the memory attention may take."""
+
+    dtype: torch.dtype = torch.float32
+    score_elements: int = 1 << 24
+    """Attention scores held at once, in elements; bounds memory, changes only rounding."""
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Switch off TF32 and reduced bf16 accumulation inside the block, and autograd with them."""
+    precision = torch.get_float32_matmul_precision()
+    reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
+
+
+def embed(tokens_T: Tensor, embedding_VD: Tensor, numerics: Numerics) -> Tensor:
+    """The residual stream that enters layer 0, `[T, D]`."""
+    return embedding_VD[tokens_T].to(numerics.dtype)
+
+
+def layer_forward(
+    x_TD: Tensor,
+    weights: LayerWeights,
+    config: ModelConfig,
+    layer: int,
+    lengths: Sequence[int],
+    numerics: Numerics,
+) -> LayerTrace:
+    """Run layer `layer` on sequences of `lengths` that lie one after another in `x_TD`."""
+    window = config.window if config.sliding[layer] else None
+    normed_TD = rms_norm(x_TD, weights.attention_norm, config.norm_eps)
+    attention_TD = x_TD + torch.cat(
+        [attention(s_SD, weights, config, window, numerics) for s_SD in normed_TD.split(lengths)]
+    )
+    normed_TD = rms_norm(attention_TD, weights.mlp_norm, config.norm_eps)
+    router_TE = linear(normed_TD, weights.router_weight, weights.router_bias)
+    chosen_TA, routing_TA = route(router_TE, config.experts_per_token)
+    experts_TD = experts(normed_TD, chosen_TA, routing_TA, weights, config)
+    return LayerTrace(attention_TD, router_TE, chosen_TA, attention_TD + experts_TD)
+
+
+def logits(x_TD: Tensor, norm_D: Tensor, unembedding_VD: Tensor, config: ModelConfig) -> Tensor:
+    """Logits `[T, V]` of the residual stream that leaves the last layer."""
+    return linear(rms_norm(x_TD, norm_D, config.norm_eps), unembedding_VD, None)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm in float32; the weight is applied before the cast back to the dtype of `x_TD`."""
+    x = x_TD.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * weight_D.float()).to(x_TD.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` in the dtype of `x`."""
+    return functional.linear(x, dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def dense(matrix: ExpertMatrices, dtype: torch.dtype) -> Tensor:
+    """A fresh row-major copy in `dtype`.
+
+    Always a copy: kernels round differently for other strides or alignments, and two layouts of
+    the same weights must give the same bits.
+    """
+    if isinstance(matrix, Packed):
+        return matrix.decode(dtype)
+    return torch.empty(matrix.shape, dtype=dtype, device=matrix.device).copy_(matrix)
+
+
+def attention(
+    x_SD: Tensor,
+    weights: LayerWeights,
+    config: ModelConfig,
+    window: int | None,
+    numerics: Numerics,
+) -> Tensor:
+    """Causal grouped-query attention with learnable sinks over one sequence, `[S, D]`."""
+    q = linear(x_SD, weights.q_weight, weights.q_bias).unflatten(-1, (-1, config.head_dim))
+    k = linear(x_SD, weights.k_weight, weights.k_bias).unflatten(-1, (-1, config.head_dim))
+    v = linear(x_SD, weights.v_weight, weights.v_bias).unflatten(-1, (-1, config.head_dim))
+    cos_Sh, sin_Sh = rotary_tables(config, len(x_SD), x_SD.device)
+    q_SNH, k_SKH = rotate(q, cos_Sh, sin_Sh), rotate(k, cos_Sh, sin_Sh)
+    mixed_SNH = attend(q_SNH, k_SKH, v, weights.sinks, window, numerics.score_elements)
+    return linear(mixed_SNH.flatten(1), weights.o_weight, weights.o_bias)
+
+
+def attend(
+    q_SNH: Tensor,
+    k_CKH: Tensor,
+    v_CKH: Tensor,
+    sinks_N: Tensor,
+    window: int | None,
+    score_elements: int,
+) -> Tensor:
+    """Softmax attention `[S, N, H]`, exact, in query blocks that see only the keys they may see.
+
+    A sink is one more logit per head that takes probability and gives no value. Scores and
+    probabilities are float32.
+    """
+    length, heads, head_dim = q_SNH.shape
+    kv_heads = k_CKH.shape[1]
+    q_KGSH = (q_SNH * head_dim**-0.5).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    k_KHC, v_KCH = k_CKH.permute(1, 2, 0), v_CKH.transpose(0, 1)
+    sinks_KG1 = sinks_N.float().view(kv_heads, -1, 1)
+    blocks = []
+    for start, stop in query_blocks(length, heads, window, score_elements):
+        first = 0 if window is None else max(0, start - window + 1)
+        scores = _masked_scores(
+            q_KGSH[:, :, start:stop], k_KHC[:, :, first:stop], start - first, window
+        )
+        peak_KGS = torch.maximum(scores.amax(-1), sinks_KG1)
+        scores.sub_(peak_KGS.unsqueeze(-1)).exp_()
+        total_KGS = scores.sum(-1) + torch.exp(sinks_KG1 - peak_KGS)
+        scores.div_(total_KGS.unsqueeze(-1))
+        mixed = torch.matmul(scores.to(v_KCH.dtype).flatten(1, 2), v_KCH[:, first:stop])
+        blocks.append(mixed.unflatten(1, (-1, stop - start)).permute(2, 0, 1, 3).flatten(1, 2))
+    return torch.cat(blocks)
+
+
+def _masked_scores(q_KGSH: Tensor, k_KHC: Tensor, offset: int, window: int | None) -> Tensor:
+    """Scores `[K, G, S, C]` in float32, -inf where unseen; query 0 stands at key `offset`."""
+    products = torch.matmul(q_KGSH.flatten(1, 2), k_KHC).float()
+    scores_KGSC = products.unflatten(1, (q_KGSH.shape[1], -1))
+    queries = torch.arange(q_KGSH.shape[2], device=k_KHC.device) + offset
+    distance_SC = queries.unsqueeze(1) - torch.arange(k_KHC.shape[2], device=k_KHC.device)
+    unseen_SC = distance_SC < 0
+    if window is not None:
+        unseen_SC |= distance_SC >= window
+    return scores_KGSC.masked_fill_(unseen_SC, -math.inf)
+
+
+def query_blocks(
+    length: int, heads: int, window: int | None, score_elements: int
+) -> Iterator[tuple[int, int]]:
+    """`[start, stop)` of each query block, so that its scores stay within `score_elements`."""
+    if window is None:
+        size = score_elements // (heads * length)
+    else:
+        # heads * size * (size + window) scores, solved for size.
+        size = int(math.sqrt(score_elements / heads + window**2 / 4) - window / 2)
+    size = max(1, size)
+    for start in range(0, length, size):
+        yield start, min(start + size, length)
+
+
+def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin `[S, h]` in float32, times YaRN's concentration 0.1 ln(factor) + 1."""
+    inverse_h = inverse_frequencies(config).to(device)
+    angles_Sh = torch.arange(length, device=device).float().unsqueeze(1) * inverse_h
+    concentration = 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_factor > 1 else 1.0
+    return angles_Sh.cos() * concentration, angles_Sh.sin() * concentration
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """YaRN's inverse frequencies `[h]` in float32 (Peng et al. 2023, "NTK-by-parts").
+
+    Fast frequencies stay, slow ones are divided by the factor, a linear ramp lies between.
+    """
+    half = config.head_dim // 2
+    period_h = config.rope_theta ** (
+        torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    )
+    if config.rope_factor <= 1:
+        return 1.0 / period_h
+
+    def rotations(count: float) -> float:
+        """The frequency index that turns `count` times within the original length."""
+        turns = config.rope_original_length / (count * 2 * math.pi)
+        return half * math.log(turns) / math.log(config.rope_theta)
+
+    low, high = rotations(config.rope_beta_fast), rotations(config.rope_beta_slow)
+    if config.rope_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    ramp_h = (torch.arange(half, dtype=torch.float32) - low) / max(high - low, 1e-3)
+    kept_h = 1.0 - ramp_h.clamp(0, 1)
+    slowed_h = 1.0 / (config.rope_factor * period_h)
+    return slowed_h * (1.0 - kept_h) + (1.0 / period_h) * kept_h
+
+
+def rotate(x_SNH: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
+    """Rotary embedding, half-split: component i turns with component i + H/2."""
+    first, second = x_SNH.float().chunk(2, dim=-1)
+    cos, sin = cos_Sh.unsqueeze(1), sin_Sh.unsqueeze(1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x_SNH.dtype)
+
+
+def route(router_TE: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+    """The chosen experts `[T, A]` and their weights: a softmax over the chosen logits only."""
+    top_TA, chosen_TA = router_TE.topk(experts_per_token, dim=-1)
+    return chosen_TA, top_TA.float().softmax(-1).to(router_TE.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor, config: ModelConfig) -> Tensor:
+    """Clamped gated QuickGELU: the gate is clamped from above only, up on both sides, plus one."""
+    gate = gate.clamp(max=config.swiglu_limit)
+    up = up.clamp(-config.swiglu_limit, config.swiglu_limit)
+    return gate * torch.sigmoid(config.swiglu_alpha * gate) * (up + 1.0)
+
+
+def experts(
+    x_TD: Tensor,
+    chosen_TA: Tensor,
+    routing_TA: Tensor,
+    weights: LayerWeights,
+    config: ModelConfig,
+) -> Tensor:
+    """Sum over each token's experts, `[T, D]`; the routing weight multiplies after down's bias.
+
+    An expert meets a token at most once, so adding expert by expert has one fixed order and no
+    atomics: the sum is deterministic on every device.
+    """
+    sum_TD = torch.zeros_like(x_TD)
+    for e in range(config.experts):
+        tokens, slots = torch.where(chosen_TA == e)
+        if len(tokens) == 0:
+            continue
+        x = x_TD[tokens]
+        gate = linear_expert(x, weights.gate_weight, weights.gate_bias, e)
+        up = linear_expert(x, weights.up_weight, weights.up_bias, e)
+        down = linear_expert(swiglu(gate, up, config), weights.down_weight, weights.down_bias, e)
+        sum_TD[tokens] += down * routing_TA[tokens, slots].unsqueeze(1)
+    return sum_TD
+
+
+def linear_expert(x: Tensor, weights: ExpertMatrices, biases: Tensor, expert: int) -> Tensor:
+    """`linear` with one expert's matrix and bias."""
+    matrix = dense(weights[expert], x.dtype)
+    return functional.linear(x, matrix, biases[expert].to(x.dtype))

@@ -1,0 +1,237 @@
+"""Reader of Megatron torch_dist directories, after megatron-core's GPTModel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptoss_convert.containers import Chunk
+from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.verify.model import LayerWeights, ModelConfig
+from gptoss_convert.verify.readers import SubBlock
+
+STORED = {
+    "BF16": (np.int16, torch.bfloat16),
+    "F16": (np.float16, torch.float16),
+    "F32": (np.float32, torch.float32),
+}
+"""How numpy maps each dtype from a file, and what torch then takes those bytes for."""
+
+
+class ChunkedTensors:
+    """Tensors stored as boxes in the files of a directory, read from memory maps."""
+
+    def __init__(self, directory: Path, chunks: Iterable[Chunk], device: torch.device):
+        self._directory = directory
+        self._device = device
+        self._chunks: dict[str, list[Chunk]] = {}
+        for chunk in chunks:
+            self._chunks.setdefault(chunk.tensor, []).append(chunk)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a tensor of this name is stored."""
+        return name in self._chunks
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor; IntegrityError if it is missing."""
+        if name not in self._chunks:
+            raise IntegrityError(f"{name}: missing")
+        return self._chunks[name][0].shape
+
+    def read(self, name: str, prefix: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """The part of a tensor at the leading indices `prefix`, which must have `shape`.
+
+        Raises InputError if the stored shape differs, IntegrityError if chunks leave a gap.
+        """
+        stored = self.shape(name)
+        if len(stored) != len(prefix) + len(shape) or stored[len(prefix) :] != shape:
+            expected = (*(["any"] * len(prefix)), *shape)
+            raise InputError(f"{name}: expects shape {expected}, found {stored}")
+        extent = (1,) * len(prefix) + shape
+        start = prefix + (0,) * len(shape)
+        chunks = self._chunks[name]
+        box = torch.empty(extent, dtype=STORED[chunks[0].dtype][1], device=self._device)
+        copied = sum(self._copy(chunk, start, box) for chunk in chunks)
+        if copied != math.prod(extent):
+            raise IntegrityError(
+                f"{name}: expects {math.prod(extent)} elements at {prefix}, chunks hold {copied}"
+            )
+        return box.view(shape)
+
+    def _copy(self, chunk: Chunk, start: tuple[int, ...], box: Tensor) -> int:
+        """Copy what `chunk` and `box` share, return how many elements that is."""
+        source, target = [], []
+        axes = zip(chunk.start, chunk.extent, start, box.shape, strict=True)
+        for chunk_start, chunk_extent, box_start, box_extent in axes:
+            low = max(chunk_start, box_start)
+            high = min(chunk_start + chunk_extent, box_start + box_extent)
+            if low >= high:
+                return 0
+            source.append(slice(low - chunk_start, high - chunk_start))
+            target.append(slice(low - box_start, high - box_start))
+        part = self._map(chunk)[tuple(source)]
+        box[tuple(target)] = part.to(self._device)
+        return part.numel()
+
+    def _map(self, chunk: Chunk) -> Tensor:
+        """The chunk as a tensor over its file, read when touched, never written back."""
+        on_disk, dtype = STORED[chunk.dtype]
+        path = self._directory / chunk.file
+        try:
+            mapped = np.memmap(path, on_disk, "c", offset=chunk.offset, shape=chunk.extent)
+        except (OSError, ValueError) as error:
+            raise IntegrityError(
+                f"{path}: expects {chunk.nbytes} bytes of {chunk.tensor} at {chunk.offset}, "
+                f"found {error}"
+            ) from error
+        return torch.from_numpy(mapped).view(dtype)
+
+
+class MegatronReader:
+    """A torch_dist iteration: stacked keys, a key per layer, or a key per layer and expert.
+
+    `config` comes from the caller, since the weights carry none; the vocabulary may be padded.
+    """
+
+    def __init__(
+        self, directory: Path, chunks: Iterable[Chunk], config: ModelConfig, device: torch.device
+    ):
+        self.config = config
+        self._tensors = ChunkedTensors(directory, chunks, device)
+        self._stacked = "decoder.layers.self_attention.linear_qkv.weight" in self._tensors
+        experts = self._layer_key(0, "mlp.experts.experts.0.linear_fc2.weight")
+        self._per_expert = experts in self._tensors
+        fused = self._layer_key(0, "mlp.linear_fc1.layer_norm_weight")
+        plain = self._layer_key(0, "pre_mlp_layernorm.weight")
+        fused_only = fused in self._tensors and plain not in self._tensors
+        self._mlp_norm = (
+            "mlp.linear_fc1.layer_norm_weight" if fused_only else ("pre_mlp_layernorm.weight")
+        )
+        self._check_layer_count()
+
+    def _check_layer_count(self) -> None:
+        name = self._layer_key(0, "self_attention.linear_qkv.weight")
+        layers = len(self.config.sliding)
+        if self._stacked:
+            found = self._tensors.shape(name)[0]
+            expected_end = found == layers
+        else:
+            beyond = self._layer_key(layers, "self_attention.linear_qkv.weight")
+            expected_end, found = beyond not in self._tensors, f"more ({beyond})"
+        if not expected_end:
+            raise InputError(f"{name}: expects {layers} layers, found {found}")
+
+    def _layer_key(self, index: int, name: str) -> str:
+        return f"decoder.layers.{name}" if self._stacked else f"decoder.layers.{index}.{name}"
+
+    def embedding(self) -> Tensor:
+        """`[vocab, hidden]`, without padding."""
+        return self._vocabulary("embedding.word_embeddings.weight")
+
+    def norm(self) -> Tensor:
+        """The final norm's weight, `[hidden]`."""
+        return self._tensors.read("decoder.final_layernorm.weight", (), (self.config.hidden,))
+
+    def unembedding(self) -> Tensor:
+        """`[vocab, hidden]`, without padding."""
+        return self._vocabulary("output_layer.weight")
+
+    def _vocabulary(self, name: str) -> Tensor:
+        rows = self._tensors.shape(name)[0]
+        if rows < self.config.vocab:
+            raise InputError(f"{name}: expects at least {self.config.vocab} rows, found {rows}")
+        return self._tensors.read(name, (), (rows, self.config.hidden))[: self.config.vocab]
+
+    def layer(self, index: int) -> LayerWeights:
+        """The weights of layer `index`: rows of q, k, v grouped by kv head, fc1 `[gate; up]`."""
+        c = self.config
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+
+        def read(name: str, *shape: int) -> Tensor:
+            prefix = (index,) if self._stacked else ()
+            return self._tensors.read(self._layer_key(index, name), prefix, shape)
+
+        q_weight, k_weight, v_weight = self._split_qkv(
+            read("self_attention.linear_qkv.weight", q + 2 * kv, c.hidden)
+        )
+        q_bias, k_bias, v_bias = self._split_qkv(read("self_attention.linear_qkv.bias", q + 2 * kv))
+        gate, up = self._fc1(index, "weight", (c.hidden,))
+        gate_bias, up_bias = self._fc1(index, "bias", ())
+        return LayerWeights(
+            attention_norm=read("self_attention.linear_qkv.layer_norm_weight", c.hidden),
+            q_weight=q_weight,
+            q_bias=q_bias,
+            k_weight=k_weight,
+            k_bias=k_bias,
+            v_weight=v_weight,
+            v_bias=v_bias,
+            sinks=read("self_attention.core_attention.softmax_offset", c.heads),
+            o_weight=read("self_attention.linear_proj.weight", c.hidden, q),
+            o_bias=read("self_attention.linear_proj.bias", c.hidden),
+            mlp_norm=read(self._mlp_norm, c.hidden),
+            router_weight=read("mlp.router.weight", c.experts, c.hidden),
+            router_bias=read("mlp.router.bias", c.experts),
+            gate_weight=gate,
+            gate_bias=gate_bias,
+            up_weight=up,
+            up_bias=up_bias,
+            down_weight=self._experts(index, "linear_fc2.weight", (c.hidden, c.inter)),
+            down_bias=self._experts(index, "linear_fc2.bias", (c.hidden,)),
+        )
+
+    def _split_qkv(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each kv head's group holds its query heads, then its key head, then its value head."""
+        c = self.config
+        group = c.heads // c.kv_heads
+        grouped = rows.unflatten(0, (c.kv_heads, group + 2, c.head_dim))
+        q, k, v = grouped.split((group, 1, 1), dim=1)
+        return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+
+    def _fc1(self, index: int, kind: str, columns: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Gate and up, `[expert, inter, ...]`: halves of one tensor, or `_w` and `_v`."""
+        inter = self.config.inter
+        if self._per_expert:
+            gate = self._experts(index, f"linear_fc1.{kind}_w", (inter, *columns))
+            return gate, self._experts(index, f"linear_fc1.{kind}_v", (inter, *columns))
+        fc1 = self._experts(index, f"linear_fc1.{kind}", (2 * inter, *columns))
+        return fc1[:, :inter], fc1[:, inter:]
+
+    def _experts(self, index: int, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor of all experts, `[expert, ...]`."""
+        experts, stem = self.config.experts, "mlp.experts.experts"
+        if not self._per_expert:
+            prefix = (index,) if self._stacked else ()
+            key = self._layer_key(index, f"{stem}.{name}")
+            return self._tensors.read(key, prefix, (experts, *shape))
+        keys = [self._layer_key(index, f"{stem}.{e}.{name}") for e in range(experts)]
+        return torch.stack([self._tensors.read(key, (), shape) for key in keys])
+
+    def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:
+        """Names of the tensors that feed a sub-block; of a stacked one, row `index` does."""
+        attention, experts = "self_attention", "mlp.experts.experts"
+        if self._per_expert:
+            experts = "mlp.experts.experts.*"
+        halves = ("_w", "_v") if self._per_expert else ("",)
+        names = {
+            "attention": (
+                f"{attention}.linear_qkv.layer_norm_weight",
+                f"{attention}.linear_qkv.weight",
+                f"{attention}.linear_qkv.bias",
+                f"{attention}.core_attention.softmax_offset",
+                f"{attention}.linear_proj.weight",
+                f"{attention}.linear_proj.bias",
+            ),
+            "router": (self._mlp_norm, "mlp.router.weight", "mlp.router.bias"),
+            "experts": (
+                *(f"{experts}.linear_fc1.{k}{half}" for k in ("weight", "bias") for half in halves),
+                f"{experts}.linear_fc2.weight",
+                f"{experts}.linear_fc2.bias",
+            ),
+        }
+        row = f"[{index}]" if self._stacked else ""
+        return tuple(f"{self._layer_key(index, name)}{row}" for name in names[block])
