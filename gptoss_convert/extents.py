@@ -67,7 +67,7 @@ def extents(
     known = {tensor.name: tensor for tensor in tensors}
     found = {chunk.tensor for chunk in chunks}
     if unknown := found - known.keys():
-        raise InputError(f"{where}: {len(unknown)} unknown tensors: {fold(unknown)}")
+        raise IntegrityError(f"{where}: {len(unknown)} unknown tensors: {fold(unknown)}")
     if missing := known.keys() - found:
         raise IntegrityError(f"{where}: {len(missing)} tensors missing: {fold(missing)}")
     result: list[Extent] = []

@@ -74,6 +74,14 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class ObjectRule:
+    """Serialized objects that a loader asks for beside the tensors, one per index of `axes`."""
+
+    name: str
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """One stored tensor of a checkpoint of known size: its rule, with the name's axes bound."""
 
@@ -94,6 +102,7 @@ class Table:
     container: str
     partial: bool
     variants: Mapping[str, tuple[Rule, ...]]
+    objects: Mapping[str, tuple[ObjectRule, ...]]
     model: Model
 
     def variant(self, name: str) -> tuple[Rule, ...]:
@@ -107,6 +116,15 @@ class Table:
     def holds(self, variant: str) -> frozenset[str]:
         """The parameters that a variant stores."""
         return frozenset(param for rule in self.variant(variant) for param in rule.params)
+
+    def object_names(self, variant: str, sizes: Mapping[str, int]) -> Iterator[str]:
+        """The names of all objects of a checkpoint, `<name>/shard_<indexes>_<lengths>`."""
+        for rule in self.objects[variant]:
+            lengths = [sizes[axis] for axis in rule.axes] or [1]
+            shard = ".".join(map(str, lengths))
+            for name, _ in _fill(rule.name, sizes, {}):
+                for index in product(*map(range, lengths)):
+                    yield f"{name}/shard_{'.'.join(map(str, index))}_{shard}"
 
     def tensors(self, variant: str, sizes: Mapping[str, int]) -> Iterator[Tensor]:
         """Every tensor of a checkpoint of this variant: rules in table order, layer by layer."""
@@ -125,18 +143,20 @@ class Table:
         bound: Mapping[str, int],
     ) -> Iterator[Tensor]:
         rule, shape, chunk_shape, placements = entry
-        holes = [axis for axis in _HOLE.findall(rule.name) if axis not in bound]
-        for index in product(*(range(sizes[axis]) for axis in holes)):
-            names = {**bound, **dict(zip(holes, index, strict=True))}
-            yield Tensor(
-                _HOLE.sub(lambda hole: str(names[hole[1]]), rule.name),  # noqa: B023
-                rule,
-                self.model.dtype(rule.params[0]),
-                shape,
-                chunk_shape,
-                placements,
-                {**names, **rule.at},
-            )
+        dtype = self.model.dtype(rule.params[0])
+        for name, names in _fill(rule.name, sizes, bound):
+            at = {**names, **rule.at}
+            yield Tensor(name, rule, dtype, shape, chunk_shape, placements, at)
+
+
+def _fill(
+    name: str, sizes: Mapping[str, int], bound: Mapping[str, int]
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """Every name that a name with holes stands for, and the index of each hole's axis."""
+    holes = [axis for axis in _HOLE.findall(name) if axis not in bound]
+    for index in product(*(range(sizes[axis]) for axis in holes)):
+        names = {**bound, **dict(zip(holes, index, strict=True))}
+        yield name.format_map(names), names
 
 
 def _shape(
@@ -220,16 +240,24 @@ def parse_table(format: str, content: Mapping[str, Any], model: Model) -> Table:
             raise InputError(f"{where}: no {key!r}")
     if content["container"] not in {"safetensors", "torch_dist"}:
         raise InputError(f"{where}: unknown container {content['container']!r}")
-    rules = {
-        section: [_rule(where, name, rule, model) for name, rule in tensors.items()]
-        for section, tensors in sections.items()
-    }
+    rules: dict[str, list[Rule]] = {}
+    states: dict[str, list[ObjectRule]] = {}
+    for section, entries in sections.items():
+        plain = {name: rule for name, rule in entries.items() if "object" not in rule}
+        rules[section] = [_rule(where, name, rule, model) for name, rule in plain.items()]
+        states[section] = [
+            _object_rule(where, name, rule, model)
+            for name, rule in entries.items()
+            if name not in plain
+        ]
     variants: dict[str, tuple[Rule, ...]] = {}
+    objects: dict[str, tuple[ObjectRule, ...]] = {}
     for variant, members in content["variants"].items():
         unknown = [section for section in members if section not in rules]
         if unknown:
             raise InputError(f"{where}: variant {variant!r} names no section {unknown[0]!r}")
         variants[variant] = tuple(rule for section in members for rule in rules[section])
+        objects[variant] = tuple(rule for section in members for rule in states[section])
         _check_variant(
             f"{where}: {variant}", variants[variant], model, content.get("partial", False)
         )
@@ -238,7 +266,19 @@ def parse_table(format: str, content: Mapping[str, Any], model: Model) -> Table:
     }
     if unused:
         raise InputError(f"{where}: section {min(unused)!r} belongs to no variant")
-    return Table(format, content["container"], content.get("partial", False), variants, model)
+    return Table(
+        format, content["container"], content.get("partial", False), variants, objects, model
+    )
+
+
+def _object_rule(where: str, name: str, content: Mapping[str, Any], model: Model) -> ObjectRule:
+    place = f"{where}: {name}"
+    _only_keys(place, content, {"object"})
+    axes = tuple(content["object"].split())
+    for axis in (*_HOLE.findall(name), *axes):
+        if axis not in model.axes:
+            raise InputError(f"{place}: unknown axis {axis!r}")
+    return ObjectRule(name, axes)
 
 
 def _rule(where: str, name: str, content: Mapping[str, Any], model: Model) -> Rule:
