@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from gptoss_convert.containers.torch_dist import pickles
 from gptoss_convert.containers.torch_dist.items import (
@@ -75,8 +76,8 @@ class _Plain:
         if record.name in ("argparse.Namespace", "types.SimpleNamespace"):
             return self.convert(record.state if record.state is not None else {}, depth + 1)
         if record.name == PATH:
-            parts = self.convert(record.args, depth + 1)
-            return "/".join(str(part) for part in parts) if isinstance(parts, tuple) else ""
+            self.convert(record.args, depth + 1)
+            return str(PurePosixPath(*(part for part in record.args if isinstance(part, str))))
         if record.name == "tensor":
             tensor = describe_tensor(record, self.where)
             return f"tensor {tensor.dtype} of {math.prod(tensor.shape)} elements"

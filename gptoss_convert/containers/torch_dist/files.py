@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptoss_convert.containers.paths import open_inside
 from gptoss_convert.errors import DiskError, IntegrityError
 
 
@@ -37,11 +38,6 @@ class OpenFile:
 @contextmanager
 def open_file(directory: Path, name: str) -> Iterator[OpenFile]:
     """Open a file of a checkpoint directory for as long as the context lasts."""
-    try:
-        descriptor = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise DiskError(f"{directory / name}: {error.strerror}") from None
-    try:
+    with open_inside(directory, name) as stream:
+        descriptor = stream.fileno()
         yield OpenFile(name, descriptor, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
