@@ -1,0 +1,43 @@
+# make demo   a tour on a small synthetic checkpoint
+# make test   everything that continuous integration checks
+# Both set up .venv by themselves; the second run starts at once.
+
+BASE := .venv/installed-base
+DEV := .venv/installed-dev
+SETUP := pyproject.toml constraints.txt tools/setup.sh
+
+.PHONY: help demo test lint format wheel clean
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+
+demo: $(BASE)
+	@tools/demo.sh
+
+# make lint   ruff and pyright alone
+lint: $(DEV)
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright
+
+test: lint
+	.venv/bin/pytest
+
+# make format   rewrite the sources as ruff formats them
+format: $(DEV)
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+# make wheel   build the wheel and try it in an environment of its own
+wheel: $(DEV)
+	tools/check_wheel.sh
+
+# make clean   remove what the other targets made
+clean:
+	rm -rf .venv demo build dist
+
+$(BASE): $(SETUP)
+	@tools/setup.sh base
+
+$(DEV): $(SETUP)
+	@tools/setup.sh dev
