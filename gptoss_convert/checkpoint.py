@@ -14,9 +14,10 @@ from gptoss_convert.containers import Chunk, safetensors
 from gptoss_convert.containers.paths import open_inside
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.extents import Extent, extents
+from gptoss_convert.model import load_model
 from gptoss_convert.sidecar import Origin
 from gptoss_convert.strict_json import parse_object
-from gptoss_convert.tables import load_model, load_table
+from gptoss_convert.tables import load_table
 
 CONFIG = "config.json"
 FORMATS = ("hf", "openai", "megatron")

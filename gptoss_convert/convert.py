@@ -15,10 +15,11 @@ from gptoss_convert.checkpoint import Checkpoint, casts, open_checkpoint
 from gptoss_convert.containers import Image
 from gptoss_convert.errors import CodecError, UsageError
 from gptoss_convert.extents import Extent, extents
+from gptoss_convert.model import load_model
 from gptoss_convert.plan import Plan, make_plan
 from gptoss_convert.progress import SILENT, Progress
 from gptoss_convert.publish import check_target, workspace
-from gptoss_convert.tables import load_model, load_table
+from gptoss_convert.tables import load_table
 from gptoss_convert.targets import make_image
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from gptoss_convert.errors import CodecError, GptossError
 from gptoss_convert.extents import Extent, overlap, volume
 from gptoss_convert.files import PAGE, Arena, ByteSource, TargetFiles
 from gptoss_convert.layout import Box
+from gptoss_convert.model import BLOCK
 from gptoss_convert.plan import Plan, Step, member_box
-from gptoss_convert.tables import BLOCK
 
 Array = npt.NDArray[Any]
 _NUMPY = {"U8": np.uint8, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.checkpoint import Checkpoint, casts, open_checkpoint
-from gptoss_convert.tables import load_model
+from gptoss_convert.model import load_model
 
 
 @dataclass(frozen=True)

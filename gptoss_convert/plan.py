@@ -12,7 +12,7 @@ from gptoss_convert.containers import DTYPE_BYTES
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.extents import Extent, overlap, volume
 from gptoss_convert.layout import Box
-from gptoss_convert.tables import BLOCK, Family, Model
+from gptoss_convert.model import BLOCK, Family, Model
 
 PAGE = 4096
 TILE_BYTES = 32 << 20

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from gptoss_convert.config import Config
 from gptoss_convert.containers import TensorSpec, safetensors
 from gptoss_convert.errors import IntegrityError, UsageError
+from gptoss_convert.model import load_model
 from gptoss_convert.sidecar import Origin
 from gptoss_convert.strict_json import parse_object
-from gptoss_convert.tables import Tensor, load_model, load_table
+from gptoss_convert.tables import Tensor, load_table
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _HF_PUBLISHED_BYTES = 4_800_000_000

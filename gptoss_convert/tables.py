@@ -3,56 +3,18 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from itertools import groupby, product
+from itertools import product
 from typing import Any
 
 from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.layout import STAR, Layout, Placement, shape_of
+from gptoss_convert.model import Model, load_model, only_keys, read_toml
 
 _HOLE = re.compile(r"\{([a-z_]+)\}")
-_SIZE = re.compile(r"([a-z_]+)(?: / ([a-z_]+|\d+))?")
 _RULE_KEYS = {"param", "layout", "chunk", "at", "alias"}
-BLOCK = 32
-"""Values of one MXFP4 block."""
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A weight and, where MXFP4 can encode it, the parameters that hold its blocks and scales."""
-
-    weight: str
-    axes: tuple[str, ...]
-    blocks: str | None = None
-    scales: str | None = None
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """The weight, and its blocks and scales if it has them."""
-        return tuple(name for name in (self.weight, self.blocks, self.scales) if name)
-
-
-@dataclass(frozen=True)
-class Model:
-    """The hub: axes and parameters, from `model.toml`."""
-
-    axes: Mapping[str, str | int]
-    params: Mapping[str, tuple[str, ...]]
-    """Axes of every parameter, blocks and scales included, slowest first."""
-    families: Mapping[str, Family]
-    """By the weight's name, in model order."""
-
-    def sizes(self, config: Mapping[str, int]) -> dict[str, int]:
-        """The length of every axis, for the numbers of a config.json."""
-        return {axis: _size(axis, rule, config) for axis, rule in self.axes.items()}
-
-    def dtype(self, param: str) -> str:
-        """U8 for blocks and scales, BF16 for everything else."""
-        return "BF16" if param in self.families else "U8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +89,19 @@ class Table:
                     yield f"{name}/shard_{'.'.join(map(str, index))}_{shard}"
 
     def tensors(self, variant: str, sizes: Mapping[str, int]) -> Iterator[Tensor]:
-        """Every tensor of a checkpoint of this variant: rules in table order, layer by layer."""
+        """Every tensor of a checkpoint of this variant, in the order of the model's layers."""
         rules = [(rule, *_shape(rule, self.model, sizes)) for rule in self.variant(variant)]
-        for layered, run in groupby(rules, key=lambda entry: "layer" in entry[0].named):
-            entries = list(run)
-            for layer in range(sizes["layer"]) if layered else (None,):
-                bound = {} if layer is None else {"layer": layer}
-                for entry in entries:
-                    yield from self._bind(entry, sizes, bound)
+        layered = ["layer" in entry[0].named for entry in rules]
+        first = layered.index(True) if any(layered) else len(rules)
+        inner = [entry for entry, inside in zip(rules, layered, strict=True) if inside]
+        after = [e for e, inside in zip(rules[first:], layered[first:], strict=True) if not inside]
+        for entry in rules[:first]:
+            yield from self._bind(entry, sizes, {})
+        for layer in range(sizes["layer"]):
+            for entry in inner:
+                yield from self._bind(entry, sizes, {"layer": layer})
+        for entry in after:
+            yield from self._bind(entry, sizes, {})
 
     def _bind(
         self,
@@ -171,64 +138,10 @@ def _shape(
     return shape, chunk_shape, placements
 
 
-def _size(axis: str, rule: str | int, config: Mapping[str, int]) -> int:
-    if isinstance(rule, int):
-        return rule
-    match = _SIZE.fullmatch(rule)
-    if match is None:
-        raise InputError(
-            f"model.toml: axis {axis!r}: {rule!r} is not a key, a number or a quotient"
-        )
-    top = config[match[1]]
-    if match[2] is None:
-        return top
-    bottom = int(match[2]) if match[2].isdigit() else config[match[2]]
-    if top % bottom:
-        raise InputError(f"config: {match[1]} {top} is not a multiple of {match[2]} {bottom}")
-    return top // bottom
-
-
-def _read(name: str) -> dict[str, Any]:
-    text = resources.files("gptoss_convert.mappings").joinpath(name).read_text(encoding="utf-8")
-    return tomllib.loads(text)
-
-
-@cache
-def load_model() -> Model:
-    """The hub, from the installed `model.toml`."""
-    return parse_model(_read("model.toml"))
-
-
 @cache
 def load_table(format: str) -> Table:
     """The table of a format (`hf`, `openai`, `megatron`, `scales`), fully checked."""
-    return parse_table(format, _read(f"{format}.toml"), load_model())
-
-
-def parse_model(content: Mapping[str, Any]) -> Model:
-    """Check and build the hub; raises InputError naming the parameter and the axis."""
-    _only_keys("model.toml", content, {"axes", "params", "mxfp4"})
-    axes: dict[str, str | int] = content["axes"]
-    for axis, rule in axes.items():
-        if not isinstance(rule, int) and not _SIZE.fullmatch(rule):
-            raise InputError(
-                f"model.toml: axis {axis!r}: {rule!r} is not a key, a number or a quotient"
-            )
-    params = {name: _axes(name, text, axes) for name, text in content["params"].items()}
-    families = {name: Family(name, where) for name, where in params.items()}
-    for weight, encoded in content["mxfp4"].items():
-        if weight not in families:
-            raise InputError(f"model.toml: [mxfp4] names {weight!r}, which is no parameter")
-        _only_keys(f"model.toml: [mxfp4] {weight}", encoded, {"blocks", "scales"})
-        blocks = _axes(f"{weight}.blocks", encoded["blocks"], axes)
-        scales = _axes(f"{weight}.scales", encoded["scales"], axes)
-        if blocks[:-1] != scales or scales[:-1] != params[weight][:-1]:
-            raise InputError(
-                f"model.toml: [mxfp4] {weight}: only the last axis may be cut into blocks"
-            )
-        families[weight] = Family(weight, params[weight], f"{weight}.blocks", f"{weight}.scales")
-        params |= {f"{weight}.blocks": blocks, f"{weight}.scales": scales}
-    return Model(axes, params, families)
+    return parse_table(format, read_toml(f"{format}.toml"), load_model())
 
 
 def parse_table(format: str, content: Mapping[str, Any], model: Model) -> Table:
@@ -273,7 +186,7 @@ def parse_table(format: str, content: Mapping[str, Any], model: Model) -> Table:
 
 def _object_rule(where: str, name: str, content: Mapping[str, Any], model: Model) -> ObjectRule:
     place = f"{where}: {name}"
-    _only_keys(place, content, {"object"})
+    only_keys(place, content, {"object"})
     axes = tuple(content["object"].split())
     for axis in (*_HOLE.findall(name), *axes):
         if axis not in model.axes:
@@ -283,7 +196,7 @@ def _object_rule(where: str, name: str, content: Mapping[str, Any], model: Model
 
 def _rule(where: str, name: str, content: Mapping[str, Any], model: Model) -> Rule:
     place = f"{where}: {name}"
-    _only_keys(place, content, _RULE_KEYS)
+    only_keys(place, content, _RULE_KEYS)
     for key in ("param", "layout"):
         if key not in content:
             raise InputError(f"{place}: no {key!r}")
@@ -364,19 +277,3 @@ def _once(holders: list[Rule], model: Model) -> bool:
     return model.axes[axis] == len(fixed) and sorted(at[axis] for at in fixed) == [
         *range(len(fixed))
     ]
-
-
-def _axes(name: str, text: str, axes: Mapping[str, object]) -> tuple[str, ...]:
-    names = tuple(text.split())
-    for axis in names:
-        if axis not in axes:
-            raise InputError(f"model.toml: {name}: unknown axis {axis!r}")
-        if names.count(axis) > 1:
-            raise InputError(f"model.toml: {name}: axis {axis!r} appears twice")
-    return names
-
-
-def _only_keys(where: str, content: Mapping[str, object], known: set[str]) -> None:
-    for key in content:
-        if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")

@@ -12,8 +12,9 @@ from gptoss_convert.checkpoint import CONFIG, Checkpoint, carried_files
 from gptoss_convert.containers import Image, safetensors
 from gptoss_convert.containers.paths import open_inside
 from gptoss_convert.errors import UsageError
+from gptoss_convert.model import load_model
 from gptoss_convert.strict_json import parse_object
-from gptoss_convert.tables import load_model, load_table
+from gptoss_convert.tables import load_table
 
 if TYPE_CHECKING:
     from gptoss_convert.convert import Options
