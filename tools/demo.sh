@@ -13,7 +13,7 @@ run() { printf '$ %s\n' "$*"; "$@"; }
 same() {
     printf '$ diff -r %s %s\n' "$1" "$2"
     diff -r "$1" "$2"
-    (cd "$1" && sha256sum -- *.safetensors) | sed 's/^\(.\{16\}\)[^ ]*/\1.../'
+    run sha256sum "$1"/*.safetensors "$2"/*.safetensors
     echo "byte-identical: every file of $1 and $2"
 }
 
@@ -34,9 +34,14 @@ say "5. BF16 -> MXFP4 again"
 run gptoss-convert convert bf16 mxfp4-again --to hf --dtype mxfp4
 same mxfp4 mxfp4-again
 
-say "6. To OpenAI's own layout, and back to Hugging Face's"
-run gptoss-convert convert mxfp4 original --to openai
-run gptoss-convert convert original mxfp4-from-original --to hf --tokenizer mxfp4
-same mxfp4 mxfp4-from-original
+say "6. The same model in OpenAI's own layout -> Hugging Face's: the weights of step 1"
+run gptoss-convert synth original --model tiny --format openai
+run gptoss-convert convert original from-original --to hf --tokenizer mxfp4
+run cmp mxfp4/model.safetensors from-original/model.safetensors
+echo "byte-identical: the weights of mxfp4 and from-original"
+
+say "7. Hugging Face's layout -> OpenAI's again"
+run gptoss-convert convert from-original original-again --to openai
+same original original-again
 
 say "Done. The checkpoints are in demo/. Next: README.md, docs/quickstart.md"
