@@ -168,7 +168,7 @@ def _safe_name(raw_name: bytes) -> str:
 
 
 def _require_disjoint(members: list[Member], limit: int) -> None:
-    following = [m.header for m in members[1:]] + [limit]
-    for member, bound in zip(members, following, strict=True):
+    starts = [*(member.header for member in members), limit]
+    for member, bound in zip(members, starts[1:], strict=True):
         if member.offset + member.size > bound:
             raise IntegrityError(f"zip record {member.name} overlaps what follows it")
