@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 
-_NUMBER = re.compile(r"(?<=[._])(\d+)(?=\.)")
+_NUMBER = re.compile(r"(?<=[._])(0|[1-9][0-9]*)(?=\.)")
+
+Numbers = tuple[int, ...]
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -24,17 +28,34 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def fold(names: Iterable[str], limit: int = 4) -> str:
     """The names, layers and experts folded into ranges, at most `limit` groups, then a count."""
-    groups: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    groups: dict[tuple[str, ...], set[Numbers]] = defaultdict(set)
     for name in sorted(names):
-        numbers = tuple(int(number) for number in _NUMBER.findall(name))
-        groups[_NUMBER.sub("{}", name)].append(numbers)
-    parts = [_fold_group(pattern, numbers) for pattern, numbers in groups.items()]
+        pieces = _NUMBER.split(name)
+        groups[tuple(pieces[::2])].add(tuple(map(int, pieces[1::2])))
+    parts = [_name(texts, box) for texts, numbers in groups.items() for box in _full_boxes(numbers)]
     rest = len(parts) - limit
     return ", ".join(parts[:limit]) + (f" and {rest} more groups" if rest > 0 else "")
 
 
-def _fold_group(pattern: str, numbers: list[tuple[int, ...]]) -> str:
-    for position in zip(*numbers, strict=True):
-        text = str(position[0]) if len(set(position)) == 1 else f"{{{ranges(position)}}}"
-        pattern = pattern.replace("{}", text, 1)
-    return pattern
+def _full_boxes(numbers: Iterable[Numbers]) -> Iterator[tuple[Iterable[int], ...]]:
+    """The numbers as products of ranges: nothing is claimed that is not there."""
+    numbers = sorted(numbers)
+    positions = [set(position) for position in zip(*numbers, strict=True)]
+    if math.prod(map(len, positions)) == len(numbers):
+        yield tuple(positions)
+        return
+    tails: dict[int, list[Numbers]] = defaultdict(list)
+    for first, *tail in numbers:
+        tails[first].append(tuple(tail))
+    firsts: dict[tuple[Numbers, ...], list[int]] = defaultdict(list)
+    for first, tail in tails.items():
+        firsts[tuple(tail)].append(first)
+    for tail, first in firsts.items():
+        for box in _full_boxes(tail):
+            yield (first, *box)
+
+
+def _name(texts: tuple[str, ...], box: Iterable[Iterable[int]]) -> str:
+    spans = [ranges(position) for position in box]
+    numbers = [span if span.isdigit() else f"{{{span}}}" for span in spans]
+    return "".join(part for pair in zip_longest(texts, numbers, fillvalue="") for part in pair)

@@ -205,7 +205,10 @@ def _rule(where: str, name: str, content: Mapping[str, Any], model: Model) -> Ru
         if param not in model.params:
             raise InputError(f"{place}: unknown parameter {param!r}")
     at = content.get("at", {})
-    layout = Layout.parse(content["layout"])
+    try:
+        layout = Layout.parse(content["layout"])
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
     chunk = tuple(content.get("chunk", "").split())
     rule = Rule(name, tuple(params), layout, chunk, at, content.get("alias", False))
     for axis in (*rule.named, *layout.axes, *chunk):
@@ -214,6 +217,10 @@ def _rule(where: str, name: str, content: Mapping[str, Any], model: Model) -> Ru
     for axis in chunk:
         if axis not in layout.axes:
             raise InputError(f"{place}: chunk axis {axis!r} is not in layout {layout.text!r}")
+    dtypes = {model.dtype(param): param for param in rule.params}
+    if len(dtypes) > 1:
+        held = ", ".join(f"{param!r} is {dtype}" for dtype, param in dtypes.items())
+        raise InputError(f"{place}: {held}")
     _check_axes(place, rule, model)
     return rule
 
