@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gptoss_convert import config as configs
-from gptoss_convert import sidecar, specimens
+from gptoss_convert import megatron, sidecar, specimens
 from gptoss_convert.config import Config
-from gptoss_convert.containers import Chunk, safetensors
+from gptoss_convert.containers import Chunk, safetensors, torch_dist
 from gptoss_convert.containers.paths import open_inside
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.extents import Extent, extents
@@ -20,6 +20,8 @@ from gptoss_convert.strict_json import parse_object
 from gptoss_convert.tables import load_table
 
 CONFIG = "config.json"
+BESIDE = "beside:"
+"""Prefix of the sidecar's files, which may lie in another directory than the weights."""
 FORMATS = ("hf", "openai", "megatron")
 _CASTS = frozenset(("F32", "F16"))
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".incomplete")
@@ -34,13 +36,18 @@ class Checkpoint:
     variant: str
     root: Path
     config: Config
-    config_text: str
+    hf_config: str | None
+    """Text of Hugging Face's config.json, its own or the one it carries."""
     chunks: tuple[Chunk, ...]
     headers: Mapping[str, safetensors.Header]
     scales: sidecar.Sidecar | None = None
+    beside: Path | None = None
+    """Where the sidecar lies, if not in `root`."""
     carried: tuple[Path, ...] = ()
     """Files of the Hugging Face side that travel byte for byte: tokenizer, template, licence."""
     notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What only this format can tell, for people."""
 
     @property
     def encoding(self) -> str:
@@ -60,10 +67,16 @@ class Checkpoint:
         found = extents(str(self.root), tensors, self.chunks, casts)
         result = [extent for extent in found if not extent.alias]
         if self.scales is not None:
-            place = f"{self.root}/{sidecar.FOLDER}"
+            place = str((self.beside or self.root) / sidecar.FOLDER)
             beside = load_table("scales").tensors("scales", sizes)
-            result += extents(place, beside, self.scales.chunks)
+            found = extents(place, beside, self.scales.chunks)
+            result += [replace(extent, file=BESIDE + extent.file) for extent in found]
         return result
+
+    @property
+    def roots(self) -> dict[str, Path]:
+        """The directories that the extents' files lie in, by prefix of the file name."""
+        return {"": self.root, BESIDE: self.beside or self.root}
 
     def origin(self) -> Origin | None:
         """How this checkpoint's MXFP4 files are stored, or those it came from."""
@@ -76,7 +89,7 @@ class Checkpoint:
             self.format,
             {name: header.text for name, header in self.headers.items()},
             index.read_text(encoding="utf-8") if index.exists() else None,
-            self.config_text,
+            self.hf_config,
         )
 
 
@@ -94,18 +107,38 @@ def formats_in(path: Path) -> dict[str, Path]:
             found["openai"] = path
     if (path / "original" / CONFIG).exists():
         found["openai"] = path / "original"
-    markers = ("latest_checkpointed_iteration.txt", ".metadata", "metadata.json")
+    markers = (megatron.TRACKER, ".metadata", "metadata.json")
     if any((path / name).exists() for name in markers) or any(path.glob("iter_*")):
         found["megatron"] = path
     return found
 
 
-def open_checkpoint(path: Path, format: str | None = None, *, repair: bool = False) -> Checkpoint:
-    """Open a directory; `format` chooses where it holds several.
+@dataclass(frozen=True)
+class Choices:
+    """What opening a checkpoint cannot decide by itself."""
+
+    format: str | None = None
+    """One of FORMATS, where a directory holds several."""
+    repair: bool = False
+    """Read experts that were saved under the names of packed blocks."""
+    iteration: int | None = None
+    """Megatron: another iteration than the latest."""
+    config: Path | None = None
+    """Megatron: a Hugging Face config.json, where the checkpoint carries none."""
+    vocab_size: int | None = None
+    """Megatron: rows of the vocabulary without padding, where nothing says so."""
+
+
+DEFAULT = Choices()
+
+
+def open_checkpoint(path: Path, choices: Choices = DEFAULT) -> Checkpoint:
+    """Open a directory, header by header.
 
     Raises UsageError with the choices, InputError or IntegrityError with file and tensor.
     """
     found = formats_in(path)
+    format = choices.format
     if format is None:
         if len(found) > 1:
             raise UsageError(f"{path}: holds {' and '.join(found)}; choose one with --from")
@@ -114,10 +147,10 @@ def open_checkpoint(path: Path, format: str | None = None, *, repair: bool = Fal
         problem = specimens.recognise_files(path)
         held = f"holds {', '.join(found)}" if found else "no config.json and no torch_dist tracker"
         raise problem or InputError(f"{path}: not a GPT-OSS checkpoint: {held}")
-    return _OPENERS[format](found[format], repair)
+    return _OPENERS[format](found[format], choices)
 
 
-def _open_hf(root: Path, repair: bool) -> Checkpoint:
+def _open_hf(root: Path, choices: Choices) -> Checkpoint:
     if problem := specimens.recognise_files(root):
         raise problem
     text, content = _read_config(root)
@@ -131,10 +164,10 @@ def _open_hf(root: Path, repair: bool) -> Checkpoint:
     notes = list(config.notes)
     if variant == "mis-saved":
         what = "BF16 experts under the names of packed blocks, as transformers 5.21 to 5.23 save"
-        if not repair:
+        if not choices.repair:
             raise IntegrityError(f"{root}: {what}; pass --repair to read them as BF16")
         notes.append(f"repaired: {what}")
-    elif ("quantization_config" in content) != (variant == "mxfp4") and not repair:
+    elif ("quantization_config" in content) != (variant == "mxfp4") and not choices.repair:
         says = "has" if "quantization_config" in content else "has no"
         raise IntegrityError(
             f"{root / CONFIG}: {says} quantization_config, the experts are "
@@ -143,24 +176,96 @@ def _open_hf(root: Path, repair: bool) -> Checkpoint:
     scales = sidecar.read(root) if variant != "mxfp4" else None
     carried = carried_files(root)
     return Checkpoint(
-        "hf", variant, root, config, text, chunks, headers, scales, carried, tuple(notes)
+        "hf",
+        variant,
+        root,
+        config,
+        text,
+        chunks,
+        headers,
+        scales,
+        carried=carried,
+        notes=tuple(notes),
     )
 
 
-def _open_openai(root: Path, repair: bool) -> Checkpoint:
-    text, content = _read_config(root)
+def _open_openai(root: Path, choices: Choices) -> Checkpoint:
+    _, content = _read_config(root)
     config = configs.from_openai(str(root / CONFIG), content)
     chunks, headers = safetensors.read_directory(root)
     if not chunks:
         raise IntegrityError(f"{root}: no *.safetensors files beside config.json")
-    return Checkpoint("openai", "mxfp4", root, config, text, chunks, headers)
+    return Checkpoint("openai", "mxfp4", root, config, None, chunks, headers)
 
 
-def _open_megatron(root: Path, repair: bool) -> Checkpoint:
-    raise InputError(f"{root}: torch_dist is not supported yet")
+def _open_megatron(root: Path, choices: Choices) -> Checkpoint:
+    directory = torch_dist.find_iteration(root, choices.iteration)
+    base = directory.parent if directory.name.startswith("iter_") else directory
+    stored = torch_dist.read(directory)
+    config, text = _megatron_config(base, directory, stored, choices)
+    chunks, padding = megatron.without_padding(stored.chunks, config.vocab_size)
+    skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(stored.skipped.items()))
+    notes = [*config.notes]
+    if set(stored.skipped) - {"extra_state"}:
+        notes.append(f"skipped entries that hold no weights: {skipped}")
+    if padding:
+        notes.append(f"vocabulary: {padding} rows of padding cut off")
+    variant = _variant("megatron", config, chunks)
+    fields = megatron.read_run_config(directory) or stored.common.get("args") or {}
+    details = {
+        "iteration": directory.name,
+        "naming": variant,
+        "saved_by": stored.saved_by,
+        "parallel": megatron.parallel_layout(fields if isinstance(fields, dict) else {}),
+        "chunks": len(stored.chunks),
+        "skipped": dict(stored.skipped),
+        "optimizer": bool(stored.skipped.get("optimizer")),
+    }
+    return Checkpoint(
+        "megatron",
+        variant,
+        directory,
+        config,
+        text,
+        chunks,
+        {},
+        sidecar.read(base),
+        beside=base,
+        carried=carried_files(base / megatron.HF_FOLDER),
+        notes=tuple(notes),
+        details=details,
+    )
 
 
-_OPENERS: Mapping[str, Callable[[Path, bool], Checkpoint]] = {
+def _megatron_config(
+    base: Path, directory: Path, stored: torch_dist.TorchDist, choices: Choices
+) -> tuple[Config, str | None]:
+    """From --config, else carried config.json, else Bridge's or Megatron-LM's own fields."""
+    bridge = megatron.read_run_config(directory)
+    args = stored.common.get("args")
+    fields = {
+        str(directory / megatron.RUN_CONFIG): bridge,
+        f"{directory}: args": args if isinstance(args, dict) else None,
+    }
+    folder = base / megatron.HF_FOLDER
+    path = choices.config or (folder / CONFIG if (folder / CONFIG).exists() else None)
+    if path is not None:
+        text, content = _read_config(path.parent, path.name)
+        config = configs.from_hf(str(path), content)
+        for where, values in fields.items():
+            megatron.check_fields(where, values or {}, config)
+        return config, text
+    for where, values in fields.items():
+        if values:
+            rows = megatron.vocabulary(where, values, stored.chunks, choices.vocab_size)
+            return megatron.from_fields(where, values, rows), None
+    raise InputError(
+        f"{directory}: neither {megatron.HF_FOLDER}/{CONFIG}, {megatron.RUN_CONFIG} nor args tell "
+        "the model's configuration; pass --config CONFIG_JSON"
+    )
+
+
+_OPENERS: Mapping[str, Callable[[Path, Choices], Checkpoint]] = {
     "hf": _open_hf,
     "openai": _open_openai,
     "megatron": _open_megatron,
@@ -180,9 +285,9 @@ def _variant(format: str, config: Config, chunks: Sequence[Chunk]) -> str:
     return min(table.variants, key=misfit)
 
 
-def _read_config(root: Path) -> tuple[str, dict[str, Any]]:
-    path = root / CONFIG
-    with open_inside(root, CONFIG) as file:
+def _read_config(root: Path, name: str = CONFIG) -> tuple[str, dict[str, Any]]:
+    path = root / name
+    with open_inside(root, name) as file:
         raw = file.read(1 << 22)
     try:
         text = raw.decode("utf-8")
@@ -195,7 +300,7 @@ def carried_files(root: Path) -> tuple[Path, ...]:
     """The files beside the weights that a served directory needs and no conversion changes."""
     return tuple(
         path
-        for path in sorted(root.iterdir())
+        for path in sorted(root.iterdir() if root.is_dir() else ())
         if path.is_file()
         and not path.name.startswith(".")
         and not path.name.endswith(_NOT_CARRIED)

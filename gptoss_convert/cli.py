@@ -43,6 +43,19 @@ _quiet = click.option("--quiet", is_flag=True, help="No progress; notes and erro
 _overwrite = click.option(
     "--overwrite", is_flag=True, help="Replace TARGET, once everything is written."
 )
+_iteration = click.option(
+    "--iteration", type=click.IntRange(0), help="Megatron SOURCE: not the latest iteration."
+)
+_config = click.option(
+    "--config",
+    type=_PATH,
+    help="Megatron SOURCE: a Hugging Face config.json, where it carries none.",
+)
+_vocab_size = click.option(
+    "--vocab-size",
+    type=click.IntRange(1),
+    help="Megatron SOURCE: rows of the vocabulary without padding, where nothing says so.",
+)
 _workers = click.option(
     "--workers",
     type=click.IntRange(1, 256),
@@ -53,7 +66,7 @@ _workers = click.option(
 @click.group(context_settings=_SETTINGS, epilog=_EPILOG)
 @click.version_option(VERSION, "-V", "--version", prog_name="gptoss-convert")
 def cli() -> None:
-    """Convert GPT-OSS checkpoints between Hugging Face and OpenAI's layout, MXFP4 and BF16.
+    """Convert GPT-OSS checkpoints: Hugging Face (MXFP4, BF16), OpenAI's layout, Megatron-Core.
 
     Values are exact, memory is bounded, and TARGET appears complete or not at all.
     """
@@ -62,7 +75,7 @@ def cli() -> None:
 @cli.command(epilog=_EPILOG)
 @click.argument("source", type=_PATH)
 @click.argument("target", type=_PATH)
-@click.option("--to", required=True, type=click.Choice(["hf", "openai"]), help="Format of TARGET.")
+@click.option("--to", required=True, type=click.Choice(_FORMATS), help="Format of TARGET.")
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "mxfp4", "bf16"]),
@@ -95,6 +108,26 @@ def cli() -> None:
 @click.option("--cast", is_flag=True, help="Round a float32 or float16 SOURCE to BF16.")
 @click.option("--lossy", is_flag=True, help="Round values that have no exact MXFP4 form.")
 @click.option("--repair", is_flag=True, help="Read what transformers 5.21 to 5.23 mis-saved.")
+@click.option(
+    "--layout",
+    type=click.Choice(["stacked", "per-layer"]),
+    default="stacked",
+    help="Megatron TARGET: all layers in one tensor, or a tensor a layer (120b loads faster).",
+)
+@click.option(
+    "--also-local-spec",
+    is_flag=True,
+    help="Megatron TARGET: name the second norm as models without Transformer Engine do, too.",
+)
+@click.option(
+    "--bridge",
+    type=click.Choice(["modern", "legacy"]),
+    default="modern",
+    help="Megatron TARGET: run_config.yaml for Megatron-Bridge from 0.4.0 on, or before.",
+)
+@_iteration
+@_config
+@_vocab_size
 @click.option("--tokenizer", type=_PATH, help="Directory whose tokenizer and template TARGET gets.")
 @_overwrite
 @click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
@@ -118,6 +151,7 @@ def convert(
     gptoss-convert convert gpt-oss-20b out --to hf --dtype bf16
     gptoss-convert convert out back --to hf --dtype mxfp4
     gptoss-convert convert gpt-oss-20b/original out --to hf --tokenizer gpt-oss-20b
+    gptoss-convert convert gpt-oss-20b out --to megatron
     """
     from gptoss_convert.convert import Options, plan, run
 
@@ -140,16 +174,29 @@ def convert(
     type=click.Choice(_FORMATS),
     help="Format to read, where PATH holds several.",
 )
+@_iteration
+@_config
+@_vocab_size
 @_json
-def inspect(path: Path, source_format: str | None, as_json: bool) -> None:
+def inspect(
+    path: Path,
+    *,
+    source_format: str | None,
+    iteration: int | None,
+    config: Path | None,
+    vocab_size: int | None,
+    as_json: bool,
+) -> None:
     """Tell what the checkpoint in PATH is: format, size, encoding, anything odd. Headers only.
 
     \b
     gptoss-convert inspect gpt-oss-20b
     """
+    from gptoss_convert.checkpoint import Choices
     from gptoss_convert.inspect import inspect
 
-    summary = inspect(path, source_format).summary()
+    choices = Choices(source_format, True, iteration, config, vocab_size)
+    summary = inspect(path, choices).summary()
     _print(summary, report.inspection(summary), as_json)
 
 
@@ -157,7 +204,7 @@ def inspect(path: Path, source_format: str | None, as_json: bool) -> None:
 @click.argument("target", type=_PATH)
 @click.option("--model", type=click.Choice(["tiny", "20b", "120b"]), default="tiny")
 @click.option("--layers", type=click.IntRange(1), help="Fewer layers than the model has.")
-@click.option("--format", type=click.Choice(["hf", "openai"]), default="hf")
+@click.option("--format", type=click.Choice(_FORMATS), default="hf")
 @click.option("--dtype", type=click.Choice(["keep", "mxfp4", "bf16"]), default="keep")
 @click.option("--shards", type=click.Choice(["auto", "size", "published"]), default="auto")
 @click.option("--seed", type=int, default=0)

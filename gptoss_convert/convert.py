@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert import resources, sidecar
-from gptoss_convert.checkpoint import Checkpoint, casts, open_checkpoint
+from gptoss_convert.checkpoint import Checkpoint, Choices, casts, open_checkpoint
 from gptoss_convert.containers import Image
 from gptoss_convert.errors import CodecError, UsageError
 from gptoss_convert.extents import Extent, extents
@@ -50,8 +50,24 @@ class Options:
     cast: bool = False
     lossy: bool = False
     repair: bool = False
+    layout: str = "stacked"
+    """Megatron: layers `stacked` in one tensor, or one tensor `per-layer`."""
+    also_local_spec: bool = False
+    """Megatron: write the second norm under the local spec's name too."""
+    bridge: str = "modern"
+    """Megatron-Bridge: run_config.yaml for 0.4.0 and later, or `legacy`."""
+    iteration: int | None = None
+    config: Path | None = None
+    vocab_size: int | None = None
     tokenizer: Path | None = None
     overwrite: bool = False
+
+    @property
+    def choices(self) -> Choices:
+        """What concerns the opening of SOURCE."""
+        return Choices(
+            self.source_format, self.repair, self.iteration, self.config, self.vocab_size
+        )
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,7 @@ def plan(source: str | Path, target: str | Path, options: Options) -> Conversion
     """Everything that is decided before the first byte: opens and checks, reads headers only."""
     source, target = Path(source), Path(target)
     check_target(source, target, options.overwrite)
-    opened = open_checkpoint(source, options.source_format, repair=options.repair)
+    opened = open_checkpoint(source, options.choices)
     return plan_opened(opened, target, options)
 
 
@@ -137,9 +153,10 @@ def plan_opened(opened: Checkpoint, target: Path, options: Options) -> Conversio
     notes = [*opened.notes]
     sizes = load_model().sizes(opened.config.numbers)
     held = opened.extents(casts(options.cast))
-    roots = {"": opened.root}
+    roots = opened.roots
     if options.scales is not None:
-        held, roots[_REFERENCE] = _with_reference(opened, held, options.scales)
+        held, lent = _with_reference(opened, held, options.scales)
+        roots |= lent
     image, more_notes = make_image(opened, variant, options)
     taken = _target_extents(options.to, variant, sizes, image)
     steps = make_plan(load_model(), sizes, held, taken)
@@ -203,12 +220,14 @@ def _variant(source: Checkpoint, options: Options) -> str:
         if options.dtype == "bf16":
             raise UsageError("--to openai --dtype bf16: OpenAI's layout has MXFP4 experts only")
         return "mxfp4"
-    raise UsageError(f"--to {options.to}: choose hf or openai")
+    if options.dtype == "mxfp4":
+        raise UsageError("--to megatron --dtype mxfp4: Megatron's layout has BF16 experts only")
+    return options.layout + ("-both" if options.also_local_spec else "")
 
 
 def _with_reference(
     source: Checkpoint, held: list[Extent], path: Path
-) -> tuple[list[Extent], Path]:
+) -> tuple[list[Extent], dict[str, Path]]:
     """The source's extents with the scales of another checkpoint instead of its own."""
     if source.encoding == "mxfp4":
         raise UsageError(f"--scales {path}: SOURCE is MXFP4 and has its own scales")
@@ -220,7 +239,8 @@ def _with_reference(
     if not lent:
         raise UsageError(f"--scales {path}: holds no MXFP4 scales")
     own = [extent for extent in held if extent.param not in wanted]
-    return own + [replace(e, file=_REFERENCE + e.file) for e in lent], reference.root
+    roots = {_REFERENCE + prefix: root for prefix, root in reference.roots.items()}
+    return own + [replace(e, file=_REFERENCE + e.file) for e in lent], roots
 
 
 def _target_extents(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.checkpoint import Checkpoint, casts, open_checkpoint
+from gptoss_convert.checkpoint import DEFAULT, Checkpoint, Choices, casts, open_checkpoint
 from gptoss_convert.model import load_model
 
 
@@ -46,14 +46,15 @@ class Inspection:
             "files": self.files,
             "scales_sidecar": checkpoint.scales is not None,
             "carried_files": [path.name for path in checkpoint.carried],
+            "details": dict(checkpoint.details),
             "config": config,
             "notes": list(checkpoint.notes),
         }
 
 
-def inspect(path: str | Path, source_format: str | None = None) -> Inspection:
+def inspect(path: str | Path, choices: Choices = DEFAULT) -> Inspection:
     """Open a checkpoint and check every header; raises what `convert` would refuse it for."""
-    checkpoint = open_checkpoint(Path(path), source_format, repair=True)
+    checkpoint = open_checkpoint(Path(path), replace(choices, repair=True))
     checkpoint.extents(casts(True))
     model = load_model()
     sizes = model.sizes(checkpoint.config.numbers)

@@ -7,13 +7,15 @@ A field that contradicts GPT-OSS is refused with both values: such a model would
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gptoss_convert.config import Config
+from gptoss_convert.containers import Chunk
 from gptoss_convert.containers.paths import open_inside
-from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.errors import InputError, IntegrityError, UsageError
 
 RUN_CONFIG = "run_config.yaml"
 ITERATION = 1
@@ -48,6 +50,37 @@ _SIZES = {
     "head_dim": ("kv_channels",),
 }
 """Megatron's names of each size, in TransformerConfig and in Megatron-LM's arguments."""
+
+
+def without_padding(chunks: Sequence[Chunk], vocab_size: int) -> tuple[tuple[Chunk, ...], int]:
+    """The chunks with the vocabulary cut to its real rows, and how many rows were padding."""
+    cut: list[Chunk] = []
+    padding = 0
+    for chunk in chunks:
+        if chunk.tensor not in VOCABULARY_KEYS or chunk.shape[0] <= vocab_size:
+            cut.append(chunk)
+            continue
+        padding = chunk.shape[0] - vocab_size
+        rows = min(chunk.extent[0], vocab_size - chunk.start[0])
+        if rows > 0:
+            shape = (vocab_size, *chunk.shape[1:])
+            cut.append(replace(chunk, shape=shape, extent=(rows, *chunk.extent[1:])))
+    return tuple(cut), padding
+
+
+def vocabulary(
+    where: str, fields: Mapping[str, Any], chunks: Sequence[Chunk], asked: int | None
+) -> int:
+    """Rows of the vocabulary: as asked, as the fields say, else as stored if that is no padding."""
+    stored = max((c.shape[0] for c in chunks if c.tensor in VOCABULARY_KEYS), default=0)
+    rows = asked or fields.get("vocab_size")
+    if rows is None and stored % 128:
+        rows = stored
+    if type(rows) is not int or not 0 < rows <= stored:
+        unknown = f"no vocabulary size, {stored} rows may hold padding; pass --vocab-size"
+        wrong = f"vocab_size {rows!r}, the checkpoint holds {stored} rows"
+        raise UsageError(f"{where}: {unknown if rows is None else wrong}")
+    return rows
 
 
 def read_run_config(directory: Path) -> dict[str, Any] | None:

@@ -65,7 +65,8 @@ def _locked(path: Path, target: Path) -> Iterator[None]:
 
 def _swap(work: Path, target: Path, overwrite: bool) -> None:
     """Rename last: whoever sees TARGET may rely on every file in it."""
-    sync_directory(work)
+    for folder, _, _ in os.walk(work):
+        sync_directory(Path(folder))
     old = target.parent / f".{target.name}.gptoss-convert.old"
     if target.exists():
         if overwrite:

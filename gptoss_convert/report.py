@@ -42,12 +42,28 @@ def inspection(summary: Mapping[str, Any]) -> str:
         "context": f"{config['max_position_embeddings']} (YaRN {config['rope_factor']:g} x "
         f"{config['original_max_position_embeddings']}, theta {config['rope_theta']:g})",
     }
+    rows |= _details(summary["details"])
     if summary["scales_sidecar"]:
         rows["sidecar"] = "MXFP4 scales: the way back restores the original bytes"
     if summary["carried_files"]:
         rows["beside"] = ", ".join(summary["carried_files"])
     text = lines(rows)
     return "\n".join([text, *(f"note: {note}" for note in summary["notes"])])
+
+
+def _details(details: Mapping[str, Any]) -> dict[str, str]:
+    """What only a Megatron checkpoint can tell."""
+    if not details:
+        return {}
+    parallel = ", ".join(f"{name} {size}" for name, size in details["parallel"].items())
+    skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(details["skipped"].items()))
+    return {
+        "iteration": f"{details['iteration']}, saved by {details['saved_by']}",
+        "naming": f"{details['naming']}, {details['chunks']} chunks",
+        "parallel": parallel or "not split, or not recorded",
+        "optimizer": "present, ignored" if details["optimizer"] else "none",
+        "skipped": skipped or "nothing",
+    }
 
 
 def conversion(summary: Mapping[str, Any]) -> str:

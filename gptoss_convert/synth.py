@@ -18,7 +18,7 @@ from gptoss_convert import config as configs
 from gptoss_convert.checkpoint import Checkpoint
 from gptoss_convert.config import Config
 from gptoss_convert.containers import Chunk
-from gptoss_convert.convert import ENCODINGS, Conversion, Options, Report, plan_opened, run
+from gptoss_convert.convert import ENCODINGS, SHARDS, Conversion, Options, Report, plan_opened, run
 from gptoss_convert.errors import UsageError
 from gptoss_convert.progress import SILENT, Progress
 from gptoss_convert.publish import check_target
@@ -119,6 +119,8 @@ def plan_synth(
     """
     if dtype not in ENCODINGS:
         raise UsageError(f"--dtype {dtype}: choose {', '.join(ENCODINGS)}")
+    if shards not in SHARDS:
+        raise UsageError(f"--shards {shards}: choose {', '.join(SHARDS)}")
     # The source lies in no directory, so there is none that TARGET could damage.
     check_target(Path(os.devnull), target, overwrite)
     source = virtual_checkpoint(model, layers)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert import config as configs
-from gptoss_convert import shards, sidecar
+from gptoss_convert import megatron, shards, sidecar
 from gptoss_convert.checkpoint import CONFIG, Checkpoint, carried_files
-from gptoss_convert.containers import Image, safetensors
+from gptoss_convert.containers import Image, safetensors, torch_dist
 from gptoss_convert.containers.paths import open_inside
 from gptoss_convert.errors import UsageError
 from gptoss_convert.model import load_model
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from gptoss_convert.convert import Options
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_DISTCP_FILES = 8
+"""About how many `.distcp` files hold the weights: loaders read them side by side."""
+_DISTCP_MIN_BYTES = 2_000_000_000
+"""No `.distcp` file is limited below this: the largest tensor is one chunk."""
 _TAGS = {"blocks": "FP4", "scales": "UE8"}
 
 
@@ -31,21 +35,12 @@ def make_image(source: Checkpoint, variant: str, options: Options) -> tuple[Imag
 def _hf_image(source: Checkpoint, variant: str, options: Options) -> tuple[Image, list[str]]:
     weights = _shards("hf", source, variant, options)
     side = _sidecar_image(source, variant, options)
-    folder = options.tokenizer
-    if folder is not None and not folder.is_dir():
-        raise UsageError(f"--tokenizer {folder}: no such directory")
-    paths = carried_files(folder) if folder is not None else source.carried
-    notes = [
-        f"no {name}: SOURCE has none; pass --tokenizer DIR to add one"
-        for name in _TOKENIZER
-        if name not in {path.name for path in paths}
-    ]
-    closing = [(path.name, _read(path.parent, path.name)) for path in paths]
-    closing.append((CONFIG, _hf_config(source, variant)))
+    carried, notes = _carried(source, options)
+    closing = [*carried, (CONFIG, _hf_config(source, variant))]
     files = (*weights.files, *side.files)
     chunks = (*weights.chunks, *side.chunks)
     # The index goes last: a reader that sees it may rely on every shard.
-    return Image(files, chunks, (*closing, *side.closing, *weights.closing)), notes[:1]
+    return Image(files, chunks, (*closing, *side.closing, *weights.closing)), notes
 
 
 def _openai_image(source: Checkpoint, variant: str, options: Options) -> tuple[Image, list[str]]:
@@ -57,7 +52,50 @@ def _openai_image(source: Checkpoint, variant: str, options: Options) -> tuple[I
     return Image(weights.files, weights.chunks, (*closing, *weights.closing)), []
 
 
-_MAKERS = {"hf": _hf_image, "openai": _openai_image}
+def _megatron_image(source: Checkpoint, variant: str, options: Options) -> tuple[Image, list[str]]:
+    table = load_table("megatron")
+    config = source.config
+    sizes = load_model().sizes(config.numbers)
+    iteration = torch_dist.image(
+        shards.specs_of(table.tensors(variant, sizes)),
+        torch_dist.extra_state_objects(table.object_names(variant, sizes)),
+        megatron.common_state(config, options.layout),
+        files=_DISTCP_FILES,
+        max_file_bytes=max(options.max_shard_size, _DISTCP_MIN_BYTES),
+    )
+    folder = f"iter_{megatron.ITERATION:07d}/"
+    side = _sidecar_image(source, variant, options)
+    carried, notes = _carried(source, options)
+    hf_config = source.hf_config
+    text = hf_config.encode() if hf_config else configs.hf_json(config, None, mxfp4=False)
+    *state, declared = ((folder + name, content) for name, content in iteration.closing)
+    closing = (
+        *((f"{megatron.HF_FOLDER}/{name}", content) for name, content in carried),
+        (f"{megatron.HF_FOLDER}/{CONFIG}", text),
+        *side.closing,
+        (folder + megatron.RUN_CONFIG, megatron.run_config_yaml(config, options.bridge)),
+        *state,
+        (megatron.TRACKER, str(megatron.ITERATION).encode()),
+        # Last: metadata.json declares the checkpoint complete.
+        declared,
+    )
+    files = (*(replace(f, name=folder + f.name) for f in iteration.files), *side.files)
+    chunks = (*(replace(c, file=folder + c.file) for c in iteration.chunks), *side.chunks)
+    return Image(files, chunks, closing), notes
+
+
+_MAKERS = {"hf": _hf_image, "openai": _openai_image, "megatron": _megatron_image}
+
+
+def _carried(source: Checkpoint, options: Options) -> tuple[list[tuple[str, bytes]], list[str]]:
+    """The Hugging Face side's files, from SOURCE or --tokenizer, and a note if one is missing."""
+    folder = options.tokenizer
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"--tokenizer {folder}: no such directory")
+    paths = carried_files(folder) if folder is not None else source.carried
+    lacking = [name for name in _TOKENIZER if name not in {path.name for path in paths}]
+    note = f"no {' and no '.join(lacking)}: SOURCE has none; pass --tokenizer DIR to add them"
+    return [(path.name, _read(path.parent, path.name)) for path in paths], [note] * bool(lacking)
 
 
 def _shards(format: str, source: Checkpoint, variant: str, options: Options) -> Image:
@@ -86,14 +124,13 @@ def _sidecar_image(source: Checkpoint, variant: str, options: Options) -> Image:
 
 def _hf_config(source: Checkpoint, variant: str) -> bytes:
     """config.json of the target; the MXFP4 source's own bytes where nothing changed since."""
-    base: Mapping[str, Any] | None = None
-    if source.format == "hf":
-        base = parse_object(CONFIG, source.config_text)
+    base = parse_object(CONFIG, source.hf_config) if source.hf_config else None
     origin = source.origin() if source.scales is not None else None
     if variant == "mxfp4" and origin is not None and origin.format == "hf" and origin.config:
         before = parse_object(f"{sidecar.FOLDER}/{sidecar.ORIGIN}: config", origin.config)
         config = configs.from_hf(sidecar.ORIGIN, before)
-        if source.config_text.encode() == configs.hf_json(config, before, mxfp4=False):
+        unchanged = configs.hf_json(config, before, mxfp4=False).decode()
+        if source.hf_config in (origin.config, unchanged):
             return origin.config.encode()
     return configs.hf_json(source.config, base, mxfp4=variant == "mxfp4")
 
