@@ -15,6 +15,8 @@ from gptoss_convert.mxfp4.jit import kernels
 from gptoss_convert.mxfp4.reference import MAX_SCALE, NO_HINT, U8, U16
 from gptoss_convert.mxfp4.stats import EncodeStats
 
+Index = tuple[NDArray[np.intp], ...]
+
 _PIECE = 1 << 19
 """Blocks per kernel call of an encoding: the status of each takes a byte."""
 
@@ -79,21 +81,29 @@ def _encode_piece(
     views = values, blocks, scales, hints, status
     if not _walk(module.encode_straight, module.encode_across, *views):
         return _encode_by_reference(values, blocks, scales, hints)
-    redo = status == module.REDO
-    zero = (status & module.ZERO) != 0
-    redone = EncodeStats()
-    for index, flat in _batches(redo):
-        blocks[index], scales[index], part = reference.encode_blocks(values[index], hints[index])
-        first = int(flat[part.first_inexact]) if part.first_inexact >= 0 else -1
-        redone += replace(part, blocks=0, first_inexact=first)
-    nonzero = scales[~(redo | zero)] if redo.any() or zero.any() else scales
-    return redone + EncodeStats(
+    if not status.any():
+        least, most = int(scales.min()), int(scales.max())
+        return EncodeStats(blocks=scales.size, min_scale=least, max_scale=most)
+    stats = EncodeStats()
+    for index, flat in _batches(status == module.REDO):
+        stats += _redo(index, flat, values, blocks, scales, hints)
+    kept = scales[(status & (module.REDO | module.ZERO)) == 0]
+    return stats + EncodeStats(
         blocks=scales.size,
-        zero_blocks=int(np.count_nonzero(zero)),
-        min_scale=int(nonzero.min(initial=255)),
-        max_scale=int(nonzero.max(initial=0)),
+        zero_blocks=int(np.count_nonzero(status & module.ZERO)),
+        min_scale=int(kept.min(initial=255)),
+        max_scale=int(kept.max(initial=0)),
         hinted_blocks=int(np.count_nonzero(status & module.HINTED)),
     )
+
+
+def _redo(
+    index: Index, flat: NDArray[np.intp], values: U16, blocks: U8, scales: U8, hints: U8
+) -> EncodeStats:
+    """Encode the blocks at `index` by the reference; the statistics leave them uncounted."""
+    blocks[index], scales[index], stats = reference.encode_blocks(values[index], hints[index])
+    first = int(flat[stats.first_inexact]) if stats.first_inexact >= 0 else -1
+    return replace(stats, blocks=0, first_inexact=first)
 
 
 def _encode_by_reference(values: U16, blocks: U8, scales: U8, hints: U8) -> EncodeStats:
@@ -140,9 +150,7 @@ def _walk(straight: Callable, across: Callable, *views: U8 | U16) -> bool:
     return True
 
 
-def _batches(
-    mask: NDArray[np.bool_],
-) -> Iterator[tuple[tuple[NDArray[np.intp], ...], NDArray[np.intp]]]:
+def _batches(mask: NDArray[np.bool_]) -> Iterator[tuple[Index, NDArray[np.intp]]]:
     """Indices of the true elements in C order, a bounded number at a time: (index, flat index)."""
     marks = mask.reshape(-1)
     for start in range(0, marks.size, _BATCH):

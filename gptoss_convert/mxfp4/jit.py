@@ -7,7 +7,9 @@ import importlib
 import os
 import pickle
 import sys
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 
@@ -30,6 +32,13 @@ def kernels() -> ModuleType | None:
     return importlib.import_module("gptoss_convert.mxfp4.kernels")
 
 
+@functools.cache
+def _checksum() -> int:
+    """CRC-32 of this package's code, for the cache: numba's own key is a kernel's file alone."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return zlib.crc32(b"".join(path.read_bytes() for path in sources))
+
+
 def compiled(signature: str) -> Callable[[Callable], Callable]:
     """Compile a function for `signature` at definition, without the GIL, or load it from the cache.
 
@@ -38,6 +47,7 @@ def compiled(signature: str) -> Callable[[Callable], Callable]:
     njit = importlib.import_module("numba").njit
 
     def compile_(function: Callable) -> Callable:
+        function.__qualname__ += f"_{_checksum():08x}"
         try:
             return njit([signature], nogil=True, cache=True)(function)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):

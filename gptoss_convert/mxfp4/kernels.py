@@ -11,7 +11,14 @@ import numpy as np
 from numba import njit, uint8, uint16
 
 from gptoss_convert.mxfp4.jit import compiled
-from gptoss_convert.mxfp4.vectors import SIDE, decode_block, encode_block, largest, transpose
+from gptoss_convert.mxfp4.vectors import (
+    SIDE,
+    decode_block,
+    encode_block,
+    largest,
+    prefetch,
+    transpose,
+)
 
 REDO = 1
 """Status of a block that is not exact, or outside the kernel's range: redo it by the reference."""
@@ -20,26 +27,37 @@ ZERO = 2
 HINTED = 4
 """Status bit: the hint was taken, and the rule would have chosen another scale."""
 
-TILE = 32
+TILE = 64
 """Rows that are transposed at once: their values fill whole cache lines on both sides."""
+
+AHEAD = 1024
+"""Elements to prefetch ahead of a straight read: the block that depends on it takes long."""
 
 IN8 = "Array(uint8, 1, 'C', readonly=True)"
 IN16 = "Array(uint16, 1, 'C', readonly=True)"
 OUT8 = "Array(uint8, 1, 'C')"
 OUT16 = "Array(uint16, 1, 'C')"
-SIZE = "UniTuple(int64, 2)"
-DECODE = f"void({OUT16}, {IN8}, {IN8}{', UniTuple(int64, 3)' * 1}, {SIZE}" + (
-    ", UniTuple(int64, 3)" * 2 + ", int64)"
+TUPLE = {length: f"UniTuple(int64, {length})" for length in (2, 3, 5)}
+DECODE = f"void({OUT16}, {IN8}, {IN8}, {TUPLE[3]}, {TUPLE[2]}, {TUPLE[3]}, {TUPLE[3]}, int64)"
+ENCODE = (
+    f"void({IN16}, {OUT8}, {OUT8}, {IN8}, {OUT8}, "
+    f"{TUPLE[5]}, {TUPLE[2]}, {TUPLE[5]}, {TUPLE[5]}, int64)"
 )
-ENCODE = f"void({IN16}, {OUT8}, {OUT8}, {IN8}, {OUT8}, UniTuple(int64, 5), {SIZE}" + (
-    ", UniTuple(int64, 5)" * 2 + ", int64)"
-)
+COPY = f"void({IN16}, {OUT16}, {TUPLE[2]}, {TUPLE[2]}, {TUPLE[2]}, {TUPLE[2]})"
 
 
 @njit(inline="always")
 def _bias(scale):
-    """What decode_block adds to a code's bits."""
+    """The BF16 bits of 0.5 times the scale."""
     return uint16((uint16(scale) << 7) - 128)
+
+
+@njit(inline="always")
+def _prefetch_rows(array, index, step, rows):
+    """Prefetch TILE elements from each of some rows: they are too many for the hardware."""
+    for k in range(rows):
+        for line in range(0, TILE, 32):
+            prefetch(array, index + k * step + line)
 
 
 @compiled(DECODE)
@@ -66,9 +84,12 @@ def decode_across(values, blocks, scales, start, size, row, group, step):
                 s = start[2] + (first + r) * row[2] + g * group[2]
                 decode_block(blocks, b, tile, r * 32, _bias(scales[s]))
             if rows == TILE and row[0] == 1:
+                _prefetch_rows(values, v + TILE, step, 32)
                 for k in range(0, 32, SIDE):
                     for r in range(0, TILE, SIDE):
-                        transpose(tile, r * 32 + k, 32, values, v + k * step + r, step)
+                        transpose(
+                            tile, r * 32 + k, 64, 32, values, v + k * step + r, 2 * step, step
+                        )
             else:
                 for k in range(32):
                     for r in range(rows):
@@ -79,17 +100,16 @@ def decode_across(values, blocks, scales, start, size, row, group, step):
 def _choose(amax, hint):
     """(scale byte, status) of a block; only hints that could be exact are tried."""
     exponent = int(amax >> 7)
-    rule = min(max(exponent - 2, 0), 252)
-    if amax == 0:
-        if hint <= 252 and hint != 0:
-            return hint, uint8(ZERO | HINTED)
-        return uint8(0), uint8(ZERO)
-    if exponent == 255 or rule < 3:
-        return uint8(rule), uint8(REDO)
-    # Under a scale 8 times the rule's, the largest magnitude has the smallest nonzero code.
-    if rule < hint and hint <= min(rule + 3, 254):
-        return hint, uint8(HINTED)
-    return uint8(rule), uint8(0)
+    if 5 <= exponent <= 254:
+        # At 8 times the rule's scale, the largest magnitude has the smallest nonzero code.
+        if exponent - 2 < hint <= min(exponent + 1, 254):
+            return hint, uint8(HINTED)
+        return uint8(exponent - 2), uint8(0)
+    if amax > 0:
+        return uint8(0), uint8(REDO)
+    if 0 < hint <= 252:
+        return hint, uint8(ZERO | HINTED)
+    return uint8(0), uint8(ZERO)
 
 
 @njit(inline="always")
@@ -97,8 +117,7 @@ def _encode(values, v, blocks, b, hint):
     """Encode one block; returns (scale byte, status)."""
     scale, status = _choose(largest(values, v), hint)
     # Zeros have the scale byte 0 but code 0 under any scale in the kernel's range.
-    origin = uint16(uint16(max(scale, uint8(3))) << 7)
-    if not encode_block(values, v, blocks, b, origin):
+    if not encode_block(values, v, blocks, b, _bias(max(scale, uint8(3)))):
         status = uint8(REDO)
     return scale, status
 
@@ -113,6 +132,7 @@ def encode_straight(values, blocks, scales, hints, status, start, size, row, gro
             s = start[2] + r * row[2] + g * group[2]
             h = start[3] + r * row[3] + g * group[3]
             t = start[4] + r * row[4] + g * group[4]
+            prefetch(values, v + AHEAD)
             scales[s], status[t] = _encode(values, v, blocks, b, hints[h])
 
 
@@ -125,9 +145,12 @@ def encode_across(values, blocks, scales, hints, status, start, size, row, group
             rows = min(TILE, size[0] - first)
             v = start[0] + first * row[0] + g * group[0]
             if rows == TILE and row[0] == 1:
+                _prefetch_rows(values, v + TILE, step, 32)
                 for k in range(0, 32, SIDE):
                     for r in range(0, TILE, SIDE):
-                        transpose(values, v + k * step + r, step, tile, r * 32 + k, 32)
+                        transpose(
+                            values, v + k * step + r, 2 * step, step, tile, r * 32 + k, 64, 32
+                        )
             else:
                 for k in range(32):
                     for r in range(rows):
@@ -138,3 +161,35 @@ def encode_across(values, blocks, scales, hints, status, start, size, row, group
                 h = start[3] + (first + r) * row[3] + g * group[3]
                 t = start[4] + (first + r) * row[4] + g * group[4]
                 scales[s], status[t] = _encode(tile, r * 32, blocks, b, hints[h])
+
+
+@compiled(COPY)
+def copy_across(source, target, start, size, source_steps, target_steps):
+    """target[at(q) + p] = source[from(p) + q] for p, q < size; rows in pairs as in `transpose`.
+
+    `start` holds an offset per array; steps are (of a pair of rows, within it).
+    """
+    source_pair, source_step = source_steps
+    target_pair, target_step = target_steps
+    for q0 in range(0, size[1], 32):
+        for p0 in range(0, size[0], TILE):
+            q1, p1 = min(q0 + 32, size[1]), min(p0 + TILE, size[0])
+            q8, p8 = q0 + (q1 - q0) // SIDE * SIDE, p0 + (p1 - p0) // SIDE * SIDE
+            for p in range(p0 + TILE, p0 + 2 * TILE):
+                prefetch(source, start[0] + p // 2 * source_pair + p % 2 * source_step + q0)
+            for q in range(q0, q0 + 32):
+                t = start[1] + q // 2 * target_pair + q % 2 * target_step + p0 + TILE
+                for line in range(0, TILE, 32):
+                    prefetch(target, t + line)
+            for q in range(q0, q8, SIDE):
+                for p in range(p0, p8, SIDE):
+                    s = start[0] + p // 2 * source_pair + q
+                    t = start[1] + q // 2 * target_pair + p
+                    transpose(
+                        source, s, source_pair, source_step, target, t, target_pair, target_step
+                    )
+            for q in range(q0, q1):
+                for p in range(p0 if q >= q8 else p8, p1):
+                    s = start[0] + p // 2 * source_pair + p % 2 * source_step + q
+                    t = start[1] + q // 2 * target_pair + q % 2 * target_step + p
+                    target[t] = source[s]

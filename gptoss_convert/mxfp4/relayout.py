@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
+from gptoss_convert.mxfp4 import axes
 from gptoss_convert.mxfp4.axes import Array
+from gptoss_convert.mxfp4.jit import kernels
 from gptoss_convert.mxfp4.reference import U16, bf16_bits
+
+_LARGE = 1 << 10
+"""Elements from which a kernel call is worth its preparation."""
 
 _CHUNK = 1 << 16
 """Elements at a time in a cast."""
@@ -18,7 +26,44 @@ def copy(source: Array, target: Array) -> None:
         raise ValueError(
             f"target: expected {source.dtype} {source.shape}, found {target.dtype} {target.shape}"
         )
-    np.copyto(target, source)
+    if source.dtype != np.uint16 or source.size < _LARGE or not _transposed(source, target):
+        np.copyto(target, source)
+
+
+def _transposed(source: Array, target: Array) -> bool:
+    """Copy by kernel if the views run on along different axes; False if numpy should do it."""
+    module = kernels()
+    read, write = axes.element_strides(source), axes.element_strides(target)
+    if module is None or read is None or write is None:
+        return False
+    loops = sorted(zip(write, read, source.shape, strict=True), reverse=True)
+    write, read, shape = zip(*loops, strict=True)
+    outer = axes.merged(shape, read, write)
+    columns, rows = _run(outer, 0), _run(outer, 1)
+    if not columns or not rows or set(columns) & set(rows):
+        return False
+    outer = [axis for axis in outer if axis not in columns and axis not in rows]
+    size = math.prod(axis.length for axis in rows), math.prod(axis.length for axis in columns)
+    if min(size) < module.SIDE:
+        return False
+    memory = axes.flat(source), axes.flat(target)
+    for start in axes.offsets(outer, 2):
+        module.copy_across(*memory, start, size, _steps(rows, 0), _steps(columns, 1))
+    return True
+
+
+def _run(candidates: Sequence[axes.Axis], view: int) -> list[axes.Axis]:
+    """The axis along which a view is contiguous; if it is one of pairs, also the one it runs on."""
+    run = [axis for axis in candidates if axis.strides[view] == 1][:1]
+    if run and run[0].length == 2:
+        run += [axis for axis in candidates if axis.strides[view] == 2][:1]
+    return run
+
+
+def _steps(run: Sequence[axes.Axis], view: int) -> tuple[int, int]:
+    """Steps of a view from pair to pair and within a pair, along a run."""
+    step = run[0].strides[view]
+    return (run[1].strides[view] if len(run) == 2 else 2 * step), step
 
 
 def cast(source: NDArray[np.float32] | NDArray[np.float16], target: U16) -> int:

@@ -6,16 +6,21 @@ where a kernel calls it. Arrays are flat; indices count elements and are not che
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 SIDE = 8
 """Rows and columns of a transpose."""
+
+
+def intrinsic(emitter: Callable[..., Any]) -> Callable[..., Any]:
+    """numba's decorator, with the types of what it returns: a function for compiled code."""
+    return extending.intrinsic(emitter)
+
 
 _I8, _I16 = ir.IntType(8), ir.IntType(16)
 
@@ -55,6 +60,12 @@ class _Emitter:
         )
         return self.shuffle(first, first, [0] * lanes)
 
+    def row(self, argument: int, i: int) -> Any:
+        """Index of row `i`, from three arguments: start, step of a pair of rows, step within."""
+        start, pair, step = (self.scalar(argument + k) for k in range(3))
+        index = self.builder.add(start, self.builder.mul(pair, ir.Constant(pair.type, i // 2)))
+        return self.builder.add(index, step) if i % 2 else index
+
     def shuffle(self, left: Any, right: Any, lanes: Sequence[int]) -> Any:
         mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes))
         return self.builder.shuffle_vector(left, right, mask)
@@ -76,20 +87,23 @@ class _Emitter:
         magnitude = b.select(zero, number(0, low), b.add(bias, steps))
         return b.or_(magnitude, b.shl(b.and_(codes, number(8, codes)), number(12, codes)))
 
-    def codes(self, values: Any, origin: Any) -> Any:
-        """E2M1 codes 0..15 of BF16 bits in 16-bit lanes; origin is scale << 7, the bits of 1."""
+    def codes(self, magnitudes: Any, bias: Any) -> tuple[Any, Any]:
+        """(E2M1 codes 0..7, nearest even and saturated; BF16 bits that they stand for)."""
         b, number = self.builder, self.number
-        distance = b.sub(b.and_(values, number(0x7FFF, values)), origin)
-        code = b.and_(b.lshr(values, number(12, values)), number(8, values))
-        # Midpoints of the E2M1 grid as bits relative to 1.0; a tie goes to the even code.
-        for predicate, midpoint in zip("> >= > >= > >= >".split(), MIDPOINTS, strict=True):
-            above = b.icmp_signed(predicate, distance, number(midpoint, distance))
-            code = b.sub(code, b.sext(above, code.type))
-        return code
-
-
-MIDPOINTS = (-256, -64, 32, 96, 160, 224, 288)
-"""0.25, 0.75, 1.25, 1.75, 2.5, 3.5 and 5 as BF16 bits, less the bits of 1."""
+        # Bits above 0.5: from 1.0 on (128), 64 of them make a code; below, 0.75 rounds to 1.0.
+        above = b.sub(magnitudes, bias)
+        base = number(128, above)
+        grown = b.select(b.icmp_signed(">", above, base), above, base)
+        odd = b.and_(b.lshr(grown, number(6, grown)), number(1, grown))
+        rounded = b.lshr(b.add(b.add(grown, number(31, grown)), odd), number(6, grown))
+        most = number(7, rounded)
+        large = b.select(b.icmp_signed("<", rounded, most), rounded, most)
+        is_large = b.icmp_signed(">", above, number(63, above))
+        is_half = b.icmp_signed(">", above, number(-128, above))
+        small = b.zext(is_half, above.type)
+        half_or_zero = b.select(is_half, bias, number(0, above))
+        bits = b.select(is_large, b.add(bias, b.shl(large, number(6, large))), half_or_zero)
+        return b.select(is_large, large, small), bits
 
 
 @intrinsic
@@ -124,37 +138,53 @@ def largest(typingctx, values, v):
 
 
 @intrinsic
-def encode_block(typingctx, values, v, blocks, b, origin):
+def prefetch(typingctx, array, index):
+    """Ask for the cache line of array[index], which may lie beyond the array's end."""
+
+    def emit(context, builder, signature, arguments):
+        e = _Emitter(context, builder, signature, arguments)
+        byte, flag = ir.PointerType(_I8), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        line = builder.bitcast(e.pointer(0, e.scalar(1), ir.VectorType(_I8, 1)), byte)
+        builder.call(function, [line, *(ir.Constant(flag, option) for option in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), emit
+
+
+@intrinsic
+def encode_block(typingctx, values, v, blocks, b, bias):
     """Write values[v:v+32] as a block to blocks[b:b+16]; returns whether all values are exact."""
 
     def emit(context, builder, signature, arguments):
         e = _Emitter(context, builder, signature, arguments)
         bits = e.load(0, e.scalar(1), 32, _I16)
-        origins = e.spread(e.scalar(4), 32)
-        codes = e.codes(bits, origins)
+        magnitudes = builder.and_(bits, e.number(0x7FFF, bits))
+        codes, back = e.codes(magnitudes, e.spread(e.scalar(4), 32))
+        signs = builder.and_(builder.lshr(bits, e.number(12, bits)), e.number(8, bits))
+        codes = builder.or_(codes, signs)
         low = e.shuffle(codes, codes, range(0, 32, 2))
         high = e.shuffle(codes, codes, range(1, 32, 2))
         pairs = builder.or_(low, builder.shl(high, e.number(4, high)))
         e.store(builder.trunc(pairs, ir.VectorType(_I8, 16)), 2, e.scalar(3))
-        back = e.values(codes, builder.sub(origins, e.number(128, origins)))
-        wrong = builder.bitcast(builder.icmp_unsigned("!=", back, bits), ir.IntType(32))
+        differ = builder.icmp_unsigned("!=", back, magnitudes)
+        wrong = builder.bitcast(differ, ir.IntType(32))
         return builder.icmp_unsigned("==", wrong, ir.Constant(wrong.type, 0))
 
     return types.boolean(values, types.int64, blocks, types.int64, types.uint16), emit
 
 
 @intrinsic
-def transpose(typingctx, source, s, source_step, target, t, target_step):
-    """target[t + j * target_step + i] = source[s + i * source_step + j], for i, j < 8; uint16."""
+def transpose(typingctx, source, s, source_pair, source_step, target, t, target_pair, target_step):
+    """target[t + at(j) + i] = source[s + from(i) + j], for i, j < 8; uint16.
+
+    Rows come in pairs: at(j) is (j // 2) * target_pair + (j % 2) * target_step, from(i) alike.
+    """
 
     def emit(context, builder, signature, arguments):
         e = _Emitter(context, builder, signature, arguments)
-
-        def index(start: int, i: int) -> Any:
-            offset = builder.mul(e.scalar(start + 1), ir.Constant(e.scalar(start).type, i))
-            return builder.add(e.scalar(start), offset)
-
-        rows = [e.load(0, index(1, i), SIDE, _I16) for i in range(SIDE)]
+        rows = [e.load(0, e.row(1, i), SIDE, _I16) for i in range(SIDE)]
         # Each pass moves one bit of the row number into the column number, and back around.
         for _ in range(3):
             rows = [
@@ -163,8 +193,8 @@ def transpose(typingctx, source, s, source_step, target, t, target_step):
                 for start in (0, 4)
             ]
         for i, row in enumerate(rows):
-            e.store(row, 3, index(4, i))
+            e.store(row, 4, e.row(5, i))
         return context.get_dummy_value()
 
     step = types.int64
-    return types.void(source, step, step, target, step, step), emit
+    return types.void(source, step, step, step, target, step, step, step), emit

@@ -1,0 +1,90 @@
+"""Speed of the MXFP4 and copy kernels on one expert, as ratios to a memory copy of its BF16 bytes.
+
+Run `python benchmarks/kernels.py [rounds]`: one thread; in each round every variant runs once, in
+random order, and the ratios are taken within the round. With transformers installed, its function
+for the same job runs too.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from gptoss_convert import mxfp4
+
+INTER, HIDDEN = 2880, 2880
+ROWS, GROUPS = 2 * INTER, HIDDEN // 32
+
+Call = Callable[[], object]
+
+
+def peer(blocks: np.ndarray, scales: np.ndarray) -> dict[str, Call]:
+    try:
+        import torch
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+    except ImportError as error:
+        print(f"not measured: transformers ({error})", file=sys.stderr)
+        return {}
+    torch.set_num_threads(1)
+    b, s = torch.from_numpy(blocks)[None], torch.from_numpy(scales)[None]
+    return {"transformers decode, across": lambda: convert_moe_packed_tensors(b, s)}
+
+
+def variants() -> dict[str, Call]:
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (ROWS, GROUPS, 16), dtype=np.uint8)
+    scales = rng.integers(110, 125, (ROWS, GROUPS), dtype=np.uint8)
+    straight = np.zeros((ROWS, HIDDEN), np.uint16)
+    across = np.zeros((HIDDEN, ROWS), np.uint16)
+    halves = np.zeros((2, INTER, HIDDEN), np.uint16)
+    room = np.zeros_like(straight)
+    packed, exponents = np.zeros_like(blocks), np.zeros_like(scales)
+    mxfp4.decode(blocks, scales, straight)
+    mxfp4.decode(blocks, scales, across.T)
+    pairs = across.reshape(HIDDEN, INTER, 2).transpose(2, 1, 0)
+    split = halves.transpose(1, 0, 2), (INTER, 2, GROUPS)
+    return {
+        "copy": lambda: np.copyto(room, straight),
+        "decode, straight": lambda: mxfp4.decode(blocks, scales, straight),
+        "decode, straight, gate and up apart": lambda: mxfp4.decode(
+            blocks.reshape(*split[1], 16), scales.reshape(split[1]), split[0]
+        ),
+        "decode, across": lambda: mxfp4.decode(blocks, scales, across.T),
+        "encode, straight": lambda: mxfp4.encode(straight, packed, exponents),
+        "encode, straight, hints": lambda: mxfp4.encode(straight, packed, exponents, scales),
+        "encode, across": lambda: mxfp4.encode(across.T, packed, exponents),
+        "encode, across, hints": lambda: mxfp4.encode(across.T, packed, exponents, scales),
+        "relayout, transpose and split": lambda: mxfp4.copy(pairs, halves),
+        "relayout, join and transpose": lambda: mxfp4.copy(halves, pairs),
+        **peer(blocks, scales),
+    }
+
+
+def main(rounds: int) -> None:
+    calls = variants()
+    mxfp4.warm()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name in random.sample(list(calls), len(calls)):
+            begin = time.perf_counter()
+            calls[name]()
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    gigabytes = ROWS * HIDDEN * 2 / 1e9
+    print(f"{'':38} GB/s of BF16 min/med/max      x copy min/med/max")
+    for name, spent in seconds.items():
+        rates = sorted(gigabytes / value for value in spent)
+        ratios = sorted(c / s for c, s in zip(seconds["copy"], spent, strict=True))
+        cells = [
+            f"{row[0]:6.2f} {statistics.median(row):6.2f} {row[-1]:6.2f}" for row in (rates, ratios)
+        ]
+        print(f"{name:38} {cells[0]}          {cells[1]}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 9)
