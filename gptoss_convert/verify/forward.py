@@ -89,8 +89,11 @@ def layer_forward(
 
 
 def logits(x_TD: Tensor, norm_D: Tensor, unembedding_VD: Tensor, config: ModelConfig) -> Tensor:
-    """Logits `[T, V]` of the residual stream that leaves the last layer."""
-    return linear(rms_norm(x_TD, norm_D, config.norm_eps), unembedding_VD, None)
+    """Logits `[T, V]` of the residual stream that leaves the last layer.
+
+    `unembedding_VD` comes from `dense`, once for all calls, in the dtype of `x_TD`.
+    """
+    return functional.linear(rms_norm(x_TD, norm_D, config.norm_eps), unembedding_VD)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -100,9 +103,9 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (x * weight_D.float()).to(x_TD.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`x @ weight.T + bias` in the dtype of `x`."""
-    return functional.linear(x, dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    return functional.linear(x, dense(weight, x.dtype), bias.to(x.dtype))
 
 
 def dense(matrix: ExpertMatrices, dtype: torch.dtype) -> Tensor:

@@ -49,4 +49,5 @@ def all_logits(reader: Reader, prompts: Prompts, numerics: Numerics) -> Tensor:
     """Logits `[T, V]` of every position at once: for models and prompts that are small."""
     with forward.exact_products():
         *_, last = walk(reader, prompts, numerics)
-        return forward.logits(last.output, reader.norm(), reader.unembedding(), reader.config)
+        unembedding_VD = forward.dense(reader.unembedding(), numerics.dtype)
+        return forward.logits(last.output, reader.norm(), unembedding_VD, reader.config)

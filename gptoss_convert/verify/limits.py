@@ -1,0 +1,77 @@
+"""The limits a comparison is held against, read from limits.toml beside this module."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from gptoss_convert.errors import UsageError
+from gptoss_convert.verify.configs import Section
+from gptoss_convert.verify.metrics import Summary
+
+if TYPE_CHECKING:
+    from gptoss_convert.verify.parity import SubBlockError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest distance that still counts as parity."""
+
+    name: str
+    max_delta: float
+    """Largest |Δlogit| at any position."""
+    max_kl: float
+    """Largest KL at any position, in nats."""
+    sub_block: float
+    """Largest relative error after any sub-block at any position."""
+    routing_agreement: float
+    """Smallest share of positions, in any layer, that choose the same experts."""
+    measured: str
+    """Versions and hardware the floor was measured with."""
+
+
+def load_limits(name: str) -> Limits:
+    """The limits of one table in limits.toml; UsageError lists the choices."""
+    text = resources.files(__package__).joinpath("limits.toml").read_text(encoding="utf-8")
+    tables = tomllib.loads(text)
+    if name not in tables:
+        raise UsageError(f"limits: expects one of {', '.join(tables)}, found {name!r}")
+    table = Section(tables[name], f"limits.toml: {name}")
+    return Limits(
+        name=name,
+        max_delta=table.number("max_delta"),
+        max_kl=table.number("max_kl"),
+        sub_block=table.number("sub_block"),
+        routing_agreement=table.number("routing_agreement"),
+        measured=str(table.value("measured")),
+    )
+
+
+def violations(
+    limits: Limits,
+    overall: Summary,
+    errors: Sequence[SubBlockError],
+    agreements: Sequence[float],
+) -> tuple[str, ...]:
+    """Each limit that is exceeded, in words; NaN exceeds every limit."""
+    worst = max(errors, key=lambda found: found.error)
+    lowest = min(range(len(agreements)), key=lambda layer: agreements[layer])
+    upper = (
+        ("max |Δlogit|", overall.max_delta, limits.max_delta),
+        ("max KL", overall.kl_max, limits.max_kl),
+        (f"relative error after layer {worst.layer} {worst.block}", worst.error, limits.sub_block),
+    )
+    found = [
+        f"{what}: expects at most {limit:g}, found {x:g}"
+        for what, x, limit in upper
+        if not x <= limit
+    ]
+    if not agreements[lowest] >= limits.routing_agreement:
+        found.append(
+            f"routing agreement of layer {lowest}: expects at least {limits.routing_agreement:g}, "
+            f"found {agreements[lowest]:g}"
+        )
+    return tuple(found)

@@ -1,0 +1,151 @@
+"""Numbers that say how far two models' outputs are apart; identical outputs give exact zeros."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+VOCAB_CHUNK = 16384
+"""Logits widened to float64 at once, per position."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Source against target at each position, float64 `[T]` on the CPU."""
+
+    kl: Tensor
+    """KL(source || target), in nats."""
+    max_delta: Tensor
+    """Largest |Δlogit|."""
+    mean_delta: Tensor
+    """Mean |Δlogit|."""
+    top1: Tensor
+    """1 where both have the same most likely token."""
+    top5: Tensor
+    """Share of the five most likely tokens they have in common."""
+    margin: Tensor
+    """Distance of the source's two largest logits."""
+    source_nll: Tensor
+    """-log p of the next token, NaN at the last position of a sequence."""
+    target_nll: Tensor
+
+
+def score(source_TV: Tensor, target_TV: Tensor, next_T: Tensor) -> TokenScores:
+    """Compare logits by position; `next_T` holds the next token, -1 where there is none."""
+    source_lse, target_lse = log_sum_exp(source_TV), log_sum_exp(target_TV)
+    kl, largest, total = (torch.zeros_like(source_lse) for _ in range(3))
+    for source, target in zip(
+        source_TV.split(VOCAB_CHUNK, 1), target_TV.split(VOCAB_CHUNK, 1), strict=True
+    ):
+        p_log = source.double() - source_lse.unsqueeze(1)
+        q_log = target.double() - target_lse.unsqueeze(1)
+        kl += (p_log.exp() * (p_log - q_log)).sum(1)
+        delta = (source.double() - target.double()).abs()
+        largest = torch.maximum(largest, delta.amax(1))
+        total += delta.sum(1)
+    source_top, target_top = source_TV.topk(5, dim=1), target_TV.topk(5, dim=1)
+    shared = (source_top.indices.unsqueeze(2) == target_top.indices.unsqueeze(1)).any(2)
+    columns = {
+        "kl": kl.clamp(min=0),  # nats cannot be negative; the sum's rounding can
+        "max_delta": largest,
+        "mean_delta": total / source_TV.shape[1],
+        "top1": source_top.indices[:, 0] == target_top.indices[:, 0],
+        "top5": shared.double().mean(1),
+        "margin": source_top.values[:, 0] - source_top.values[:, 1],
+        "source_nll": _nll(source_TV, source_lse, next_T),
+        "target_nll": _nll(target_TV, target_lse, next_T),
+    }
+    return TokenScores(**{name: column.double().cpu() for name, column in columns.items()})
+
+
+def log_sum_exp(logits_TV: Tensor) -> Tensor:
+    """log Σ exp over the vocabulary, float64 `[T]`."""
+    parts = [part.double().logsumexp(1) for part in logits_TV.split(VOCAB_CHUNK, 1)]
+    return torch.stack(parts, dim=1).logsumexp(1)
+
+
+def _nll(logits_TV: Tensor, lse_T: Tensor, next_T: Tensor) -> Tensor:
+    chosen = logits_TV.gather(1, next_T.clamp(min=0).unsqueeze(1)).squeeze(1).double()
+    return torch.where(next_T >= 0, lse_T - chosen, math.nan)
+
+
+def joined(parts: Sequence[TokenScores]) -> TokenScores:
+    """The scores of all parts, one after another."""
+    return TokenScores(
+        **{
+            f.name: torch.cat([getattr(part, f.name) for part in parts])
+            for f in fields(TokenScores)
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores of a set of positions, as plain numbers."""
+
+    positions: int
+    kl_mean: float
+    kl_p99: float
+    kl_p999: float
+    kl_max: float
+    top1: float
+    """Share of positions with the same most likely token."""
+    top1_decisive: float
+    """The same among positions whose margin is beyond doubt; 1 if there are none."""
+    top5: float
+    max_delta: float
+    mean_delta: float
+    source_nll: float
+    target_nll: float
+    perplexity_difference: float
+    """exp(target_nll) - exp(source_nll)."""
+
+
+def summary(scores: TokenScores, chosen: Tensor, doubt: float) -> Summary:
+    """Summarize the positions where `chosen` (bool `[T]`) holds, at least one.
+
+    A margin above twice `doubt`, the |Δlogit| that rounding explains, makes top-1 decisive.
+    """
+    kl = scores.kl[chosen].sort().values
+    decisive = scores.top1[chosen & (scores.margin > 2 * doubt)]
+    source_nll = float(scores.source_nll[chosen].nanmean())
+    target_nll = float(scores.target_nll[chosen].nanmean())
+    return Summary(
+        positions=len(kl),
+        kl_mean=float(kl.mean()),
+        kl_p99=quantile(kl, 0.99),
+        kl_p999=quantile(kl, 0.999),
+        kl_max=float(kl[-1]),
+        top1=float(scores.top1[chosen].mean()),
+        top1_decisive=float(decisive.mean()) if len(decisive) else 1.0,
+        top5=float(scores.top5[chosen].mean()),
+        max_delta=float(scores.max_delta[chosen].max()),
+        mean_delta=float(scores.mean_delta[chosen].mean()),
+        source_nll=source_nll,
+        target_nll=target_nll,
+        perplexity_difference=math.exp(target_nll) - math.exp(source_nll),
+    )
+
+
+def quantile(ascending: Tensor, share: float) -> float:
+    """The smallest value that at least `share` of the values do not exceed."""
+    return float(ascending[max(0, math.ceil(share * len(ascending)) - 1)])
+
+
+def relative_error(source_TD: Tensor, target_TD: Tensor) -> tuple[float, int]:
+    """The largest ||source - target|| / ||source|| and its position; NaN counts as inf."""
+    distance = (source_TD.double() - target_TD.double()).norm(dim=1)
+    length = source_TD.double().norm(dim=1)
+    ratio = torch.where(distance == 0, 0.0, distance / length).nan_to_num(nan=math.inf)
+    worst = ratio.max(0)
+    return float(worst.values), int(worst.indices)
+
+
+def routing_agreement(source_TA: Tensor, target_TA: Tensor) -> float:
+    """Share of positions that chose the same set of experts."""
+    same = source_TA.sort(1).values == target_TA.sort(1).values
+    return float(same.all(1).double().mean())

@@ -1,0 +1,290 @@
+"""Two checkpoints through the same forward pass, side by side, and the report of their distance.
+
+Both are walked layer by layer with one layer of each on the device. The report names the first
+sub-block whose output differs by more than the limit, and the tensors that feed it.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from gptoss_convert.errors import InputError
+from gptoss_convert.verify import forward, metrics
+from gptoss_convert.verify.forward import LayerTrace, Numerics
+from gptoss_convert.verify.limits import Limits, violations
+from gptoss_convert.verify.metrics import Summary, TokenScores
+from gptoss_convert.verify.readers import Reader, SubBlock
+from gptoss_convert.verify.tokens import TokenSequence, digest, extra_set
+from gptoss_convert.verify.walk import Prompts, walk
+
+COMMON_SIZES = ("hidden", "experts", "experts_per_token", "vocab")
+"""Numbers two checkpoints must share before their outputs can be compared at all."""
+
+
+@dataclass(frozen=True)
+class SubBlockError:
+    """How far a sub-block's output is apart: the worst position's relative error, and where."""
+
+    layer: int
+    block: SubBlock
+    error: float
+    sequence: str
+    position: int
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was seen of one layer, over all positions of all rounds."""
+
+    errors: tuple[SubBlockError, SubBlockError, SubBlockError]
+    """After attention, router and experts."""
+    routing_agreement: float
+    """The lowest share, of all rounds, of positions that chose the same experts in both."""
+    cold_experts: tuple[int, ...]
+    """Experts of the source that no position chose."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A position of the token set."""
+
+    sequence: str
+    position: int
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All numbers of one comparison; `dataclasses.asdict` of it is JSON."""
+
+    passed: bool
+    violations: tuple[str, ...]
+    """Each limit that is exceeded, in words."""
+    limits: Limits
+    dtype: str
+    hardware: str
+    torch_version: str
+    token_digest: str
+    config_differences: tuple[str, ...]
+    """Numbers of the two models that differ, in words."""
+    overall: Summary
+    buckets: dict[str, Summary]
+    """The same by position, e.g. `<128`, `128-4096`, `>4096`."""
+    worst_kl: Place
+    worst_delta: Place
+    layers: tuple[LayerReport, ...]
+    first_over: SubBlockError | None
+    """The first sub-block whose error exceeds the limit."""
+    source_feeding: tuple[str, ...]
+    """The tensors that feed it, as the source stores them."""
+    target_feeding: tuple[str, ...]
+
+
+def compare(
+    source: Reader,
+    target: Reader,
+    sequences: Sequence[TokenSequence],
+    limits: Limits,
+    device: torch.device,
+    numerics: Numerics | None = None,
+    extra_rounds: int = 4,
+    positions_at_once: int = 256,
+) -> ParityReport:
+    """Compare two checkpoints on `sequences`, and on random ones until every expert was chosen.
+
+    At most `extra_rounds` rounds are added; `positions_at_once` bounds the memory of logits. Raises
+    InputError if the two models have different sizes.
+    """
+    numerics = numerics or Numerics()
+    _require_common_sizes(source, target)
+    rounds = [_Round(source, target, sequences, device)]
+    with forward.exact_products():
+        rounds[0].run(numerics, positions_at_once)
+        while any(_cold(rounds, source)) and len(rounds) <= extra_rounds:
+            extra = extra_set(source.config, len(rounds) - 1)
+            rounds.append(_Round(source, target, extra, device))
+            rounds[-1].run(numerics, positions_at_once)
+    return _report(source, target, rounds, limits, numerics, device)
+
+
+def _require_common_sizes(source: Reader, target: Reader) -> None:
+    for name in COMMON_SIZES:
+        ours, theirs = getattr(source.config, name), getattr(target.config, name)
+        if ours != theirs:
+            raise InputError(f"parity: {name} expects {ours} as in the source, found {theirs}")
+    ours, theirs = len(source.config.sliding), len(target.config.sliding)
+    if ours != theirs:
+        raise InputError(f"parity: layers expects {ours} as in the source, found {theirs}")
+
+
+class _Round:
+    """One walk of both checkpoints over one set of sequences, and what it saw."""
+
+    def __init__(
+        self,
+        source: Reader,
+        target: Reader,
+        sequences: Sequence[TokenSequence],
+        device: torch.device,
+    ):
+        self.source, self.target, self.sequences = source, target, sequences
+        self.prompts = Prompts.of([one.tokens for one in sequences], device)
+        self.positions = self.prompts.positions().cpu()
+        self.errors: list[tuple[SubBlockError, SubBlockError, SubBlockError]] = []
+        self.agreement: list[float] = []
+        self.hits: list[Tensor] = []
+        self.scores: TokenScores
+
+    def run(self, numerics: Numerics, positions_at_once: int) -> None:
+        """Walk both models and score every position."""
+        walks = zip(
+            walk(self.source, self.prompts, numerics),
+            walk(self.target, self.prompts, numerics),
+            strict=True,
+        )
+        for layer, (ours, theirs) in enumerate(walks):
+            self._observe(layer, ours, theirs)
+            last = ours.output, theirs.output
+        self.scores = metrics.joined(list(self._score(*last, positions_at_once)))
+
+    def _observe(self, layer: int, ours: LayerTrace, theirs: LayerTrace) -> None:
+        def error(block: SubBlock, a: Tensor, b: Tensor) -> SubBlockError:
+            value, index = metrics.relative_error(a, b)
+            place = self.place(index)
+            return SubBlockError(layer, block, value, place.sequence, place.position)
+
+        self.errors.append(
+            (
+                error("attention", ours.attention, theirs.attention),
+                error("router", ours.router, theirs.router),
+                error("experts", ours.output, theirs.output),
+            )
+        )
+        self.agreement.append(metrics.routing_agreement(ours.chosen, theirs.chosen))
+        self.hits.append(ours.chosen.flatten().bincount(minlength=self.source.config.experts).cpu())
+
+    def _score(self, ours: Tensor, theirs: Tensor, size: int) -> Iterator[TokenScores]:
+        """Scores of `size` positions at a time, so that logits never exist for all of them."""
+        source, target = _Head(self.source, ours.dtype), _Head(self.target, theirs.dtype)
+        following = self._next_tokens().split(size)
+        for a, b, next_T in zip(ours.split(size), theirs.split(size), following, strict=True):
+            yield metrics.score(source.logits(a), target.logits(b), next_T)
+
+    def _next_tokens(self) -> Tensor:
+        """The token after each position, -1 at the end of a sequence."""
+        following = self.prompts.tokens.roll(-1)
+        ends = torch.tensor(self.prompts.lengths, device=following.device).cumsum(0) - 1
+        following[ends] = -1
+        return following
+
+    def place(self, index: int) -> Place:
+        """Sequence and position of the `index`-th of all positions."""
+        for one in self.sequences:
+            if index < len(one.tokens):
+                return Place(one.name, index)
+            index -= len(one.tokens)
+        raise IndexError(index)
+
+
+class _Head:
+    """The end of a model: final norm and unembedding, on the device once."""
+
+    def __init__(self, reader: Reader, dtype: torch.dtype):
+        self.config, self.norm = reader.config, reader.norm()
+        self.unembedding = forward.dense(reader.unembedding(), dtype)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        return forward.logits(x_TD, self.norm, self.unembedding, self.config)
+
+
+def _cold(rounds: Sequence[_Round], source: Reader) -> list[tuple[int, ...]]:
+    """For each layer the experts that no position of any round chose."""
+    layers = range(len(source.config.sliding))
+    hits = [sum((one.hits[n] for one in rounds), torch.tensor(0)) for n in layers]
+    return [tuple(torch.where(layer == 0)[0].tolist()) for layer in hits]
+
+
+def _layer_reports(rounds: Sequence[_Round], source: Reader) -> Iterator[LayerReport]:
+    for n, cold in enumerate(_cold(rounds, source)):
+        attention, router, experts = (
+            max((one.errors[n][block] for one in rounds), key=lambda found: found.error)
+            for block in range(3)
+        )
+        agreement = min(one.agreement[n] for one in rounds)
+        yield LayerReport((attention, router, experts), agreement, cold)
+
+
+def _report(
+    source: Reader,
+    target: Reader,
+    rounds: Sequence[_Round],
+    limits: Limits,
+    numerics: Numerics,
+    device: torch.device,
+) -> ParityReport:
+    layers = tuple(_layer_reports(rounds, source))
+    scores = metrics.joined([one.scores for one in rounds])
+    everywhere = torch.ones(len(scores.kl), dtype=torch.bool)
+    overall = metrics.summary(scores, everywhere, limits.max_delta)
+    errors = [error for layer in layers for error in layer.errors]
+    over = next((e for e in errors if not e.error <= limits.sub_block), None)
+    exceeded = violations(limits, overall, errors, [layer.routing_agreement for layer in layers])
+    return ParityReport(
+        passed=not exceeded,
+        violations=exceeded,
+        limits=limits,
+        dtype=str(numerics.dtype).removeprefix("torch."),
+        hardware=_hardware(device),
+        torch_version=torch.__version__,
+        token_digest=digest([one for r in rounds for one in r.sequences]),
+        config_differences=_config_differences(source, target),
+        overall=overall,
+        buckets=dict(_buckets(rounds, scores, source, limits)),
+        worst_kl=_place(rounds, int(scores.kl.argmax())),
+        worst_delta=_place(rounds, int(scores.max_delta.argmax())),
+        layers=layers,
+        first_over=over,
+        source_feeding=source.feeding(over.layer, over.block) if over else (),
+        target_feeding=target.feeding(over.layer, over.block) if over else (),
+    )
+
+
+def _buckets(
+    rounds: Sequence[_Round], scores: TokenScores, source: Reader, limits: Limits
+) -> Iterator[tuple[str, Summary]]:
+    """Summaries within the window, up to YaRN's original length, and beyond it."""
+    positions = torch.cat([one.positions for one in rounds])
+    window, original = source.config.window, source.config.rope_original_length
+    for label, chosen in (
+        (f"<{window}", positions < window),
+        (f"{window}-{original}", (positions >= window) & (positions <= original)),
+        (f">{original}", positions > original),
+    ):
+        if chosen.any():
+            yield label, metrics.summary(scores, chosen, limits.max_delta)
+
+
+def _place(rounds: Sequence[_Round], index: int) -> Place:
+    for one in rounds:
+        if index < len(one.positions):
+            return one.place(index)
+        index -= len(one.positions)
+    raise IndexError(index)
+
+
+def _config_differences(source: Reader, target: Reader) -> tuple[str, ...]:
+    pairs = (
+        (f.name, getattr(source.config, f.name), getattr(target.config, f.name))
+        for f in fields(source.config)
+    )
+    return tuple(f"{name}: source {a}, target {b}" for name, a, b in pairs if a != b)
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

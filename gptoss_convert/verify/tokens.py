@@ -1,0 +1,126 @@
+"""The fixed token set that checkpoints are compared on.
+
+No tokenizer travels with the weights, so the set is token ids, not text: Philox streams (Salmon et
+al. 2011) mapped to ids by integer arithmetic alone, the same on every machine and numpy version.
+Each category stresses something else; the lengths straddle the sliding window and YaRN's original
+length of the model at hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptoss_convert.verify.model import ModelConfig
+
+Raw = np.ndarray[tuple[int], np.dtype[np.uint64]]
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One prompt: `name` is category, length and round, e.g. `frequent-4097-0`."""
+
+    name: str
+    tokens: tuple[int, ...]
+
+
+def standard_lengths(config: ModelConfig) -> tuple[int, ...]:
+    """Lengths around the window and YaRN's original length, 1 to 8 times the latter.
+
+    For the released models: 1, 2, 127-130, 256, 1024, 4095-4097, 8192, 32768.
+    """
+    window, original = config.window, config.rope_original_length
+    around = {1, 2, window - 1, window, window + 1, window + 2, 2 * window, 8 * window}
+    beyond = {original - 1, original, original + 1, 2 * original, 8 * original}
+    return tuple(sorted(n for n in around | beyond if n >= 1))
+
+
+def token_set(config: ModelConfig, longest: int, positions: int) -> tuple[TokenSequence, ...]:
+    """Sequences of all standard lengths up to `longest`, in rounds until `positions` are reached.
+
+    The first length beyond both the window and YaRN's original length is never left out, however
+    small `longest` is.
+    """
+    original = max(config.rope_original_length, config.window)
+    needed = min(n for n in standard_lengths(config) if n > original)
+    lengths = [n for n in standard_lengths(config) if n <= longest or n == needed]
+    sequences: list[TokenSequence] = []
+    total, turn = 0, 0
+    while turn == 0 or total < positions:
+        for index, length in enumerate(lengths):
+            # Another category at each turn, so that every length meets all of them in time.
+            category = list(CATEGORIES)[(index + turn) % len(CATEGORIES)]
+            sequences.append(sequence(category, length, turn, config.vocab))
+            total += length
+        turn += 1
+    return tuple(sequences)
+
+
+def extra_set(config: ModelConfig, turn: int) -> tuple[TokenSequence, ...]:
+    """Uniformly random sequences, other ones at each turn, to reach experts not yet hit."""
+    length = 2 * config.window
+    return tuple(sequence("uniform", length, 1000 + 16 * turn + n, config.vocab) for n in range(16))
+
+
+def sequence(category: str, length: int, turn: int, vocab: int) -> TokenSequence:
+    """The sequence of one category, length and round."""
+    key = hashlib.sha256(f"{category} {length} {turn}".encode()).digest()[:16]
+    generator = np.random.Philox(key=int.from_bytes(key, "little"))
+    # Two numbers per token: `random_raw` is the stream itself, which numpy keeps stable.
+    raw = generator.random_raw(2 * length)
+    ids = CATEGORIES[category](raw[:length], raw[length:], vocab)
+    return TokenSequence(f"{category}-{length}-{turn}", tuple(int(token) for token in ids))
+
+
+def digest(sequences: Sequence[TokenSequence]) -> str:
+    """SHA-256 over names and ids, hexadecimal: two reports with one digest used the same tokens."""
+    content = hashlib.sha256()
+    for one in sequences:
+        content.update(f"{one.name}\n".encode())
+        content.update(np.array(one.tokens, dtype="<i4").tobytes())
+    return content.hexdigest()
+
+
+def _uniform(first: Raw, second: Raw, vocab: int) -> Raw:
+    """Every id equally likely."""
+    return first % np.uint64(vocab)
+
+
+def _frequent(first: Raw, second: Raw, vocab: int) -> Raw:
+    """Low ids more often, about as 1/id: byte-pair ids are numbered by frequency, as in text."""
+    octaves = np.uint64(max(1, vocab.bit_length() - 4))
+    size = np.maximum(np.uint64(8), np.uint64(vocab) >> (second % octaves))
+    return first % np.minimum(size, np.uint64(vocab))
+
+
+def _chat(first: Raw, second: Raw, vocab: int) -> Raw:
+    """Frequent ids in turns of about 16 tokens, framed by special ids, the last of the range."""
+    special = np.uint64(max(2, vocab // 192))
+    framed = np.uint64(vocab) - np.uint64(1) - first % special
+    return np.where(second % np.uint64(16) == 0, framed, _frequent(first, second, vocab))
+
+
+def _periodic(first: Raw, second: Raw, vocab: int) -> Raw:
+    """A passage of 97 tokens over and over: attention finds its copies, near and far."""
+    return np.resize(_uniform(first, second, vocab)[:97], len(first))
+
+
+def _runs(first: Raw, second: Raw, vocab: int) -> Raw:
+    """Runs of one id, 32 long on average: nothing but the position tells its tokens apart."""
+    starts = second % np.uint64(32) == 0
+    return _uniform(first, second, vocab)[
+        np.maximum.accumulate(np.where(starts, np.arange(len(first)), 0))
+    ]
+
+
+CATEGORIES: dict[str, Callable[[Raw, Raw, int], Raw]] = {
+    "uniform": _uniform,
+    "frequent": _frequent,
+    "chat": _chat,
+    "periodic": _periodic,
+    "runs": _runs,
+}
+"""What the sequences are made of; each maps two raw 64-bit numbers per token to ids."""

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptoss_convert.containers.torch_dist import read
+from gptoss_convert.verify.forward import Numerics
+from gptoss_convert.verify.hf_reader import HfReader
+from gptoss_convert.verify.megatron_oracle import megatron_logits
+from gptoss_convert.verify.megatron_reader import MegatronReader
+from gptoss_convert.verify.walk import Prompts, all_logits
+from tests.test_forward import CPU, sequences
+from tests.tiny_files import write_hf_mxfp4, write_megatron
+from tests.tiny_models import DISTINCT, SQUARE, TinyShape, random_weights
+
+
+@pytest.mark.parametrize("shape", [DISTINCT, SQUARE], ids=["distinct", "square"])
+def test_logits_agree_with_megatron_core(tmp_path: Path, shape: TinyShape) -> None:
+    weights = random_weights(shape, seed=2)
+    config = HfReader(write_hf_mxfp4(tmp_path / "hf", shape, weights), CPU).config
+    iteration = write_megatron(tmp_path / "mcore" / "iter_0000001", shape, weights)
+    reader = MegatronReader(iteration, read(iteration).chunks, config, CPU)
+    prompts = sequences(shape)
+    ours = all_logits(reader, Prompts.of(prompts, CPU), Numerics())
+    theirs = torch.cat(megatron_logits(iteration, config, prompts, CPU))
+    assert theirs.std() > 1
+    assert (ours - theirs).abs().max() < 5e-5

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from gptoss_convert.containers import Chunk
+from gptoss_convert.containers.torch_dist import read
+from gptoss_convert.errors import CodecError, GptossError, InputError, IntegrityError
+from gptoss_convert.verify.configs import Section, megatron_config
+from gptoss_convert.verify.forward import Numerics
+from gptoss_convert.verify.fp4 import Packed, checked
+from gptoss_convert.verify.hf_reader import HfReader
+from gptoss_convert.verify.megatron_reader import MegatronReader
+from gptoss_convert.verify.model import ModelConfig
+from gptoss_convert.verify.openai_reader import OpenAiReader
+from gptoss_convert.verify.readers import Reader
+from gptoss_convert.verify.walk import Prompts, all_logits
+from tests.test_forward import CPU, sequences
+from tests.tiny_files import write_hf_bf16, write_hf_mxfp4, write_megatron, write_openai
+from tests.tiny_models import (
+    DISTINCT,
+    SQUARE,
+    TinyShape,
+    decode_mxfp4,
+    megatron_tensors,
+    random_weights,
+)
+
+
+def megatron_reader(iteration: Path, config: ModelConfig) -> MegatronReader:
+    return MegatronReader(iteration, read(iteration).chunks, config, CPU)
+
+
+@pytest.mark.parametrize("shape", [DISTINCT, SQUARE], ids=["distinct", "square"])
+def test_the_same_model_gives_the_same_bits_from_every_layout(
+    tmp_path: Path, shape: TinyShape
+) -> None:
+    weights = random_weights(shape, seed=3)
+    packed = HfReader(write_hf_mxfp4(tmp_path / "mxfp4", shape, weights), CPU)
+    iteration = write_megatron(tmp_path / "mcore" / "iter_0000001", shape, weights, pad_vocab=31)
+    readers: list[Reader] = [
+        HfReader(write_hf_bf16(tmp_path / "bf16", shape, weights), CPU),
+        OpenAiReader(write_openai(tmp_path / "original", shape, weights), CPU),
+        megatron_reader(iteration, packed.config),
+    ]
+    prompts = Prompts.of(sequences(shape), CPU)
+    expected = all_logits(packed, prompts, Numerics())
+    assert torch.isfinite(expected).all()
+    assert torch.equal(expected, all_logits(packed, prompts, Numerics()))
+    for reader in readers:
+        assert torch.equal(expected, all_logits(reader, prompts, Numerics())), reader
+
+
+def flat_chunks(folder: Path, tensors: dict[str, Tensor], halves: bool) -> list[Chunk]:
+    """Store BF16 tensors raw in one file, whole or as two boxes along the last axis."""
+    stored, chunks, offset = bytearray(), [], 0
+    for name, tensor in tensors.items():
+        width = tensor.shape[-1]
+        cuts = [0, width // 2, width] if halves else [0, width]
+        for low, high in pairwise(cuts):
+            box = tensor[..., low:high].contiguous()
+            start = (0,) * (tensor.ndim - 1) + (low,)
+            shape, extent = tuple(tensor.shape), tuple(box.shape)
+            chunks.append(Chunk(name, "BF16", shape, start, extent, "flat.bin", offset))
+            stored += box.view(torch.int16).numpy().tobytes()
+            offset += box.nbytes
+    (folder / "flat.bin").write_bytes(stored)
+    return chunks
+
+
+def per_layer(tensors: dict[str, Tensor], shape: TinyShape, per_expert: bool) -> dict[str, Tensor]:
+    """The same tensors with a key per layer and, if asked, a key per layer and expert."""
+    stem, keys = ".mlp.experts.experts.", {}
+    for name, tensor in tensors.items():
+        if not name.startswith("decoder.layers."):
+            keys[name] = tensor
+            continue
+        for n, part in enumerate(tensor):
+            key = name.replace("decoder.layers.", f"decoder.layers.{n}.")
+            if not (per_expert and stem in key):
+                keys[key] = part
+                continue
+            for e, matrix in enumerate(part):
+                own = key.replace(stem, f"{stem}{e}.")
+                if "linear_fc1" in key:
+                    keys[f"{own}_w"], keys[f"{own}_v"] = matrix.chunk(2)
+                else:
+                    keys[own] = matrix
+    assert len(keys) > shape.layers
+    return keys
+
+
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_every_megatron_key_layout_reads_the_same(tmp_path: Path, per_expert: bool) -> None:
+    weights = random_weights(DISTINCT, seed=4)
+    config = HfReader(write_hf_mxfp4(tmp_path / "hf", DISTINCT, weights), CPU).config
+    stacked = megatron_reader(
+        write_megatron(tmp_path / "mcore" / "iter_0000001", DISTINCT, weights), config
+    )
+    keys = per_layer(megatron_tensors(DISTINCT, weights), DISTINCT, per_expert)
+    reader = MegatronReader(tmp_path, flat_chunks(tmp_path, keys, halves=True), config, CPU)
+    for n in range(DISTINCT.layers):
+        for name, tensor in vars(stacked.layer(n)).items():
+            assert torch.equal(tensor, vars(reader.layer(n))[name]), name
+
+
+def test_a_gap_between_chunks_is_refused(tmp_path: Path) -> None:
+    weights = random_weights(DISTINCT, seed=4)
+    config = HfReader(write_hf_mxfp4(tmp_path / "hf", DISTINCT, weights), CPU).config
+    chunks = flat_chunks(tmp_path, megatron_tensors(DISTINCT, weights), halves=True)
+    gone = next(c for c in chunks if c.tensor.endswith("linear_proj.bias"))
+    reader = MegatronReader(tmp_path, [c for c in chunks if c is not gone], config, CPU)
+    with pytest.raises(IntegrityError, match=r"linear_proj\.bias: expects 224 elements .* 112"):
+        reader.layer(1)
+
+
+def test_missing_layers_are_refused(tmp_path: Path) -> None:
+    weights = random_weights(DISTINCT, seed=4)
+    config = HfReader(write_hf_mxfp4(tmp_path / "hf", DISTINCT, weights), CPU).config
+    shorter = replace(config, sliding=config.sliding[:3])
+    tensors = megatron_tensors(DISTINCT, weights)
+    chunks = flat_chunks(tmp_path, tensors, halves=False)
+    with pytest.raises(InputError, match="expects 3 layers, found 4"):
+        MegatronReader(tmp_path, chunks, shorter, CPU)
+    chunks = flat_chunks(tmp_path, per_layer(tensors, DISTINCT, False), halves=False)
+    with pytest.raises(InputError, match="expects 3 layers, found more"):
+        MegatronReader(tmp_path, chunks, shorter, CPU)
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        ({}, r"layers\.2\.self_attn\.sinks: missing"),
+        ({"model.layers.2.self_attn.sinks": (16,)}, r"sinks: expects shape \(15,\), found \(16,\)"),
+    ],
+)
+def test_a_wrong_tensor_is_named(
+    tmp_path: Path, rename: dict[str, tuple[int, ...]], message: str
+) -> None:
+    directory = write_hf_bf16(tmp_path / "hf", DISTINCT, random_weights(DISTINCT))
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors = load(file.read_bytes())
+        tensors.pop("model.layers.2.self_attn.sinks", None)
+        if file.name.startswith("model-00002"):
+            tensors |= {name: torch.zeros(size) for name, size in rename.items()}
+        save_file(tensors, file)
+    with pytest.raises(GptossError, match=message):
+        HfReader(directory, CPU).layer(2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model_type", "llama", "model_type expects 'gpt_oss', found 'llama'"),
+        ("hidden_size", "224", "hidden_size expects a whole number, found '224'"),
+        ("layer_types", ["full_attention"], "layer_types expects 4 of"),
+        ("rope_parameters", {"rope_theta": 1.0}, "expects rope_parameters to repeat"),
+        ("quantization_config", {"quant_method": "gptq"}, "quant_method expects 'mxfp4'"),
+    ],
+)
+def test_a_foreign_config_is_refused(tmp_path: Path, key: str, value: object, message: str) -> None:
+    directory = write_hf_bf16(tmp_path / "hf", DISTINCT, random_weights(DISTINCT))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError, match=message):
+        HfReader(directory, CPU)
+
+
+def megatron_options(**changes: object) -> Section:
+    """The numbers of DISTINCT as Megatron's options spell them."""
+    options: dict[str, object] = {
+        "num_layers": 4, "hidden_size": 224, "moe_ffn_hidden_size": 192,
+        "num_attention_heads": 15, "num_query_groups": 5, "kv_channels": 20,
+        "num_moe_experts": 8, "moe_router_topk": 4, "vocab_size": 353,
+        "window_size": [15, 0], "window_attn_skip_freq": 2, "rotary_base": 150000,
+        "yarn_rotary_scaling_factor": 32.0, "yarn_original_max_position_embeddings": 128,
+        "yarn_beta_fast": 8.0, "yarn_beta_slow": 1.0, "yarn_mscale": None,
+        "yarn_mscale_all_dim": None, "yarn_correction_range_round_to_int": False,
+        "activation_func_clamp_value": 7.0, "layernorm_epsilon": 1e-5,
+        "softmax_type": "learnable", "glu_linear_offset": 1.0, "gated_linear_unit": True,
+        "normalization": "RMSNorm", "add_bias_linear": True, "add_qkv_bias": True,
+        "moe_router_pre_softmax": False, "moe_router_score_function": "softmax",
+        "position_embedding_type": "yarn", "share_embeddings_and_output_weights": False,
+    }  # fmt: skip
+    return Section(options | changes, "run_config.yaml: model")
+
+
+def test_configs_of_all_ecosystems_agree(tmp_path: Path) -> None:
+    weights = random_weights(DISTINCT)
+    hf = HfReader(write_hf_mxfp4(tmp_path / "hf", DISTINCT, weights), CPU).config
+    openai = OpenAiReader(write_openai(tmp_path / "original", DISTINCT, weights), CPU).config
+    assert openai == hf
+    assert megatron_config(megatron_options()) == hf
+    listed = megatron_options(window_attn_skip_freq=[1, 0, 1, 0])
+    assert megatron_config(listed) == hf
+
+
+def test_a_window_of_one_key_too_many_is_seen(tmp_path: Path) -> None:
+    assert megatron_config(megatron_options(window_size=[16, 0])).window == 17
+    with pytest.raises(InputError, match="softmax_type expects 'learnable', found 'vanilla'"):
+        megatron_config(megatron_options(softmax_type="vanilla"))
+
+
+def test_all_codes_decode_exactly_at_all_scales() -> None:
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(253, 16, 16)
+    scales = torch.arange(253, dtype=torch.uint8).view(253, 1).expand(253, 16)
+    packed = checked(Packed(blocks.contiguous(), scales.contiguous()), "x")
+    expected = decode_mxfp4(blocks, scales)
+    assert torch.isfinite(expected).all()
+    for dtype in (torch.bfloat16, torch.float32):
+        decoded = packed.decode(dtype)
+        assert np.array_equal(
+            decoded.float().view(torch.int32).numpy(), expected.float().view(torch.int32).numpy()
+        )
+    assert decoded[0, 2] == math.ldexp(0.5, -127)  # byte 1, low nibble first
+
+
+def test_scales_without_a_finite_value_are_refused() -> None:
+    blocks = torch.zeros(1, 16, dtype=torch.uint8)
+    with pytest.raises(CodecError, match="x: expects scales up to 252, found 253"):
+        checked(Packed(blocks, torch.tensor([253], dtype=torch.uint8)), "x")
