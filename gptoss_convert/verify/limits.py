@@ -6,14 +6,10 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING
 
 from gptoss_convert.errors import UsageError
 from gptoss_convert.verify.configs import Section
 from gptoss_convert.verify.metrics import Summary
-
-if TYPE_CHECKING:
-    from gptoss_convert.verify.parity import SubBlockError
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,9 @@ class Limits:
 
 def load_limits(name: str) -> Limits:
     """The limits of one table in limits.toml; UsageError lists the choices."""
-    text = resources.files(__package__).joinpath("limits.toml").read_text(encoding="utf-8")
+    text = (
+        resources.files("gptoss_convert.verify").joinpath("limits.toml").read_text(encoding="utf-8")
+    )
     tables = tomllib.loads(text)
     if name not in tables:
         raise UsageError(f"limits: expects one of {', '.join(tables)}, found {name!r}")
@@ -53,16 +51,19 @@ def load_limits(name: str) -> Limits:
 def violations(
     limits: Limits,
     overall: Summary,
-    errors: Sequence[SubBlockError],
+    errors: Sequence[tuple[str, float]],
     agreements: Sequence[float],
 ) -> tuple[str, ...]:
-    """Each limit that is exceeded, in words; NaN exceeds every limit."""
-    worst = max(errors, key=lambda found: found.error)
+    """Each limit that is exceeded, in words; NaN exceeds every limit.
+
+    `errors` names each sub-block with its relative error, `agreements` goes layer by layer.
+    """
+    where, worst = max(errors, key=lambda named: named[1])
     lowest = min(range(len(agreements)), key=lambda layer: agreements[layer])
     upper = (
         ("max |Δlogit|", overall.max_delta, limits.max_delta),
         ("max KL", overall.kl_max, limits.max_kl),
-        (f"relative error after layer {worst.layer} {worst.block}", worst.error, limits.sub_block),
+        (f"relative error after {where}", worst, limits.sub_block),
     )
     found = [
         f"{what}: expects at most {limit:g}, found {x:g}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -18,70 +18,13 @@ from gptoss_convert.verify import forward, metrics
 from gptoss_convert.verify.forward import LayerTrace, Numerics
 from gptoss_convert.verify.limits import Limits, violations
 from gptoss_convert.verify.metrics import Summary, TokenScores
+from gptoss_convert.verify.parity_report import LayerReport, ParityReport, Place, SubBlockError
 from gptoss_convert.verify.readers import Reader, SubBlock
 from gptoss_convert.verify.tokens import TokenSequence, digest, extra_set
 from gptoss_convert.verify.walk import Prompts, walk
 
 COMMON_SIZES = ("hidden", "experts", "experts_per_token", "vocab")
 """Numbers two checkpoints must share before their outputs can be compared at all."""
-
-
-@dataclass(frozen=True)
-class SubBlockError:
-    """How far a sub-block's output is apart: the worst position's relative error, and where."""
-
-    layer: int
-    block: SubBlock
-    error: float
-    sequence: str
-    position: int
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What was seen of one layer, over all positions of all rounds."""
-
-    errors: tuple[SubBlockError, SubBlockError, SubBlockError]
-    """After attention, router and experts."""
-    routing_agreement: float
-    """The lowest share, of all rounds, of positions that chose the same experts in both."""
-    cold_experts: tuple[int, ...]
-    """Experts of the source that no position chose."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A position of the token set."""
-
-    sequence: str
-    position: int
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """All numbers of one comparison; `dataclasses.asdict` of it is JSON."""
-
-    passed: bool
-    violations: tuple[str, ...]
-    """Each limit that is exceeded, in words."""
-    limits: Limits
-    dtype: str
-    hardware: str
-    torch_version: str
-    token_digest: str
-    config_differences: tuple[str, ...]
-    """Numbers of the two models that differ, in words."""
-    overall: Summary
-    buckets: dict[str, Summary]
-    """The same by position, e.g. `<128`, `128-4096`, `>4096`."""
-    worst_kl: Place
-    worst_delta: Place
-    layers: tuple[LayerReport, ...]
-    first_over: SubBlockError | None
-    """The first sub-block whose error exceeds the limit."""
-    source_feeding: tuple[str, ...]
-    """The tensors that feed it, as the source stores them."""
-    target_feeding: tuple[str, ...]
 
 
 def compare(
@@ -146,10 +89,13 @@ class _Round:
             walk(self.target, self.prompts, numerics),
             strict=True,
         )
-        for layer, (ours, theirs) in enumerate(walks):
-            self._observe(layer, ours, theirs)
-            last = ours.output, theirs.output
-        self.scores = metrics.joined(list(self._score(*last, positions_at_once)))
+        traces = None
+        for layer, traces in enumerate(walks):
+            self._observe(layer, *traces)
+        assert traces is not None  # a model has at least one layer
+        ours, theirs = traces
+        parts = self._score(ours.output, theirs.output, positions_at_once)
+        self.scores = metrics.joined(list(parts))
 
     def _observe(self, layer: int, ours: LayerTrace, theirs: LayerTrace) -> None:
         def error(block: SubBlock, a: Tensor, b: Tensor) -> SubBlockError:
@@ -232,7 +178,12 @@ def _report(
     overall = metrics.summary(scores, everywhere, limits.max_delta)
     errors = [error for layer in layers for error in layer.errors]
     over = next((e for e in errors if not e.error <= limits.sub_block), None)
-    exceeded = violations(limits, overall, errors, [layer.routing_agreement for layer in layers])
+    exceeded = violations(
+        limits,
+        overall,
+        [(f"layer {e.layer} {e.block}", e.error) for e in errors],
+        [layer.routing_agreement for layer in layers],
+    )
     return ParityReport(
         passed=not exceeded,
         violations=exceeded,

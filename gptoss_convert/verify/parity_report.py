@@ -1,0 +1,67 @@
+"""What a comparison of two checkpoints found, as plain frozen values that turn into JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gptoss_convert.verify.limits import Limits
+from gptoss_convert.verify.metrics import Summary
+from gptoss_convert.verify.readers import SubBlock
+
+
+@dataclass(frozen=True)
+class SubBlockError:
+    """How far a sub-block's output is apart: the worst position's relative error, and where."""
+
+    layer: int
+    block: SubBlock
+    error: float
+    sequence: str
+    position: int
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was seen of one layer, over all positions of all rounds."""
+
+    errors: tuple[SubBlockError, SubBlockError, SubBlockError]
+    """After attention, router and experts."""
+    routing_agreement: float
+    """The lowest share, of all rounds, of positions that chose the same experts in both."""
+    cold_experts: tuple[int, ...]
+    """Experts of the source that no position chose."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A position of the token set."""
+
+    sequence: str
+    position: int
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All numbers of one comparison; `dataclasses.asdict` of it is JSON."""
+
+    passed: bool
+    violations: tuple[str, ...]
+    """Each limit that is exceeded, in words."""
+    limits: Limits
+    dtype: str
+    hardware: str
+    torch_version: str
+    token_digest: str
+    config_differences: tuple[str, ...]
+    """Numbers of the two models that differ, in words."""
+    overall: Summary
+    buckets: dict[str, Summary]
+    """The same by position, e.g. `<128`, `128-4096`, `>4096`."""
+    worst_kl: Place
+    worst_delta: Place
+    layers: tuple[LayerReport, ...]
+    first_over: SubBlockError | None
+    """The first sub-block whose error exceeds the limit."""
+    source_feeding: tuple[str, ...]
+    """The tensors that feed it, as the source stores them."""
+    target_feeding: tuple[str, ...]
