@@ -186,6 +186,11 @@ def test_a_truncated_pickle_is_an_integrity_error(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_truncated_string_says_what_was_announced() -> None:
+    with pytest.raises(IntegrityError, match="1152921504606846976 bytes announced, 2 present"):
+        pickles.load(DAMAGED["huge string"], METADATA, "p")
+
+
 def test_every_truncation_of_a_genuine_pickle_is_an_integrity_error() -> None:
     genuine = pickle.dumps([MetadataIndex("a", torch.Size([1])), OrderedDict(a=1), 1.5, "text"])
     for end in range(len(genuine)):

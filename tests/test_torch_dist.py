@@ -118,6 +118,12 @@ def test_items_share_their_fixed_bytes() -> None:
     assert len({id(content) for content in fixed}) == len(set(fixed))
 
 
+def test_metadata_holds_each_name_once() -> None:
+    """A 120b checkpoint has 37 thousand items: names repeated for each would double the file."""
+    metadata = dict(plan().closing)[".metadata"]
+    assert [metadata.count(name) for name in (b"__0_0.distcp", b"experts")] == [1, 1]
+
+
 def test_files_respect_their_limit() -> None:
     files = plan(files=1, max_file_bytes=20_000).files
     assert len(files) > 2

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from gptoss_convert.containers import TensorSpec
 from gptoss_convert.containers.torch_dist import read
 from gptoss_convert.containers.torch_dist.coverage import require_tiling
+from gptoss_convert.containers.torch_dist.files import open_file
 from gptoss_convert.containers.torch_dist.metadata import Box
 from gptoss_convert.errors import GptossError, InputError, IntegrityError
 from tests.torch_dist_files import write_small
@@ -465,6 +466,18 @@ def test_a_tiling_is_accepted_exactly_if_each_element_is_in_one_box() -> None:
             with pytest.raises(IntegrityError):
                 require_tiling((3, 4), found)
     assert min(verdicts.values()) > 50
+
+
+def test_a_box_given_twice_is_not_two_boxes() -> None:
+    with pytest.raises(IntegrityError):
+        require_tiling((2,), boxes(((0,), (1,)), ((0,), (1,))))
+
+
+def test_a_read_beyond_the_file_allocates_nothing(path: Path) -> None:
+    with open_file(path, "metadata.json") as opened:
+        for offset, size in ((0, 1 << 60), (1 << 63, 1), (-1, 1), (opened.size, 1)):
+            with pytest.raises(IntegrityError, match=r"^metadata\.json: truncated"):
+                opened.read_at(offset, size)
 
 
 def test_a_tiling_that_would_take_quadratic_time_is_refused() -> None:

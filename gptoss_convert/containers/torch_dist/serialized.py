@@ -55,21 +55,17 @@ def metadata(stored: Sequence[tuple[TensorSpec, Box, Item]], objects: Mapping[st
     properties = {name: TensorProperties(dtype=dtype) for name, dtype in _DTYPES.items()}
     declared: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
-    # The pickle shares equal objects by identity, so each string must be one object.
-    shared: dict[str, str] = {}
     for spec, box, item in stored:
-        name = shared.setdefault(spec.name, spec.name)
         entry = declared.setdefault(
-            name, TensorStorageMetadata(properties[spec.dtype], torch.Size(spec.shape), [])
+            spec.name, TensorStorageMetadata(properties[spec.dtype], torch.Size(spec.shape), [])
         )
         assert isinstance(entry, TensorStorageMetadata)
         start = torch.Size(box.start)
         entry.chunks.append(ChunkStorageMetadata(start, torch.Size(box.extent)))
-        storage[MetadataIndex(name, start)] = _location(item, shared)
-    for key, item in objects.items():
-        name = shared.setdefault(key, key)
+        storage[MetadataIndex(spec.name, start)] = _location(item)
+    for name, item in objects.items():
         declared[name] = BytesStorageMetadata()
-        storage[MetadataIndex(name)] = _location(item, shared)
+        storage[MetadataIndex(name)] = _location(item)
     content = Metadata(declared, planner_data=None, storage_data=storage)
     content.storage_meta = StorageMeta()
     if "version" in {field.name for field in fields(Metadata)}:
@@ -77,5 +73,5 @@ def metadata(stored: Sequence[tuple[TensorSpec, Box, Item]], objects: Mapping[st
     return pickle.dumps(content, protocol=_PROTOCOL)
 
 
-def _location(item: Item, shared: dict[str, str]) -> _StorageInfo:
-    return _StorageInfo(shared.setdefault(item.file, item.file), item.offset, item.length)
+def _location(item: Item) -> _StorageInfo:
+    return _StorageInfo(item.file, item.offset, item.length)

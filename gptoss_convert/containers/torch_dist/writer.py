@@ -85,14 +85,13 @@ class _Placed:
     chunks: list[Chunk] = field(default_factory=list)
     fixed: list[tuple[int, bytes]] = field(default_factory=list)
     size: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"__0_{len(self.files)}.distcp"
+    # One string object for all items of a file: the pickle of `.metadata` shares by identity.
+    name: str = "__0_0.distcp"
 
     def close_file(self) -> None:
         if self.size:
             self.files.append(FileImage(self.name, self.size, tuple(self.fixed)))
+            self.name = f"__0_{len(self.files)}.distcp"
         self.fixed, self.size = [], 0
 
     def tensor(self, spec: TensorSpec, box: Box, form: ItemForm, goal: int) -> Item:
