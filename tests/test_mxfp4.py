@@ -216,7 +216,7 @@ def test_a_block_without_a_value_is_refused_by_its_index(
     scale: int, code: int, found: str, path: str
 ) -> None:
     blocks, scales = np.zeros((40, 2, 90, 16), np.uint8), np.full((40, 2, 90), 120, np.uint8)
-    scales[30:, 0, 17] = 254
+    scales[30:, 0, 17] = scale if scale < 255 else 254
     scales[31, 1, 5] = scale
     blocks[31, 1, 5, 9] = code << 4 | 8
     values = np.zeros((40, 2, 90 * 32), np.uint16)

@@ -84,9 +84,9 @@ def _encode_piece(
     if not status.any():
         least, most = int(scales.min()), int(scales.max())
         return EncodeStats(blocks=scales.size, min_scale=least, max_scale=most)
-    stats = EncodeStats()
+    stats = _measured(module, values, blocks, scales, status)
     for index, flat in _batches(status == module.REDO):
-        stats += _redo(index, flat, values, blocks, scales, hints)
+        stats = _with(stats, _redo(index, flat, values, blocks, scales, hints))
     kept = scales[(status & (module.REDO | module.ZERO)) == 0]
     return stats + EncodeStats(
         blocks=scales.size,
@@ -95,6 +95,35 @@ def _encode_piece(
         max_scale=int(kept.max(initial=0)),
         hinted_blocks=int(np.count_nonzero(status & module.HINTED)),
     )
+
+
+def _measured(module: ModuleType, values: U16, blocks: U8, scales: U8, status: U8) -> EncodeStats:
+    """What the kernel rounded; the blocks themselves are left uncounted."""
+    inexact = status == module.INEXACT
+    if not inexact.any():
+        return EncodeStats()
+    counts, sums = np.zeros(3, np.int64), np.zeros(3)
+
+    def kernel(*arguments: object) -> None:
+        module.measure(*arguments[:4], counts, sums, *arguments[4:])
+
+    _walk(kernel, kernel, values, blocks, scales, status)
+    return EncodeStats(
+        inexact_blocks=int(np.count_nonzero(inexact)),
+        inexact_values=int(counts[0]),
+        clipped=int(counts[1]),
+        flushed=int(counts[2]),
+        squares=float(sums[0]),
+        squared_error=float(sums[1]),
+        max_abs_error=float(sums[2]),
+        first_inexact=int(inexact.argmax()),
+    )
+
+
+def _with(stats: EncodeStats, others: EncodeStats) -> EncodeStats:
+    """The sum for blocks that lie among each other, not one part after the other."""
+    firsts = [part.first_inexact for part in (stats, others) if part.first_inexact >= 0]
+    return replace(stats + others, first_inexact=min(firsts, default=-1))
 
 
 def _redo(

@@ -7,10 +7,13 @@ Tuples hold one number per array, in their order; `step` is the values' stride a
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
-from numba import njit, uint8, uint16
+from numba import float64, int64, njit, uint8, uint16, uint32
 
 from gptoss_convert.mxfp4.jit import compiled
+from gptoss_convert.mxfp4.reference import GRID
 from gptoss_convert.mxfp4.vectors import (
     SIDE,
     decode_block,
@@ -21,11 +24,14 @@ from gptoss_convert.mxfp4.vectors import (
 )
 
 REDO = 1
-"""Status of a block that is not exact, or outside the kernel's range: redo it by the reference."""
+"""Status of a block outside the kernel's range, or not exact by its hint: for the reference."""
 ZERO = 2
 """Status bit: all values are zero."""
 HINTED = 4
 """Status bit: the hint was taken, and the rule would have chosen another scale."""
+
+INEXACT = 8
+"""Status of a block whose values were rounded: `measure` says how far."""
 
 TILE = 64
 """Rows that are transposed at once: their values fill whole cache lines on both sides."""
@@ -37,11 +43,15 @@ IN8 = "Array(uint8, 1, 'C', readonly=True)"
 IN16 = "Array(uint16, 1, 'C', readonly=True)"
 OUT8 = "Array(uint8, 1, 'C')"
 OUT16 = "Array(uint16, 1, 'C')"
-TUPLE = {length: f"UniTuple(int64, {length})" for length in (2, 3, 5)}
+TUPLE = {length: f"UniTuple(int64, {length})" for length in (2, 3, 4, 5)}
 DECODE = f"void({OUT16}, {IN8}, {IN8}, {TUPLE[3]}, {TUPLE[2]}, {TUPLE[3]}, {TUPLE[3]}, int64)"
 ENCODE = (
     f"void({IN16}, {OUT8}, {OUT8}, {IN8}, {OUT8}, "
     f"{TUPLE[5]}, {TUPLE[2]}, {TUPLE[5]}, {TUPLE[5]}, int64)"
+)
+MEASURE = (
+    f"void({IN16}, {IN8}, {IN8}, {IN8}, Array(int64, 1, 'C'), Array(float64, 1, 'C'), "
+    f"{TUPLE[4]}, {TUPLE[2]}, {TUPLE[4]}, {TUPLE[4]}, int64)"
 )
 COPY = f"void({IN16}, {OUT16}, {TUPLE[2]}, {TUPLE[2]}, {TUPLE[2]}, {TUPLE[2]})"
 
@@ -118,7 +128,7 @@ def _encode(values, v, blocks, b, hint):
     scale, status = _choose(largest(values, v), hint)
     # Zeros have the scale byte 0 but code 0 under any scale in the kernel's range.
     if not encode_block(values, v, blocks, b, _bias(max(scale, uint8(3)))):
-        status = uint8(REDO)
+        status = uint8(REDO) if status else uint8(INEXACT)
     return scale, status
 
 
@@ -161,6 +171,30 @@ def encode_across(values, blocks, scales, hints, status, start, size, row, group
                 h = start[3] + (first + r) * row[3] + g * group[3]
                 t = start[4] + (first + r) * row[4] + g * group[4]
                 scales[s], status[t] = _encode(tile, r * 32, blocks, b, hints[h])
+
+
+@compiled(MEASURE)
+def measure(values, blocks, scales, status, counts, sums, start, size, row, group, step):
+    """Add up the inexact blocks' values: counts (changed, clipped, flushed) and, as float64,
+    sums (squares, squared errors, largest absolute error)."""
+    for r in range(size[0]):
+        for g in range(size[1]):
+            if status[start[3] + r * row[3] + g * group[3]] != INEXACT:
+                continue
+            v = start[0] + r * row[0] + g * group[0]
+            b = start[1] + r * row[1] + g * group[1]
+            unit = math.ldexp(1.0, int64(scales[start[2] + r * row[2] + g * group[2]]) - 127)
+            for k in range(32):
+                bits = np.uint32(uint32(values[v + k * step] & 0x7FFF) << 16)
+                value = float64(np.uint32(bits).view(np.float32))
+                code = (blocks[b + k // 2] >> (k % 2 * 4)) & 7
+                error = abs(value - GRID[code] * unit)
+                counts[0] += error != 0
+                counts[1] += value > 6 * unit
+                counts[2] += code == 0 and value > 0
+                sums[0] += value * value
+                sums[1] += error * error
+                sums[2] = max(sums[2], error)
 
 
 @compiled(COPY)
