@@ -18,10 +18,13 @@ from gptoss_convert import config as configs
 from gptoss_convert.checkpoint import Checkpoint
 from gptoss_convert.config import Config
 from gptoss_convert.containers import Chunk
-from gptoss_convert.convert import ENCODINGS, SHARDS, Conversion, Options, Report, plan_opened, run
+from gptoss_convert.conversion import ENCODINGS, SHARDS, Conversion, plan_opened
 from gptoss_convert.errors import UsageError
+from gptoss_convert.megatron import HF_FOLDER
+from gptoss_convert.options import Options
 from gptoss_convert.progress import SILENT, Progress
 from gptoss_convert.publish import check_target
+from gptoss_convert.run import Report, run
 from gptoss_convert.synth_values import SyntheticBytes, tensors_of
 
 MAX_LAYERS = 36
@@ -68,6 +71,9 @@ MODELS: Mapping[str, Config] = {
     "120b": replace(_RELEASED, num_hidden_layers=36, num_local_experts=128),
 }
 """By name. No two axes of `tiny` are equally long, so that a mistaken transpose shows."""
+
+_SIDE_FOLDERS = {"hf": "", "megatron": f"{HF_FOLDER}/"}
+"""Where the tokenizer and its like lie in the formats that keep them."""
 
 
 def synth(
@@ -132,10 +138,12 @@ def plan_synth(
         format, dtype, shards=shards, workers=workers, overwrite=overwrite, keep_scales=False
     )
     conversion = plan_opened(source, target, options)
-    if format != "hf":
-        return replace(conversion, notes=())
-    closing = (*_side_files(source.config, model, seed), *conversion.image.closing)
-    return replace(conversion, image=replace(conversion.image, closing=closing), notes=())
+    image = conversion.image
+    if format in _SIDE_FOLDERS:
+        side = _side_files(_SIDE_FOLDERS[format], source.config, model, seed)
+        image = replace(image, closing=(*side, *image.closing))
+    # The notes of a conversion tell of the tokenizer that a source lacks.
+    return replace(conversion, image=image, notes=())
 
 
 def virtual_checkpoint(model: str, layers: int | None = None) -> Checkpoint:
@@ -190,7 +198,7 @@ def special_tokens(config: Config) -> dict[str, int]:
     return {token: 256 + i for i, token in enumerate(_SPECIAL)}
 
 
-def _side_files(config: Config, model: str, seed: int) -> list[tuple[str, bytes]]:
+def _side_files(folder: str, config: Config, model: str, seed: int) -> list[tuple[str, bytes]]:
     """What a directory needs beside the weights to be loaded and prompted."""
     ids = special_tokens(config)
     names = {
@@ -212,14 +220,15 @@ def _side_files(config: Config, model: str, seed: int) -> list[tuple[str, bytes]
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     readme = _README.format(model=model, layers=config.num_hidden_layers, seed=seed)
-    return [
-        ("README.md", readme.encode()),
-        ("chat_template.jinja", _TEMPLATE.encode()),
-        ("generation_config.json", _json(generation)),
-        ("special_tokens_map.json", _json(names)),
-        ("tokenizer.json", _json(_tokenizer(ids))),
-        ("tokenizer_config.json", _json(tokenizer)),
-    ]
+    files = {
+        "README.md": readme.encode(),
+        "chat_template.jinja": _TEMPLATE.encode(),
+        "generation_config.json": _json(generation),
+        "special_tokens_map.json": _json(names),
+        "tokenizer.json": _json(_tokenizer(ids)),
+        "tokenizer_config.json": _json(tokenizer),
+    }
+    return [(folder + name, content) for name, content in files.items()]
 
 
 def _tokenizer(ids: Mapping[str, int]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A tensor is cut into pages. A page is a run of its distribution's pool, at a hashed place, with some
 bits flipped by a run of random bits at another hashed place: any range is made on demand at memory
-speed, and no two pages are alike. Blocks and scales of one weight share the place in the pool, so
-that they stay the two halves of one quantised weight.
+speed, and two pages are alike with a chance of 2^-40 only. Blocks and scales of one weight share
+the place in the pool, so that they stay the two halves of one quantised weight.
 
 Only integers, table lookups and IEEE basic operations, no random generator of numpy's: the bytes
 are the same on every machine and with every version of numpy.
@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from gptoss_convert.config import Config
 from gptoss_convert.files import Arena
+from gptoss_convert.model import load_model
 from gptoss_convert.mxfp4.reference import bf16_bits
-from gptoss_convert.tables import Tensor, load_model, load_table
+from gptoss_convert.tables import Tensor, load_table
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]

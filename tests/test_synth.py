@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from gptoss_convert.convert import Options, convert
 from gptoss_convert.errors import TargetError, UsageError
 from gptoss_convert.files import Arena
+from gptoss_convert.options import Options
+from gptoss_convert.run import convert
 from gptoss_convert.synth import MODELS, plan_synth, special_tokens, synth, virtual_checkpoint
 from gptoss_convert.synth_values import SyntheticBytes, distributions, tensors_of
 
@@ -76,6 +77,16 @@ def test_bf16_files_are_the_decoded_mxfp4_files(hf: Path, tmp_path: Path) -> Non
     synth(tmp_path / "bf16", dtype="bf16")
     convert(hf, tmp_path / "decoded", Options("hf", dtype="bf16", keep_scales=False))
     assert contents(tmp_path / "bf16") == contents(tmp_path / "decoded")
+
+
+def test_torch_dist_files_hold_the_same_model_and_tokenizer(hf: Path, tmp_path: Path) -> None:
+    synth(tmp_path / "megatron", format="megatron")
+    convert(tmp_path / "megatron", tmp_path / "back", Options("hf"))
+    convert(hf, tmp_path / "decoded", Options("hf", dtype="bf16", keep_scales=False))
+    back, decoded = contents(tmp_path / "back"), contents(tmp_path / "decoded")
+    assert back.keys() == decoded.keys()
+    for name in back.keys() - {"config.json"}:
+        assert back[name] == decoded[name], name
 
 
 def test_fewer_layers_are_the_first_layers(hf: Path, tmp_path: Path) -> None:
