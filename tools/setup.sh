@@ -11,14 +11,14 @@ usable() {
 
 find_python() {
     # 3.11 first: the versions in constraints.txt were tested with it.
-    for python in "${PYTHON:-python3.11}" python3.12 python3.13 python3.14 python3 python; do
+    for python in ${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3 python}; do
         if usable "$python"; then
             echo "$python"
             return
         fi
     done
-    echo "error: no Python >= 3.11 with venv and ensurepip found;" >&2
-    echo "install one (Debian, Ubuntu: apt install python3-venv) or run: make PYTHON=/path/to/python" >&2
+    echo "error: no Python >= 3.11 with venv and ensurepip${PYTHON:+: $PYTHON}; install one" >&2
+    echo "(Debian, Ubuntu: apt install python3-venv) or name one: make PYTHON=/path/to/python" >&2
     exit 1
 }
 
