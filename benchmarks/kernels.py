@@ -47,6 +47,9 @@ def variants() -> dict[str, Call]:
     mxfp4.decode(blocks, scales, straight)
     mxfp4.decode(blocks, scales, across.T)
     pairs = across.reshape(HIDDEN, INTER, 2).transpose(2, 1, 0)
+    normal = rng.normal(size=straight.shape).astype(np.float32)
+    rounded = np.zeros_like(straight)
+    mxfp4.cast(normal, rounded)
     split = halves.transpose(1, 0, 2), (INTER, 2, GROUPS)
     return {
         "copy": lambda: np.copyto(room, straight),
@@ -57,6 +60,7 @@ def variants() -> dict[str, Call]:
         "decode, across": lambda: mxfp4.decode(blocks, scales, across.T),
         "encode, straight": lambda: mxfp4.encode(straight, packed, exponents),
         "encode, straight, hints": lambda: mxfp4.encode(straight, packed, exponents, scales),
+        "encode, straight, every block rounded": lambda: mxfp4.encode(rounded, packed, exponents),
         "encode, across": lambda: mxfp4.encode(across.T, packed, exponents),
         "encode, across, hints": lambda: mxfp4.encode(across.T, packed, exponents, scales),
         "relayout, transpose and split": lambda: mxfp4.copy(pairs, halves),
