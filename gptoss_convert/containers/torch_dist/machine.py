@@ -10,8 +10,8 @@ from gptoss_convert.errors import InputError, IntegrityError
 
 MAX_BYTES = 1 << 28
 """Longest pickle that is read; the `.metadata` of a 120b checkpoint takes about 6 MB."""
-MAX_OBJECTS = 1 << 23
-"""Most containers, and most memo entries: 8 million; a 120b `.metadata` holds about one million."""
+MAX_OBJECTS = 1 << 24
+"""Most containers, and most memo entries: 16 million; weights of 120b alone take half a million."""
 MAX_DEPTH = 1000
 """Most marks open at once."""
 MAX_INTEGER_BYTES = 32
@@ -105,11 +105,18 @@ class Machine:
             raise InputError(f"pickle remembers more than {MAX_OBJECTS} objects")
         self.memo[index] = self.stack[-1]
 
+    def memoize(self) -> None:
+        """Store the top of the stack under the next free memo index."""
+        if len(self.memo) >= MAX_OBJECTS:
+            raise InputError(f"pickle remembers more than {MAX_OBJECTS} objects")
+        self.memo[len(self.memo)] = self.stack[-1]
+
     def recall(self, index: int) -> None:
         """Push a memo entry."""
-        if index not in self.memo:
-            raise InputError(f"pickle recalls memo entry {index}, which was never stored")
-        self.stack.append(self.memo[index])
+        try:
+            self.stack.append(self.memo[index])
+        except KeyError:
+            raise InputError(f"pickle recalls memo entry {index}, which was never stored") from None
 
     def mark(self) -> None:
         """Begin a run of items; the depth of such runs is limited."""
@@ -153,7 +160,8 @@ class Machine:
         if type(target) is not dict or len(items) % 2:
             raise InputError("pickle sets items of something other than a dict")
         for key in items[::2]:
-            require_key(key)
+            if type(key) is not str:
+                require_key(key)
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def set_state(self) -> None:
@@ -163,6 +171,9 @@ class Machine:
         if not isinstance(target, Record):
             raise InputError("pickle sets the state of something other than a known class")
         target.state = state
+
+
+_FLAT = (str, int, float, bytes, Record, type(None))
 
 
 def text(encoded: bytes) -> str:
@@ -176,5 +187,5 @@ def text(encoded: bytes) -> str:
 def require_key(key: object) -> None:
     """Raise InputError unless a value may be a key: hashing follows nested tuples without limit."""
     parts = key if type(key) is tuple else (key,)
-    if not all(p is None or isinstance(p, str | int | float | bytes | Record) for p in parts):
+    if not all(isinstance(part, _FLAT) for part in parts):
         raise InputError("pickle uses a nested or unhashable value as a key")

@@ -61,6 +61,20 @@ def _run(machine: Machine) -> object:
         operation(machine)
 
 
+# The commonest opcodes of a large `.metadata` spare themselves a call.
+
+
+def _recall_short(m: Machine) -> None:
+    index = m.pickled[m.position]
+    m.position += 1
+    m.recall(index)
+
+
+def _short_integer(m: Machine) -> None:
+    m.stack.append(m.pickled[m.position])
+    m.position += 1
+
+
 def _long(machine: Machine, size: int) -> None:
     if size > MAX_INTEGER_BYTES:
         raise InputError(f"pickle holds an integer of {size} bytes")
@@ -150,15 +164,15 @@ _OPERATIONS: dict[int, Callable[[Machine], object]] = {
         "(": Machine.mark,
         "0": lambda m: m.stack.pop() if m.stack else m.since_mark(),
         "1": lambda m: m.since_mark(),
-        "\x94": lambda m: m.remember(len(m.memo)),
+        "\x94": Machine.memoize,
         "q": lambda m: m.remember(m.take(1)[0]),
         "r": lambda m: m.remember(m.number(U4)),
-        "h": lambda m: m.recall(m.take(1)[0]),
+        "h": _recall_short,
         "j": lambda m: m.recall(m.number(U4)),
         "N": _constant(None),
         "\x88": _constant(True),
         "\x89": _constant(False),
-        "K": lambda m: m.stack.append(m.take(1)[0]),
+        "K": _short_integer,
         "M": lambda m: m.stack.append(m.number(U2)),
         "J": lambda m: m.stack.append(m.number(I4)),
         "\x8a": lambda m: _long(m, m.take(1)[0]),
