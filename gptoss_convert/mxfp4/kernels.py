@@ -215,8 +215,8 @@ def copy_across(source, target, start, size, source_steps, target_steps):
                 t = start[1] + q // 2 * target_pair + q % 2 * target_step + p0 + TILE
                 for line in range(0, TILE, 32):
                     prefetch(target, t + line)
-            for q in range(q0, q8, SIDE):
-                for p in range(p0, p8, SIDE):
+            for p in range(p0, p8, SIDE):
+                for q in range(q0, q8, SIDE):
                     s = start[0] + p // 2 * source_pair + q
                     t = start[1] + q // 2 * target_pair + p
                     transpose(
