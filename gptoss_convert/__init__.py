@@ -14,8 +14,10 @@ from gptoss_convert.errors import GptossError
 from gptoss_convert.version import VERSION
 
 if TYPE_CHECKING:
-    from gptoss_convert.convert import Conversion, Options, Report, convert, plan
-    from gptoss_convert.inspect import Inspection, inspect
+    from gptoss_convert.conversion import Conversion, plan
+    from gptoss_convert.inspection import Inspection, inspect
+    from gptoss_convert.options import Options
+    from gptoss_convert.run import Report, convert
 
 __all__ = [
     "Conversion",
@@ -31,16 +33,24 @@ __all__ = [
 
 __version__ = VERSION
 
-_HOME = {"Inspection": "inspect", "inspect": "inspect"}
+_HOME = {
+    "Conversion": "conversion",
+    "Inspection": "inspection",
+    "Options": "options",
+    "Report": "run",
+    "convert": "run",
+    "inspect": "inspection",
+    "plan": "conversion",
+}
 
 
 def __getattr__(name: str) -> object:
     """Import on first use: `import gptoss_convert` alone costs nothing."""
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    module = import_module(f"gptoss_convert.{_HOME.get(name, 'convert')}")
+    module = import_module(f"gptoss_convert.{_HOME[name]}")
     value = getattr(module, name)
     globals()[name] = value
     return value

@@ -129,6 +129,12 @@ def cli() -> None:
 @_config
 @_vocab_size
 @click.option("--tokenizer", type=_PATH, help="Directory whose tokenizer and template TARGET gets.")
+@click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
+@click.option(
+    "--trust-journal",
+    is_flag=True,
+    help="Go on without reading back what an interrupted run wrote.",
+)
 @_overwrite
 @click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
 @_json
@@ -153,7 +159,9 @@ def convert(
     gptoss-convert convert gpt-oss-20b/original out --to hf --tokenizer gpt-oss-20b
     gptoss-convert convert gpt-oss-20b out --to megatron
     """
-    from gptoss_convert.convert import Options, plan, run
+    from gptoss_convert.conversion import plan
+    from gptoss_convert.options import Options
+    from gptoss_convert.run import run
 
     conversion = plan(source, target, Options(**options, keep_scales=not no_scales))
     if dry_run or verbose:
@@ -193,7 +201,7 @@ def inspect(
     gptoss-convert inspect gpt-oss-20b
     """
     from gptoss_convert.checkpoint import Choices
-    from gptoss_convert.inspect import inspect
+    from gptoss_convert.inspection import inspect
 
     choices = Choices(source_format, True, iteration, config, vocab_size)
     summary = inspect(path, choices).summary()

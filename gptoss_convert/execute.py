@@ -1,96 +1,97 @@
-"""Executing a plan: symmetric workers, each taking the next step: read, compute, write."""
+"""Executing a plan: symmetric workers, each taking the next step: read, compute, write, digest."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
+from isal import isal_zlib
 
 from gptoss_convert import mxfp4
+from gptoss_convert.compute import Part, cast, compute, decoded, statistics
 from gptoss_convert.containers import DTYPE_BYTES
-from gptoss_convert.errors import CodecError, GptossError
-from gptoss_convert.extents import Extent, overlap, volume
+from gptoss_convert.extents import Extent, volume
 from gptoss_convert.files import PAGE, Arena, ByteSource, TargetFiles
+from gptoss_convert.fingerprint import ScaleStatistics, fingerprint
 from gptoss_convert.layout import Box
-from gptoss_convert.model import BLOCK
-from gptoss_convert.plan import Plan, Step, member_box
+from gptoss_convert.steps import Plan, Step
 
-Array = npt.NDArray[Any]
 _NUMPY = {"U8": np.uint8, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
 
-@dataclass(slots=True)
-class Part:
-    """A box of one parameter in memory, as a strided view whose axes are the parameter's."""
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A run of bytes that was written, and its CRC-32."""
 
-    extent: Extent
-    box: Box
-    position: int
-    array: Array
-
-    def view(self, box: Box) -> Array:
-        """The elements of `box`, which lies inside this part."""
-        return self.array[
-            tuple(
-                slice(lo - low, hi - low) for (lo, hi), (low, _) in zip(box, self.box, strict=True)
-            )
-        ]
+    file: str
+    offset: int
+    length: int
+    crc: int
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What the steps of one weight did beyond moving bits."""
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished step: what it wrote, and what its values are."""
 
-    encoded: mxfp4.EncodeStats = field(default_factory=mxfp4.EncodeStats)
-    cast_values: int = 0
+    step: int
+    """Its number in the plan."""
+    regions: tuple[Region, ...]
+    fingerprint: int | None
+    """The step's share in the fingerprint of its weight and layer, None if it wrote scales only."""
+    scales: ScaleStatistics
+    encoded: mxfp4.EncodeStats
+    cast_values: int
     """Values that a cast to BF16 rounded."""
-
-    def add(self, other: Outcome) -> None:
-        """Count another outcome in."""
-        self.encoded += other.encoded
-        self.cast_values += other.cast_values
 
 
 def execute(
     plan: Plan,
+    steps: Iterable[int],
     sources: ByteSource,
     targets: TargetFiles,
     *,
     workers: int,
-    advance: Callable[[int], None] = lambda nbytes: None,
-) -> dict[str, Outcome]:
-    """Run every step once; returns the outcome by weight.
+    finished: Callable[[list[Done]], None],
+    advance: Callable[[int], None],
+    every: float = 2.0,
+) -> None:
+    """Run the steps of these numbers; `finished` gets those done about `every` seconds.
 
-    The first error stops all workers after their current step and is raised here. `advance` is
-    called from the workers with the bytes read and written.
+    The first error stops all workers after their current step and is raised here, when everything
+    done has been handed over. `advance` is called from the workers with the bytes read and written.
     """
-    steps = iter(plan.steps)
+    queue = iter(steps)
     lock = threading.Lock()
     stop = threading.Event()
-    outcomes: dict[str, Outcome] = defaultdict(Outcome)
+    done: list[Done] = []
     errors: list[BaseException] = []
 
     def work() -> None:
-        worker = _Worker(sources, targets, plan.buffer_bytes)
         try:
+            worker = _Worker(plan, sources, targets)
             while not stop.is_set():
                 with lock:
-                    step = next(steps, None)
-                if step is None:
+                    number = next(queue, None)
+                if number is None:
                     return
-                outcome, nbytes = worker.run(step)
+                result, nbytes = worker.run(number)
                 with lock:
-                    outcomes[step.family.weight].add(outcome)
+                    done.append(result)
                 advance(nbytes)
         except BaseException as error:
             errors.append(error)
             stop.set()
+
+    def hand_over() -> None:
+        with lock:
+            batch = done[:]
+            done.clear()
+        if batch:
+            finished(batch)
 
     threads = [threading.Thread(target=work, name=f"worker-{i}") for i in range(workers)]
     for thread in threads:
@@ -98,39 +99,50 @@ def execute(
     try:
         for thread in threads:
             while thread.is_alive():
-                thread.join(0.2)
+                thread.join(every)
+                if thread.is_alive():
+                    hand_over()
     finally:
         stop.set()
         for thread in threads:
             thread.join()
+        hand_over()
     if errors:
         raise errors[0]
-    return dict(outcomes)
 
 
 class _Worker:
-    def __init__(self, sources: ByteSource, targets: TargetFiles, buffer_bytes: int) -> None:
+    def __init__(self, plan: Plan, sources: ByteSource, targets: TargetFiles) -> None:
+        self._plan = plan
         self._sources = sources
         self._targets = targets
-        self._arena = Arena(buffer_bytes)
+        self._arena = Arena(plan.buffer_bytes)
 
-    def run(self, step: Step) -> tuple[Outcome, int]:
+    def run(self, number: int) -> tuple[Done, int]:
         """Do one step; returns what it did, and the bytes it read and wrote."""
+        step = self._plan.steps[number]
         self._arena.reset(sum(step.buffer_bytes()))
-        outcome = Outcome()
         held: dict[str, list[Part]] = defaultdict(list)
         taken: dict[str, list[Part]] = defaultdict(list)
-        nbytes = 0
+        nbytes = rounded = 0
         for part in self._parts(step, step.sources):
             nbytes += self._read(part)
-            outcome.cast_values += _cast(part)
+            rounded += cast(part)
             held[part.extent.param].append(part)
         for part in self._parts(step, step.targets):
             taken[part.extent.param].append(part)
-        outcome.encoded = _compute(step, held, taken)
-        for part in itertools.chain.from_iterable(taken.values()):
-            nbytes += self._write(part)
-        return outcome, nbytes
+        encoded = compute(step, held, taken)
+        scales = statistics(step, held, taken)
+        regions = tuple(
+            region for part in itertools.chain(*taken.values()) for region in self._write(part)
+        )
+        shares = [
+            fingerprint(bits, box, step.lengths, step.layer_axis)
+            for box, bits in decoded(step, held, taken, encoded)
+        ]
+        share = sum(shares) & ((1 << 64) - 1) if shares else None
+        nbytes += sum(region.length for region in regions)
+        return Done(number, regions, share, scales, encoded, rounded), nbytes
 
     def _parts(self, step: Step, extents: Sequence[Extent]) -> Iterator[Part]:
         for member in step.family.members:
@@ -159,13 +171,14 @@ class _Worker:
                 )
         return useful
 
-    def _write(self, part: Part) -> int:
+    def _write(self, part: Part) -> Iterator[Region]:
         first = part.extent.at(part.box)
+        memory = memoryview(self._arena.memory)
         for skip, length in runs(part.extent, part.box):
-            self._targets.write(
-                part.extent.file, first + skip, length, self._arena, part.position + skip
-            )
-        return volume(part.box) * DTYPE_BYTES[part.extent.dtype]
+            position = part.position + skip
+            crc = isal_zlib.crc32(memory[position : position + length])
+            self._targets.write(part.extent.file, first + skip, length, self._arena, position)
+            yield Region(part.extent.file, first + skip, length, crc)
 
 
 def runs(extent: Extent, box: Box) -> Iterator[tuple[int, int]]:
@@ -184,106 +197,3 @@ def runs(extent: Extent, box: Box) -> Iterator[tuple[int, int]]:
             outer.append(range(0, stride * length, stride))
     for skips in itertools.product(*reversed(outer)):
         yield sum(skips), run
-
-
-def _cast(part: Part) -> int:
-    """Replace a float32 or float16 part by its BF16 form; returns the values that were rounded."""
-    if part.extent.dtype not in {"F32", "F16"}:
-        return 0
-    rounded = np.empty(part.array.shape, np.uint16)
-    changed = mxfp4.cast(part.array, rounded)
-    part.array = rounded
-    return changed
-
-
-def _compute(
-    step: Step, held: dict[str, list[Part]], taken: dict[str, list[Part]]
-) -> mxfp4.EncodeStats:
-    family = step.family
-    blocks, scales = family.blocks or "", family.scales or ""
-    stats = mxfp4.EncodeStats()
-    if blocks in taken and blocks not in held:
-        stats = _encode(step, held, taken)
-    for member, parts in taken.items():
-        if member in held and not (member == scales and blocks not in held and blocks in taken):
-            for part in parts:
-                _copy(held[member], part)
-        elif member == family.weight:
-            for part in parts:
-                _decode(step, held, part)
-    return stats
-
-
-def _copy(sources: Sequence[Part], target: Part) -> None:
-    for source in sources:
-        if common := overlap(source.box, target.box):
-            mxfp4.copy(source.view(common), target.view(common))
-
-
-def _gather(parts: Sequence[Part], box: Box) -> Array:
-    """The elements of `box` as one view: of the part that holds it all, else of a copy."""
-    for part in parts:
-        if overlap(part.box, box) == box:
-            return part.view(box)
-    shape = tuple(hi - lo for lo, hi in box)
-    whole = Part(parts[0].extent, box, 0, np.empty(shape, parts[0].array.dtype))
-    _copy(parts, whole)
-    return whole.array
-
-
-def _decode(step: Step, held: dict[str, list[Part]], target: Part) -> None:
-    family = step.family
-    lo, hi = target.box[-1]
-    blocks_box = member_box(family, family.blocks or "", target.box)
-    scales_box = member_box(family, family.scales or "", target.box)
-    blocks = _gather(held[family.blocks or ""], blocks_box)
-    scales = _gather(held[family.scales or ""], scales_box)
-    first = scales_box[-1][0] * BLOCK
-    whole = lo == first and hi == scales_box[-1][1] * BLOCK
-    values = target.array
-    if not whole:
-        values = np.empty((*target.array.shape[:-1], scales.shape[-1] * BLOCK), np.uint16)
-    try:
-        mxfp4.decode(blocks, scales, values)
-    except CodecError as error:
-        tensor = held[family.scales or ""][0].extent.tensor
-        raise CodecError(f"{tensor}: box {_show(scales_box)}: {error}") from None
-    if not whole:
-        mxfp4.copy(values[..., lo - first : hi - first], target.array)
-
-
-def _encode(
-    step: Step, held: dict[str, list[Part]], taken: dict[str, list[Part]]
-) -> mxfp4.EncodeStats:
-    family = step.family
-    assert family.blocks is not None
-    assert family.scales is not None
-    values = _gather(held[family.weight], step.box)
-    blocks = _room(taken[family.blocks], member_box(family, family.blocks, step.box))
-    scales = _room(taken[family.scales], member_box(family, family.scales, step.box))
-    hints = None
-    if family.scales in held:
-        hints = _gather(held[family.scales], scales.box)
-    stats = mxfp4.encode(values, blocks.array, scales.array, hints)
-    for member, made in ((family.blocks, blocks), (family.scales, scales)):
-        for part in taken[member]:
-            if made is not part:
-                _copy([made], part)
-    if stats.nonfinite:
-        raise GptossError(
-            f"{held[family.weight][0].extent.tensor}: box {_show(step.box)}: "
-            f"{stats.nonfinite} values are infinite or NaN"
-        )
-    return stats
-
-
-def _room(parts: Sequence[Part], box: Box) -> Part:
-    """A place for the elements of `box`: the part that is this box, else one to be copied from."""
-    if len(parts) == 1 and parts[0].box == box:
-        return parts[0]
-    shape = tuple(hi - lo for lo, hi in box)
-    return Part(parts[0].extent, box, 0, np.empty(shape, parts[0].array.dtype))
-
-
-def _show(box: Box) -> str:
-    return "[" + ", ".join(str(lo) if hi == lo + 1 else f"{lo}:{hi}" for lo, hi in box) + "]"

@@ -15,11 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from isal import isal_zlib
+
 from gptoss_convert.containers.paths import open_inside
 from gptoss_convert.errors import DiskError, IntegrityError
 
 PAGE = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)
+_PIECE = 4 << 20
 _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
@@ -56,7 +59,7 @@ class _File:
     def __init__(self, path: Path, buffered: int, flags: int) -> None:
         self.path = path
         self.buffered = buffered
-        self.size = os.fstat(buffered).st_size
+        self.state = os.fstat(buffered)
         self.direct: int | None = None
         try:
             self.direct = os.open(f"/proc/self/fd/{buffered}", flags | _DIRECT | os.O_CLOEXEC)
@@ -124,6 +127,25 @@ class SourceFiles:
             raise DiskError(f"{file.path}: {error.strerror} at byte {offset}") from None
         _check_length(file, offset, nbytes, got)
 
+    def crc(self, name: str, offset: int, nbytes: int, arena: Arena) -> int:
+        """The CRC-32 of a range, read through the arena piece by piece."""
+        crc = 0
+        for start in range(offset, offset + nbytes, _PIECE):
+            length = min(_PIECE, offset + nbytes - start)
+            arena.reset(length + 2 * PAGE)
+            position = arena.take(length, start)
+            self.read(name, start, length, arena, position)
+            crc = isal_zlib.crc32(memoryview(arena.memory)[position : position + length], crc)
+        return crc
+
+    def require_unchanged(self) -> None:
+        """Refuse a source that changed since it was opened; raises IntegrityError."""
+        for file in self._open.values():
+            now = os.fstat(file.buffered)
+            before = (file.state.st_size, file.state.st_mtime_ns)
+            if (now.st_size, now.st_mtime_ns) != before or not file.path.exists():
+                raise IntegrityError(f"{file.path}: changed while it was being read")
+
     def _file(self, name: str) -> _File:
         with self._lock:
             if name not in self._open:
@@ -176,11 +198,11 @@ class TargetFiles:
             file.close()
 
     def create(self, name: str, size: int) -> None:
-        """Create `name` with its final size; its folders are created too."""
+        """Create `name` with its final size, or open what an interrupted run left of it."""
         path = self._root / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(path, flags, 0o666)
             os.ftruncate(descriptor, size)
         except OSError as error:
@@ -245,9 +267,10 @@ def _write_error(path: Path, error: OSError) -> DiskError:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a small file and wait until it is on the disk; the file must not exist."""
+    """Write a small file anew and wait until it is on the disk."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
             file.write(content)

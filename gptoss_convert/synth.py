@@ -128,7 +128,7 @@ def plan_synth(
     if shards not in SHARDS:
         raise UsageError(f"--shards {shards}: choose {', '.join(SHARDS)}")
     # The source lies in no directory, so there is none that TARGET could damage.
-    check_target(Path(os.devnull), target, overwrite)
+    check_target(Path(os.devnull), target)
     source = virtual_checkpoint(model, layers)
     whole = source.config in (MODELS["20b"], MODELS["120b"])
     if shards == "auto":

@@ -17,7 +17,7 @@ from gptoss_convert.strict_json import parse_object
 from gptoss_convert.tables import load_table
 
 if TYPE_CHECKING:
-    from gptoss_convert.convert import Options
+    from gptoss_convert.options import Options
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _DISTCP_FILES = 8

@@ -207,13 +207,13 @@ def _report(
 def _buckets(
     rounds: Sequence[_Round], scores: TokenScores, source: Reader, limits: Limits
 ) -> Iterator[tuple[str, Summary]]:
-    """Summaries within the window, up to YaRN's original length, and beyond it."""
+    """Summaries within the window, within YaRN's original length, and beyond; positions from 0."""
     positions = torch.cat([one.positions for one in rounds])
     window, original = source.config.window, source.config.rope_original_length
     for label, chosen in (
         (f"<{window}", positions < window),
-        (f"{window}-{original}", (positions >= window) & (positions <= original)),
-        (f">{original}", positions > original),
+        (f"{window}-{original - 1}", (positions >= window) & (positions < original)),
+        (f">={original}", positions >= original),
     ):
         if chosen.any():
             yield label, metrics.summary(scores, chosen, limits.max_delta)

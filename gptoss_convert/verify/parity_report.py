@@ -56,7 +56,7 @@ class ParityReport:
     """Numbers of the two models that differ, in words."""
     overall: Summary
     buckets: dict[str, Summary]
-    """The same by position, e.g. `<128`, `128-4096`, `>4096`."""
+    """The same by position, e.g. `<128`, `128-4095`, `>=4096`."""
     worst_kl: Place
     worst_delta: Place
     layers: tuple[LayerReport, ...]

@@ -170,6 +170,7 @@ COMMON: Vocabulary = {
         for m in ("__builtin__", "builtins")
         for n in ("set", "frozenset")
     },
+    **_records("__builtin__", "bytes", "bytearray", "complex"),
     "_codecs.encode": Construct("_codecs.encode", _encoded),
     "torch.device": Construct("torch.device", _layout),
     "torch.Tensor": "torch.Tensor",

@@ -26,9 +26,21 @@ class Step:
     """One box of one weight: the extents that hold it in the source and take it in the target."""
 
     family: Family
+    lengths: tuple[int, ...]
+    """Of the weight's axes, slowest first."""
     box: Box
     sources: tuple[Extent, ...]
     targets: tuple[Extent, ...]
+
+    @property
+    def layer_axis(self) -> int:
+        """The position of the layer among the weight's axes, -1 without one."""
+        return self.family.axes.index("layer") if "layer" in self.family.axes else -1
+
+    @property
+    def layer(self) -> int:
+        """The layer that the step belongs to, 0 for parameters of no layer."""
+        return self.box[self.layer_axis][0] if self.layer_axis >= 0 else 0
 
     def of(self, extents: Iterable[Extent], member: str) -> Iterator[tuple[Extent, Box]]:
         """The extents that hold `member`, each with its part of the step's box."""
@@ -112,29 +124,31 @@ def _family_steps(
     targets: Sequence[Extent],
     tile_bytes: int,
 ) -> Iterator[Step]:
-    lengths = [sizes[axis] for axis in family.axes]
+    lengths = tuple(sizes[axis] for axis in family.axes)
     if family.blocks is None:
         tile_bytes = min(tile_bytes, _PLAIN_TILE_BYTES)
-    tile = _tile(lengths, targets[0], tile_bytes)
+    tile = _tile(family, lengths, targets[0], tile_bytes)
     source_cells = _cells(lengths, tile, sources)
     target_cells = _cells(lengths, tile, targets)
     for index in product(*(range(-(-n // t)) for n, t in zip(lengths, tile, strict=True))):
         box = tuple(
             (i * t, min(i * t + t, n)) for i, t, n in zip(index, tile, lengths, strict=True)
         )
-        step = Step(family, box, tuple(source_cells[index]), tuple(target_cells[index]))
+        step = Step(family, lengths, box, tuple(source_cells[index]), tuple(target_cells[index]))
         _check_cover("source", step, step.sources, {e.param for e in sources})
         _check_cover("target", step, step.targets, {e.param for e in targets})
         yield step
 
 
-def _tile(lengths: Sequence[int], target: Extent, tile_bytes: int) -> list[int]:
-    """The longest box that fits, cut along the target's slowest axes; blocks are never cut."""
-    tile = list(lengths)
-    rows = range(len(lengths) - 1)
-    for axis in sorted(rows, key=lambda axis: (target.strides[axis] != 0, -target.strides[axis])):
+def _tile(family: Family, lengths: Sequence[int], target: Extent, tile_bytes: int) -> list[int]:
+    """The longest box of one layer that fits, cut along the target's slowest axes.
+
+    Blocks are never cut.
+    """
+    tile = [1 if axis == "layer" else n for axis, n in zip(family.axes, lengths, strict=True)]
+    for axis in sorted(range(len(tile) - 1), key=lambda axis: -target.strides[axis]):
         unit = 2 * math.prod(tile) // tile[axis]
-        if target.strides[axis] == 0 or unit >= tile_bytes:
+        if unit >= tile_bytes:
             tile[axis] = 1
         elif unit * tile[axis] > tile_bytes:
             tile[axis] = tile_bytes // unit

@@ -1,0 +1,189 @@
+"""One step's arithmetic in memory: copy, decode, encode, cast, between strided views."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptoss_convert import mxfp4
+from gptoss_convert.errors import CodecError, IntegrityError
+from gptoss_convert.extents import Extent, overlap
+from gptoss_convert.fingerprint import ScaleStatistics, scale_statistics
+from gptoss_convert.layout import Box
+from gptoss_convert.model import BLOCK
+from gptoss_convert.steps import Step, member_box
+
+Array = npt.NDArray[Any]
+_SCRATCH_BYTES = 1 << 19
+"""Decoded values that are looked at while they are in the cache."""
+Parts = Mapping[str, Sequence["Part"]]
+"""By parameter: the parts that hold it, or take it."""
+
+
+@dataclass(slots=True)
+class Part:
+    """A box of one parameter in memory, as a strided view whose axes are the parameter's."""
+
+    extent: Extent
+    box: Box
+    position: int
+    array: Array
+
+    def view(self, box: Box) -> Array:
+        """The elements of `box`, which lies inside this part."""
+        return self.array[
+            tuple(
+                slice(lo - low, hi - low) for (lo, hi), (low, _) in zip(box, self.box, strict=True)
+            )
+        ]
+
+
+def cast(part: Part) -> int:
+    """Replace a float32 or float16 part by its BF16 form; returns the values that were rounded."""
+    if part.extent.dtype not in {"F32", "F16"}:
+        return 0
+    rounded = np.empty(part.array.shape, np.uint16)
+    changed = mxfp4.cast(part.array, rounded)
+    part.array = rounded
+    return changed
+
+
+def compute(step: Step, held: Parts, taken: Parts) -> mxfp4.EncodeStats:
+    """Fill the parts that the target takes; returns what an encoding did to the values."""
+    family = step.family
+    blocks, scales = family.blocks or "", family.scales or ""
+    stats = mxfp4.EncodeStats()
+    if blocks in taken and blocks not in held:
+        stats = _encode(step, held, taken)
+    for member, parts in taken.items():
+        if member in held and not (member == scales and blocks not in held and blocks in taken):
+            for part in parts:
+                _copy(held[member], part)
+        elif member == family.weight:
+            for part in parts:
+                _decode(step, held, part)
+    return stats
+
+
+def _copy(sources: Sequence[Part], target: Part) -> None:
+    for source in sources:
+        if common := overlap(source.box, target.box):
+            mxfp4.copy(source.view(common), target.view(common))
+
+
+def gather(parts: Sequence[Part], box: Box) -> Array:
+    """The elements of `box` as one view: of the part that holds it all, else of a copy."""
+    for part in parts:
+        if overlap(part.box, box) == box:
+            return part.view(box)
+    shape = tuple(hi - lo for lo, hi in box)
+    whole = Part(parts[0].extent, box, 0, np.empty(shape, parts[0].array.dtype))
+    _copy(parts, whole)
+    return whole.array
+
+
+def _decode(step: Step, held: Parts, target: Part) -> None:
+    family = step.family
+    lo, hi = target.box[-1]
+    blocks_box = member_box(family, family.blocks or "", target.box)
+    scales_box = member_box(family, family.scales or "", target.box)
+    blocks = gather(held[family.blocks or ""], blocks_box)
+    scales = gather(held[family.scales or ""], scales_box)
+    first = scales_box[-1][0] * BLOCK
+    whole = lo == first and hi == scales_box[-1][1] * BLOCK
+    values = target.array
+    if not whole:
+        values = np.empty((*target.array.shape[:-1], scales.shape[-1] * BLOCK), np.uint16)
+    try:
+        mxfp4.decode(blocks, scales, values)
+    except CodecError as error:
+        tensor = held[family.scales or ""][0].extent.tensor
+        raise CodecError(f"{tensor}: box {_show(scales_box)}: {error}") from None
+    if not whole:
+        mxfp4.copy(values[..., lo - first : hi - first], target.array)
+
+
+def _encode(step: Step, held: Parts, taken: Parts) -> mxfp4.EncodeStats:
+    family = step.family
+    assert family.blocks is not None
+    assert family.scales is not None
+    values = gather(held[family.weight], step.box)
+    blocks = _room(taken[family.blocks], member_box(family, family.blocks, step.box))
+    scales = _room(taken[family.scales], member_box(family, family.scales, step.box))
+    hints = None
+    if family.scales in held:
+        hints = gather(held[family.scales], scales.box)
+    stats = mxfp4.encode(values, blocks.array, scales.array, hints)
+    for member, made in ((family.blocks, blocks), (family.scales, scales)):
+        for part in taken[member]:
+            if made is not part:
+                _copy([made], part)
+    if stats.nonfinite:
+        raise IntegrityError(
+            f"{held[family.weight][0].extent.tensor}: box {_show(step.box)}: "
+            f"{stats.nonfinite} values are infinite or NaN"
+        )
+    return stats
+
+
+def _room(parts: Sequence[Part], box: Box) -> Part:
+    """A place for the elements of `box`: the part that is this box, else one to be copied from."""
+    if len(parts) == 1 and parts[0].box == box:
+        return parts[0]
+    shape = tuple(hi - lo for lo, hi in box)
+    return Part(parts[0].extent, box, 0, np.empty(shape, parts[0].array.dtype))
+
+
+def _show(box: Box) -> str:
+    return "[" + ", ".join(str(lo) if hi == lo + 1 else f"{lo}:{hi}" for lo, hi in box) + "]"
+
+
+def statistics(step: Step, held: Parts, taken: Parts) -> ScaleStatistics:
+    """What the step's MXFP4 scales look like, wherever its blocks are in memory."""
+    blocks, scales = step.family.blocks, step.family.scales
+    for parts in (held, taken):
+        if blocks and scales and blocks in parts and scales in parts:
+            return scale_statistics(
+                gather(parts[blocks], member_box(step.family, blocks, step.box)),
+                gather(parts[scales], member_box(step.family, scales, step.box)),
+            )
+    return ScaleStatistics()
+
+
+def decoded(
+    step: Step, held: Parts, taken: Parts, encoded: mxfp4.EncodeStats
+) -> Iterator[tuple[Box, Array]]:
+    """The BF16 bits of the weight that the target holds after this step, box by box."""
+    family = step.family
+    if family.weight in taken:
+        yield from ((p.box, p.array) for p in taken[family.weight] if not p.extent.alias)
+    elif family.weight in held and not encoded.inexact_blocks:
+        yield from ((part.box, part.array) for part in held[family.weight])
+    elif family.blocks and family.scales and family.blocks in taken and family.scales in taken:
+        blocks = gather(taken[family.blocks], member_box(family, family.blocks, step.box))
+        scales = gather(taken[family.scales], member_box(family, family.scales, step.box))
+        for rows, box in _row_pieces(step.box):
+            values = np.empty(tuple(hi - lo for lo, hi in box), np.uint16)
+            mxfp4.decode(blocks[rows], scales[rows], values)
+            yield box, values
+
+
+def _row_pieces(box: Box) -> Iterator[tuple[tuple[slice, ...], Box]]:
+    """A box cut along its rows into pieces that a processor's cache holds."""
+    lengths = [hi - lo for lo, hi in box]
+    axis = max(range(len(box) - 1), key=lambda axis: lengths[axis])
+    per_index = 2 * math.prod(lengths) // lengths[axis]
+    count = max(1, _SCRATCH_BYTES // per_index)
+    lo, hi = box[axis]
+    for start in range(lo, hi, count):
+        span = (start, min(start + count, hi))
+        rows = tuple(
+            slice(span[0] - lo, span[1] - lo) if other == axis else slice(None)
+            for other in range(len(box) - 1)
+        )
+        yield rows, (*box[:axis], span, *box[axis + 1 :])

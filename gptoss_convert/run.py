@@ -1,0 +1,213 @@
+"""Running a planned conversion: execute, record, publish; go on where a run was stopped."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert import manifest, resources
+from gptoss_convert.conversion import Conversion, plan
+from gptoss_convert.errors import CodecError, DiskError, IntegrityError
+from gptoss_convert.execute import Done, Region, execute
+from gptoss_convert.files import Arena, ByteSource, SourceFiles, TargetFiles, write_file
+from gptoss_convert.fingerprint import ScaleStatistics
+from gptoss_convert.journal import Journal
+from gptoss_convert.mxfp4 import EncodeStats
+from gptoss_convert.options import Options
+from gptoss_convert.progress import SILENT, Progress
+from gptoss_convert.publish import Workspace, check_absent, workspace
+
+
+@dataclass
+class Outcome:
+    """What the steps of one weight did beyond moving bits."""
+
+    encoded: EncodeStats = field(default_factory=EncodeStats)
+    scales: ScaleStatistics = field(default_factory=ScaleStatistics)
+    cast_values: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    conversion: Conversion
+    seconds: float
+    peak_memory: int
+    resumed_steps: int
+    """Steps that an interrupted run had finished before."""
+    outcomes: Mapping[str, Outcome]
+    """By weight."""
+
+    def summary(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            **self.conversion.summary(),
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": self.peak_memory,
+            "resumed_steps": self.resumed_steps,
+            "outcomes": {
+                weight: {"cast_values": o.cast_values, **asdict(o.encoded)}
+                for weight, o in self.outcomes.items()
+                if o.encoded.blocks or o.cast_values
+            },
+        }
+
+
+def convert(
+    source: str | Path, target: str | Path, options: Options, progress: Progress = SILENT
+) -> Report:
+    """Convert SOURCE to TARGET; TARGET appears complete or not at all."""
+    return run(plan(source, target, options), progress)
+
+
+def run(
+    conversion: Conversion, progress: Progress = SILENT, source: ByteSource | None = None
+) -> Report:
+    """Execute a planned conversion; `source` stands in for the files that the plan reads.
+
+    Raises CodecError if a value has no MXFP4 form and `lossy` was not asked for: what would be lost
+    is stated, by weight, through `progress` first.
+    """
+    began = time.monotonic()
+    for note in conversion.notes:
+        progress.note(note)
+    options, target = conversion.options, conversion.target
+    if not options.overwrite:
+        check_absent(target)
+    with workspace(target, options.restart) as space:
+        journal = Journal(space.journal, str(target), conversion.header)
+        before = _intact(conversion, space, journal, progress)
+        resources.check_disk(target.parent.resolve(), conversion.write_bytes - _held(space.work))
+        done = _execute(conversion, space, journal, before, progress, source)
+        outcomes = _outcomes(conversion, done.values())
+        _state_losses(conversion, outcomes, progress)
+        header = {k: v for k, v in conversion.header.items() if k in {"tool", "plan", "from", "to"}}
+        content = manifest.manifest(header, conversion.image, conversion.plan, done)
+        for name, text in ((manifest.NAME, content), *conversion.image.closing):
+            write_file(space.work / name, text)
+    seconds = time.monotonic() - began
+    return Report(conversion, seconds, resources.peak_memory(), len(before), outcomes)
+
+
+def _execute(
+    conversion: Conversion,
+    space: Workspace,
+    journal: Journal,
+    before: Mapping[int, Done],
+    progress: Progress,
+    source: ByteSource | None,
+) -> dict[int, Done]:
+    """Run the steps that are not done yet; returns all, those done before included."""
+    plan = conversion.plan
+    done = dict(before)
+    left = [number for number in range(len(plan.steps)) if number not in done]
+    total = plan.read_bytes + plan.write_bytes
+    with (
+        nullcontext(source) if source else SourceFiles(conversion.roots) as sources,
+        TargetFiles(space.work) as files,
+        progress.phase("converting", total, len(plan.steps)) as advance,
+    ):
+        for file in conversion.image.files:
+            files.create(file.name, file.size)
+            for offset, content in file.fixed:
+                files.write_bytes(file.name, offset, content)
+
+        def finished(batch: list[Done]) -> None:
+            # In this order: the journal never speaks of bytes that a crash could take back.
+            files.sync()
+            journal.append(batch)
+            done.update((result.step, result) for result in batch)
+
+        execute(
+            plan,
+            left,
+            sources,
+            files,
+            workers=conversion.workers,
+            finished=finished,
+            advance=advance,
+        )
+        files.sync()
+        if isinstance(sources, SourceFiles):
+            sources.require_unchanged()
+    return done
+
+
+def _intact(
+    conversion: Conversion, space: Workspace, journal: Journal, progress: Progress
+) -> dict[int, Done]:
+    """The steps of an interrupted run whose bytes are still as the journal says."""
+    known = {step: done for step, done in journal.done.items() if step < len(conversion.plan.steps)}
+    if not known or conversion.options.trust_journal:
+        return known
+    total = sum(region.length for done in known.values() for region in done.regions)
+    progress.note(f"going on: {len(known)} of {len(conversion.plan.steps)} steps were done before")
+    intact: dict[int, Done] = {}
+    with (
+        SourceFiles({"": space.work}) as files,
+        progress.phase("checking what is there", total, len(known)) as advance,
+    ):
+        arena = Arena(conversion.plan.buffer_bytes)
+        for step, done in known.items():
+            if all(_same_bytes(files, region, arena) for region in done.regions):
+                intact[step] = done
+            advance(sum(region.length for region in done.regions))
+    if lost := len(known) - len(intact):
+        progress.note(f"{lost} steps are no longer as they were written: doing them again")
+    return intact
+
+
+def _same_bytes(files: SourceFiles, region: Region, arena: Arena) -> bool:
+    try:
+        return files.crc(region.file, region.offset, region.length, arena) == region.crc
+    except (IntegrityError, DiskError):
+        return False
+
+
+def _held(work: Path) -> int:
+    """Bytes of disk that an interrupted run's files already hold."""
+    return sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file())
+
+
+def _outcomes(conversion: Conversion, done: Iterable[Done]) -> dict[str, Outcome]:
+    outcomes: dict[str, Outcome] = defaultdict(Outcome)
+    for result in done:
+        outcome = outcomes[conversion.plan.steps[result.step].family.weight]
+        outcome.encoded += result.encoded
+        outcome.scales += result.scales
+        outcome.cast_values += result.cast_values
+    return dict(outcomes)
+
+
+def _state_losses(
+    conversion: Conversion, outcomes: Mapping[str, Outcome], progress: Progress
+) -> None:
+    """Say, by weight, what rounding lost; refuse unless that was asked for."""
+    lossy = False
+    for weight, outcome in outcomes.items():
+        if outcome.cast_values:
+            progress.note(f"{weight}: {outcome.cast_values} values rounded to BF16")
+        stats = outcome.encoded
+        if stats.inexact_blocks:
+            lossy = True
+            share = stats.inexact_blocks / stats.blocks
+            noise = (
+                10 * math.log10(stats.squares / stats.squared_error) if stats.squared_error else 0
+            )
+            progress.note(
+                f"{weight}: {stats.inexact_blocks} of {stats.blocks} blocks ({share:.1%}) are not "
+                f"exact in MXFP4: {stats.inexact_values} values rounded, {stats.clipped} clipped, "
+                f"{stats.flushed} flushed to zero, SQNR {noise:.1f} dB"
+            )
+    if lossy and not conversion.options.lossy:
+        raise CodecError(
+            f"{conversion.source.root}: not exactly representable in MXFP4 (see above); "
+            "pass --lossy to round, nothing was written"
+        )
