@@ -1,0 +1,136 @@
+"""Every mutant is caught beyond float32 rounding, every harmless change passes bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptoss_convert.verify import forward, metrics
+from gptoss_convert.verify.forward import Numerics
+from gptoss_convert.verify.hf_reader import HfReader
+from gptoss_convert.verify.limits import load_limits
+from gptoss_convert.verify.parity import compare
+from gptoss_convert.verify.parity_report import ParityReport
+from gptoss_convert.verify.tokens import TokenSequence, token_set
+from gptoss_convert.verify.walk import Prompts, all_logits, walk
+from tests.mutants import BELOW_ROUNDING, HARMLESS, MUTANTS, Mutant, MutantReader, zeroed_expert
+from tests.tiny_files import write_hf_mxfp4
+from tests.tiny_models import SQUARE, random_weights
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Models:
+    """A model, another one of the same sizes, and the tokens they are compared on."""
+
+    source: HfReader
+    stale: HfReader
+    sequences: tuple[TokenSequence, ...]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return tiny_models(tmp_path_factory.mktemp("models"))
+
+
+def tiny_models(folder: Path) -> Models:
+    source, stale = (
+        HfReader(write_hf_mxfp4(folder / str(seed), SQUARE, random_weights(SQUARE, seed)), CPU)
+        for seed in (1, 2)
+    )
+    return Models(source, stale, token_set(source.config, longest=129, positions=0)[-3:])
+
+
+def compared(models: Models, mutant: Mutant, limits: str) -> ParityReport:
+    target = MutantReader(models.source, mutant, models.stale)
+    return compare(models.source, target, models.sequences, load_limits(limits), CPU)
+
+
+@contextmanager
+def changed_code(mutant: Mutant) -> Iterator[None]:
+    assert mutant.code is not None
+    name, function = mutant.code
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, name, function)
+        yield
+
+
+def max_delta(models: Models, mutant: Mutant) -> float:
+    """Max |Δlogit| that a change of the code makes."""
+    prompts = Prompts.of([s.tokens for s in models.sequences], CPU)
+    clean = all_logits(models.source, prompts, Numerics())
+    with changed_code(mutant):
+        wrong = all_logits(models.source, prompts, Numerics())
+    following = torch.full_like(prompts.tokens, -1)
+    return float(metrics.score(clean, wrong, following).max_delta.max())
+
+
+def least_used_expert(models: Models) -> int:
+    prompts = Prompts.of([s.tokens for s in models.sequences], CPU)
+    with forward.exact_products():
+        chosen = list(walk(models.source, prompts, Numerics()))[1].chosen
+    return int(chosen.flatten().bincount(minlength=SQUARE.experts).argmin())
+
+
+def with_least_used(models: Models, mutant: Mutant) -> Mutant:
+    if mutant.name.startswith("M26"):
+        return replace(mutant, layer=zeroed_expert(least_used_expert(models)))
+    return mutant
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_mutant_is_caught(models: Models, mutant: Mutant) -> None:
+    mutant = with_least_used(models, mutant)
+    limits = load_limits("float32")
+    if mutant.code:
+        assert max_delta(models, mutant) > limits.max_delta
+        return
+    report = compared(models, mutant, "float32")
+    assert not report.passed
+    assert report.overall.max_delta > limits.max_delta
+    if mutant.layer is not Mutant("").layer or mutant.packed:
+        assert report.first_over is not None
+        assert report.first_over.layer == 1
+        assert report.source_feeding
+
+
+@pytest.mark.parametrize("mutant", HARMLESS, ids=lambda mutant: mutant.name)
+def test_harmless_changes_pass_bit_by_bit(models: Models, mutant: Mutant) -> None:
+    report = compared(models, mutant, "lossless")
+    assert report.passed, report.violations
+    assert report.overall.max_delta == 0
+
+
+def test_a_gate_clamped_on_both_sides_is_seen_where_exactness_is_asked(models: Models) -> None:
+    assert 0 < max_delta(models, BELOW_ROUNDING) < load_limits("float32").max_delta
+
+
+def table(folder: Path) -> None:
+    """Print every mutant with the size of its error and where it shows first."""
+    models = tiny_models(folder)
+    print(
+        "| mutant | max abs Δlogit | max KL | first sub-block over the limit |\n|---|---|---|---|"
+    )
+    for mutant in (*MUTANTS, BELOW_ROUNDING, *HARMLESS):
+        mutant = with_least_used(models, mutant)
+        if mutant.code:
+            print(f"| {mutant.name} | {max_delta(models, mutant):.3g} | | (code) |")
+            continue
+        report = compared(models, mutant, "float32")
+        over = report.first_over
+        where = f"layer {over.layer} {over.block}" if over else "none"
+        numbers = f"{report.overall.max_delta:.3g} | {report.overall.kl_max:.3g}"
+        print(f"| {mutant.name} | {numbers} | {where} |")
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        table(Path(folder))
