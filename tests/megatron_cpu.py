@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-
-Dispatcher = Literal["allgather", "alltoall", "flex"]
 
 
 @dataclass(frozen=True)
@@ -167,9 +165,7 @@ def _rank_main(
         function(*args)
 
 
-def build_gpt_oss(
-    shape: TinyShape, dtype: torch.dtype, *, keys: str = "te", dispatcher: Dispatcher = "allgather"
-) -> GPTModel:
+def build_gpt_oss(shape: TinyShape, dtype: torch.dtype, *, keys: str = "te") -> GPTModel:
     """Return this rank's part of a GPT-OSS model of the local spec, random weights.
 
     `keys="te"` names the norm before the experts as TransformerEngine's spec does in a
@@ -180,7 +176,7 @@ def build_gpt_oss(
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-    config = _config(shape, dtype, dispatcher)
+    config = _config(shape, dtype)
     spec = get_gpt_layer_local_spec(
         num_experts=shape.experts, moe_grouped_gemm=False, normalization="RMSNorm"
     )
@@ -201,7 +197,7 @@ def build_gpt_oss(
     ).to(dtype)
 
 
-def _config(shape: TinyShape, dtype: torch.dtype, dispatcher: Dispatcher) -> TransformerConfig:
+def _config(shape: TinyShape, dtype: torch.dtype) -> TransformerConfig:
     from megatron.core import parallel_state
     from megatron.core.fusions.fused_bias_geglu import quick_gelu
     from megatron.core.transformer import TransformerConfig
@@ -217,7 +213,7 @@ def _config(shape: TinyShape, dtype: torch.dtype, dispatcher: Dispatcher) -> Tra
         num_moe_experts=shape.experts,
         moe_router_topk=4,
         moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type=dispatcher,
+        moe_token_dispatcher_type="allgather",
         normalization="RMSNorm",
         layernorm_epsilon=1e-5,
         gated_linear_unit=True,

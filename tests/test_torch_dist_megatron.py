@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from tests.megatron_cpu import (
     PARALLEL,
     Parallel,
     build_gpt_oss,
+    cpu_megatron,
     load_directory,
     model_parallel,
     run_ranks,
@@ -100,6 +104,33 @@ def test_a_missing_extra_state_fails_megatron_cores_default_strictness(tmp_path:
         model = build_gpt_oss(SQUARE, torch.bfloat16)
         with pytest.raises(CheckpointException, match="_extra_state"):
             load_directory(model, tmp_path / "it")
+
+
+def test_the_training_arguments_that_megatron_lm_saves_are_read(tmp_path: Path) -> None:
+    tensors = megatron_tensors(SQUARE, random_weights(SQUARE, seed=3))
+    write_model(tensors, tmp_path / "it")
+    with cpu_megatron():
+        from megatron.core.enums import ModelType
+        from megatron.core.transformer.enums import AttnBackend
+
+        args = argparse.Namespace(
+            num_layers=4,
+            attention_backend=AttnBackend.auto,
+            model_type=ModelType.encoder_or_decoder,
+            exit_signal=signal.SIGTERM,
+            params_dtype=torch.bfloat16,
+            load=Path("/a/b"),
+            random=np.random.RandomState(1).get_state(),
+            empty=(b"", bytearray(b"x"), {1}),
+        )
+    torch.save({"args": args, "iteration": 1}, tmp_path / "it" / "common.pt")
+    found = read(tmp_path / "it").common["args"]
+    assert isinstance(found, dict)
+    assert found["attention_backend"] == "AttnBackend(5)"
+    assert found["model_type"] == "ModelType(1)"
+    assert found["exit_signal"] == f"Signals({signal.SIGTERM.value})"
+    assert found["params_dtype"] == "torch.bfloat16"
+    assert (found["num_layers"], found["load"]) == (4, "/a/b")
 
 
 def pass_through_every_layout(source: Path, targets: Path) -> None:
