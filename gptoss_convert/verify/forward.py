@@ -46,6 +46,11 @@ class Numerics:
     score_elements: int = 1 << 24
     """Attention scores held at once, in elements; bounds memory, changes only rounding."""
 
+    @classmethod
+    def on(cls, device: torch.device, dtype: torch.dtype = torch.float32) -> Numerics:
+        """What suits a device: 64 MiB of scores on a CPU, 2 GiB on a GPU."""
+        return cls(dtype, 1 << 24 if device.type == "cpu" else 1 << 29)
+
 
 @contextmanager
 def exact_products() -> Iterator[None]:

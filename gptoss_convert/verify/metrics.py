@@ -11,6 +11,8 @@ from torch import Tensor
 
 VOCAB_CHUNK = 16384
 """Logits widened to float64 at once, per position."""
+POSITIONS_CHUNK = 8192
+"""Positions of the residual stream widened to float64 at once."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,20 @@ def quantile(ascending: Tensor, share: float) -> float:
 
 def relative_error(source_TD: Tensor, target_TD: Tensor) -> tuple[float, int]:
     """The largest ||source - target|| / ||source|| and its position; NaN counts as inf."""
-    distance = (source_TD.double() - target_TD.double()).norm(dim=1)
-    length = source_TD.double().norm(dim=1)
-    ratio = torch.where(distance == 0, 0.0, distance / length).nan_to_num(nan=math.inf)
-    worst = ratio.max(0)
+    parts = [
+        _relative_errors(source.double(), target.double())
+        for source, target in zip(
+            source_TD.split(POSITIONS_CHUNK), target_TD.split(POSITIONS_CHUNK), strict=True
+        )
+    ]
+    worst = torch.cat(parts).max(0)
     return float(worst.values), int(worst.indices)
+
+
+def _relative_errors(source_TD: Tensor, target_TD: Tensor) -> Tensor:
+    distance = (source_TD - target_TD).norm(dim=1)
+    ratio = distance / source_TD.norm(dim=1)
+    return torch.where(distance == 0, 0.0, ratio).nan_to_num(nan=math.inf)
 
 
 def routing_agreement(source_TA: Tensor, target_TA: Tensor) -> float:

@@ -42,7 +42,7 @@ def compare(
     At most `extra_rounds` rounds are added; `positions_at_once` bounds the memory of logits. Raises
     InputError if the two models have different sizes.
     """
-    numerics = numerics or Numerics()
+    numerics = numerics or Numerics.on(device)
     _require_common_sizes(source, target)
     rounds = [_Round(source, target, sequences, device)]
     with forward.exact_products():

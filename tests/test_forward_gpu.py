@@ -1,0 +1,188 @@
+"""The forward pass on a CUDA device: exact decoding, equal bits, full-size layers and lengths."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptoss_convert.containers.torch_dist import read
+from gptoss_convert.verify import forward
+from gptoss_convert.verify.forward import LayerTrace, Numerics
+from gptoss_convert.verify.fp4 import Packed
+from gptoss_convert.verify.hf_reader import HfReader
+from gptoss_convert.verify.limits import load_limits
+from gptoss_convert.verify.megatron_reader import MegatronReader
+from gptoss_convert.verify.model import LayerWeights, ModelConfig
+from gptoss_convert.verify.openai_reader import OpenAiReader
+from gptoss_convert.verify.parity import compare
+from gptoss_convert.verify.tokens import token_set
+from tests.tiny_files import write_hf_bf16, write_hf_mxfp4, write_megatron, write_openai
+from tests.tiny_models import DISTINCT, random_weights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+RELEASED_20B = ModelConfig(
+    hidden=2880,
+    inter=2880,
+    heads=64,
+    kv_heads=8,
+    head_dim=64,
+    experts=32,
+    experts_per_token=4,
+    vocab=201088,
+    sliding=(True, False),
+    window=128,
+    rope_theta=150000.0,
+    rope_factor=32.0,
+    rope_original_length=4096,
+    rope_beta_fast=32.0,
+    rope_beta_slow=1.0,
+    rope_truncate=False,
+    swiglu_alpha=1.702,
+    swiglu_limit=7.0,
+    norm_eps=1e-5,
+)
+"""The sizes of gpt-oss-20b with its first two layers, one sliding and one full."""
+
+
+def random_layer(config: ModelConfig, device: torch.device, seed: int = 0) -> LayerWeights:
+    """Random weights of realistic size, experts in MXFP4, BF16 for the rest."""
+    gen = torch.Generator(device).manual_seed(seed)
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    d, f, e = config.hidden, config.inter, config.experts
+
+    def normal(*size: int, std: float, mean: float = 0.0) -> Tensor:
+        values = torch.randn(*size, generator=gen, device=device) * std + mean
+        return values.to(torch.bfloat16)
+
+    def packed(rows: int, columns: int) -> Packed:
+        size = (e, rows, columns // 32)
+        options = {"generator": gen, "device": device, "dtype": torch.uint8}
+        return Packed(
+            torch.randint(0, 256, (*size, 16), **options),
+            torch.randint(117, 120, size, **options),
+        )
+
+    return LayerWeights(
+        attention_norm=normal(d, std=0.2, mean=1.0),
+        q_weight=normal(q, d, std=d**-0.5),
+        q_bias=normal(q, std=0.5),
+        k_weight=normal(kv, d, std=d**-0.5),
+        k_bias=normal(kv, std=0.5),
+        v_weight=normal(kv, d, std=d**-0.5),
+        v_bias=normal(kv, std=0.5),
+        sinks=normal(config.heads, std=1.0),
+        o_weight=normal(d, q, std=q**-0.5),
+        o_bias=normal(d, std=0.3),
+        mlp_norm=normal(d, std=0.2, mean=1.0),
+        router_weight=normal(e, d, std=2 * d**-0.5),
+        router_bias=normal(e, std=1.0),
+        gate_weight=packed(f, d),
+        gate_bias=normal(e, f, std=3.0),
+        up_weight=packed(f, d),
+        up_bias=normal(e, f, std=3.0),
+        down_weight=packed(d, f),
+        down_bias=normal(e, d, std=0.3),
+    )
+
+
+def run_layers(
+    weights: LayerWeights, config: ModelConfig, x_TD: Tensor, numerics: Numerics
+) -> LayerTrace:
+    """Both layers with the same weights."""
+    with forward.exact_products():
+        first = forward.layer_forward(x_TD, weights, config, 0, [len(x_TD)], numerics)
+        return forward.layer_forward(first.output, weights, config, 1, [len(x_TD)], numerics)
+
+
+def residual(length: int, config: ModelConfig) -> Tensor:
+    gen = torch.Generator(GPU).manual_seed(1)
+    return torch.randn(length, config.hidden, generator=gen, device=GPU)
+
+
+def test_all_codes_decode_on_the_gpu_as_on_the_cpu_subnormals_included() -> None:
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(253, 16, 16).contiguous()
+    scales = torch.arange(253, dtype=torch.uint8).view(253, 1).expand(253, 16).contiguous()
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = Packed(blocks, scales).decode(dtype)
+        found = Packed(blocks.to(GPU), scales.to(GPU)).decode(dtype).cpu()
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        assert torch.equal(found.view(bits), expected.view(bits))
+
+
+def test_packed_and_transposed_weights_give_the_same_bits_every_time() -> None:
+    weights = random_layer(RELEASED_20B, GPU)
+    x_TD = residual(1500, RELEASED_20B)
+    decoded = {
+        name: forward.dense(getattr(weights, name), torch.bfloat16)
+        for name in ("gate_weight", "up_weight", "down_weight")
+    }
+    input_major = {name: m.transpose(1, 2).contiguous() for name, m in decoded.items()}
+    strided = replace(weights, **{name: m.transpose(1, 2) for name, m in input_major.items()})
+    for numerics in (Numerics.on(GPU), Numerics.on(GPU, torch.bfloat16)):
+        x = x_TD.to(numerics.dtype)
+        expected = run_layers(weights, RELEASED_20B, x, numerics).output
+        assert torch.isfinite(expected).all()
+        assert torch.equal(expected, run_layers(weights, RELEASED_20B, x, numerics).output)
+        assert torch.equal(expected, run_layers(strided, RELEASED_20B, x, numerics).output)
+
+
+def test_the_gpu_agrees_with_the_cpu_so_tf32_is_off() -> None:
+    config = replace(RELEASED_20B, experts=8)
+    weights, x_TD = random_layer(config, GPU), residual(300, config)
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = run_layers(weights, config, x_TD, Numerics.on(GPU)).output.cpu()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    on_cpu = {
+        name: Packed(t.blocks.cpu(), t.scales.cpu()) if isinstance(t, Packed) else t.cpu()
+        for name, t in vars(weights).items()
+    }
+    expected = run_layers(replace(weights, **on_cpu), config, x_TD.cpu(), Numerics.on(CPU)).output
+    error = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    print(f"largest relative error, GPU against CPU: {error.max():.3g}")
+    assert error.max() < 2e-6
+
+
+def test_every_layout_gives_the_same_bits_through_its_reader(tmp_path: Path) -> None:
+    weights = random_weights(DISTINCT, seed=9)
+    packed = HfReader(write_hf_mxfp4(tmp_path / "mxfp4", DISTINCT, weights), GPU)
+    iteration = write_megatron(tmp_path / "mcore" / "iter_0000001", DISTINCT, weights, pad_vocab=31)
+    sequences = token_set(packed.config, longest=1024, positions=0)
+    for target in (
+        HfReader(write_hf_bf16(tmp_path / "bf16", DISTINCT, weights), GPU),
+        OpenAiReader(write_openai(tmp_path / "original", DISTINCT, weights), GPU),
+        MegatronReader(iteration, read(iteration).chunks, packed.config, GPU),
+    ):
+        report = compare(packed, target, sequences, load_limits("lossless"), GPU)
+        assert report.passed, report.violations
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+def test_131072_tokens_fit(dtype: torch.dtype) -> None:
+    weights = random_layer(RELEASED_20B, GPU)
+    x_TD = residual(131072, RELEASED_20B).to(dtype)
+    torch.cuda.reset_peak_memory_stats()
+    numerics = Numerics.on(GPU, dtype)
+    for layer, kind in enumerate(("sliding", "full")):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with forward.exact_products():
+            trace = forward.layer_forward(x_TD, weights, RELEASED_20B, layer, [len(x_TD)], numerics)
+        torch.cuda.synchronize()
+        print(f"{kind} layer, {dtype}: {time.perf_counter() - start:.2f} s")
+        assert torch.isfinite(trace.output).all()
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    print(f"peak memory, {dtype}: {peak:.1f} GiB")
+    assert peak < 40
