@@ -20,8 +20,8 @@ import click
 import pytest
 
 from gptoss_convert.cli import cli
-from gptoss_convert.convert import Options
 from gptoss_convert.errors import EXIT_CODES
+from gptoss_convert.options import Options
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -187,6 +187,15 @@ def test_every_page_is_reachable_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
         assert f"(docs/{page.name})" in text, page.name
+
+
+def test_every_module_stands_in_the_architecture() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^  (\w+(?:\.py|/)) ", text, re.MULTILINE))
+    package = ROOT / "gptoss_convert"
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py", "version.py"}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert described == {name for name in modules if not name.endswith("_kernels.py")} | folders
 
 
 def test_an_output_pattern_stands_for_the_whole_output() -> None:
