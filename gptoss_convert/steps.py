@@ -85,7 +85,8 @@ def needed(family: Family, have: frozenset[str], want: frozenset[str]) -> frozen
     elif scales in want:
         need |= {scales}
     if lacking := need - have:
-        raise InputError(f"{weight}: the source holds no {' and no '.join(map(str, lacking))}")
+        names = sorted({member or weight for member in lacking})
+        raise InputError(f"{weight}: the source holds no {' and no '.join(names)}")
     return frozenset(member for member in need if member)
 
 

@@ -68,7 +68,7 @@ def test_every_complete_variant_holds_every_weight_or_its_blocks_and_scales():
 
 
 def test_an_unknown_variant_lists_the_choices():
-    with pytest.raises(UsageError, match="^openai: no variant 'bf16'; choose mxfp4$"):
+    with pytest.raises(UsageError, match=r"^openai: no variant 'bf16'; choose mxfp4$"):
         load_table("openai").variant("bf16")
 
 
