@@ -129,7 +129,7 @@ def plan_synth(
         raise UsageError(f"--shards {shards}: choose {', '.join(SHARDS)}")
     # The source lies in no directory, so there is none that TARGET could damage.
     check_target(Path(os.devnull), target)
-    source = virtual_checkpoint(model, layers)
+    source = virtual_checkpoint(model, layers, seed)
     whole = source.config in (MODELS["20b"], MODELS["120b"])
     if shards == "auto":
         shards = "published" if whole and dtype != "bf16" and format != "megatron" else "size"
@@ -146,7 +146,7 @@ def plan_synth(
     return replace(conversion, image=image, notes=())
 
 
-def virtual_checkpoint(model: str, layers: int | None = None) -> Checkpoint:
+def virtual_checkpoint(model: str, layers: int | None = None, seed: int = 0) -> Checkpoint:
     """The HF MXFP4 checkpoint of a model as if it were open; each tensor is a file of its own."""
     if model not in MODELS:
         raise UsageError(f"--model {model}: choose {', '.join(MODELS)}")
@@ -163,7 +163,9 @@ def virtual_checkpoint(model: str, layers: int | None = None) -> Checkpoint:
     ids = special_tokens(config)
     content |= {"eos_token_id": ids["<|return|>"], "pad_token_id": ids["<|endoftext|>"]}
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    return Checkpoint("hf", "mxfp4", Path(f"synthetic-{model}"), config, text, chunks, {})
+    # The name says which bytes these are: an interrupted run of another seed must not go on.
+    root = Path(f"synthetic-{model}-seed-{seed}")
+    return Checkpoint("hf", "mxfp4", root, config, text, chunks, {})
 
 
 _SPECIAL = {
