@@ -1,56 +1,23 @@
-"""One step's arithmetic in memory: copy, decode, encode, cast, between strided views."""
+"""One step's arithmetic in memory: copy, decode, encode, between strided views."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from gptoss_convert import mxfp4
 from gptoss_convert.errors import CodecError, IntegrityError
-from gptoss_convert.extents import Extent, overlap
+from gptoss_convert.extents import overlap
 from gptoss_convert.fingerprint import ScaleStatistics, scale_statistics
 from gptoss_convert.layout import Box
 from gptoss_convert.model import BLOCK
+from gptoss_convert.parts import Array, Part, Parts
 from gptoss_convert.steps import Step, member_box
 
-Array = npt.NDArray[Any]
 _SCRATCH_BYTES = 1 << 19
 """Decoded values that are looked at while they are in the cache."""
-Parts = Mapping[str, Sequence["Part"]]
-"""By parameter: the parts that hold it, or take it."""
-
-
-@dataclass(slots=True)
-class Part:
-    """A box of one parameter in memory, as a strided view whose axes are the parameter's."""
-
-    extent: Extent
-    box: Box
-    position: int
-    array: Array
-
-    def view(self, box: Box) -> Array:
-        """The elements of `box`, which lies inside this part."""
-        return self.array[
-            tuple(
-                slice(lo - low, hi - low) for (lo, hi), (low, _) in zip(box, self.box, strict=True)
-            )
-        ]
-
-
-def cast(part: Part) -> int:
-    """Replace a float32 or float16 part by its BF16 form; returns the values that were rounded."""
-    if part.extent.dtype not in {"F32", "F16"}:
-        return 0
-    rounded = np.empty(part.array.shape, np.uint16)
-    changed = mxfp4.cast(part.array, rounded)
-    part.array = rounded
-    return changed
 
 
 def compute(step: Step, held: Parts, taken: Parts) -> mxfp4.EncodeStats:

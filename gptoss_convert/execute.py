@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 from isal import isal_zlib
 
 from gptoss_convert import mxfp4
-from gptoss_convert.compute import Part, cast, compute, decoded, statistics
-from gptoss_convert.containers import DTYPE_BYTES
-from gptoss_convert.extents import Extent, volume
-from gptoss_convert.files import PAGE, Arena, ByteSource, TargetFiles
+from gptoss_convert.compute import compute, decoded, statistics
+from gptoss_convert.files import Arena, ByteSource, TargetFiles
 from gptoss_convert.fingerprint import ScaleStatistics, fingerprint
-from gptoss_convert.layout import Box
-from gptoss_convert.steps import Plan, Step
-
-_NUMPY = {"U8": np.uint8, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+from gptoss_convert.parts import Part, cast, lay_out, read, runs
+from gptoss_convert.steps import Plan
+from gptoss_convert.workers import run_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,58 +52,15 @@ def execute(
     workers: int,
     finished: Callable[[list[Done]], None],
     advance: Callable[[int], None],
-    every: float = 2.0,
 ) -> None:
-    """Run the steps of these numbers; `finished` gets those done about `every` seconds.
-
-    The first error stops all workers after their current step and is raised here, when everything
-    done has been handed over. `advance` is called from the workers with the bytes read and written.
-    """
-    queue = iter(steps)
-    lock = threading.Lock()
-    stop = threading.Event()
-    done: list[Done] = []
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            worker = _Worker(plan, sources, targets)
-            while not stop.is_set():
-                with lock:
-                    number = next(queue, None)
-                if number is None:
-                    return
-                result, nbytes = worker.run(number)
-                with lock:
-                    done.append(result)
-                advance(nbytes)
-        except BaseException as error:
-            errors.append(error)
-            stop.set()
-
-    def hand_over() -> None:
-        with lock:
-            batch = done[:]
-            done.clear()
-        if batch:
-            finished(batch)
-
-    threads = [threading.Thread(target=work, name=f"worker-{i}") for i in range(workers)]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(every)
-                if thread.is_alive():
-                    hand_over()
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-        hand_over()
-    if errors:
-        raise errors[0]
+    """Run the steps of these numbers on `workers` threads; see `run_all`."""
+    run_all(
+        steps,
+        lambda: _Worker(plan, sources, targets).run,
+        workers=workers,
+        finished=finished,
+        advance=advance,
+    )
 
 
 class _Worker:
@@ -125,11 +77,11 @@ class _Worker:
         held: dict[str, list[Part]] = defaultdict(list)
         taken: dict[str, list[Part]] = defaultdict(list)
         nbytes = rounded = 0
-        for part in self._parts(step, step.sources):
-            nbytes += self._read(part)
+        for part in lay_out(step, step.sources, self._arena):
+            nbytes += read(part, self._sources, self._arena)
             rounded += cast(part)
             held[part.extent.param].append(part)
-        for part in self._parts(step, step.targets):
+        for part in lay_out(step, step.targets, self._arena):
             taken[part.extent.param].append(part)
         encoded = compute(step, held, taken)
         scales = statistics(step, held, taken)
@@ -144,33 +96,6 @@ class _Worker:
         nbytes += sum(region.length for region in regions)
         return Done(number, regions, share, scales, encoded, rounded), nbytes
 
-    def _parts(self, step: Step, extents: Sequence[Extent]) -> Iterator[Part]:
-        for member in step.family.members:
-            for extent, box in step.of(extents, member):
-                first = extent.at(box)
-                position = self._arena.take(extent.span(box), first % PAGE)
-                array = np.ndarray(
-                    tuple(hi - lo for lo, hi in box),
-                    _NUMPY[extent.dtype],
-                    self._arena.memory,
-                    position,
-                    extent.strides,
-                )
-                yield Part(extent, box, position, array)
-
-    def _read(self, part: Part) -> int:
-        extent, box = part.extent, part.box
-        first, span = extent.at(box), extent.span(box)
-        useful = volume(box) * DTYPE_BYTES[extent.dtype]
-        if 2 * useful >= span:
-            self._sources.read(extent.file, first, span, self._arena, part.position)
-        else:
-            for skip, length in runs(extent, box):
-                self._sources.read(
-                    extent.file, first + skip, length, self._arena, part.position + skip
-                )
-        return useful
-
     def _write(self, part: Part) -> Iterator[Region]:
         first = part.extent.at(part.box)
         memory = memoryview(self._arena.memory)
@@ -179,21 +104,3 @@ class _Worker:
             crc = isal_zlib.crc32(memory[position : position + length])
             self._targets.write(part.extent.file, first + skip, length, self._arena, position)
             yield Region(part.extent.file, first + skip, length, crc)
-
-
-def runs(extent: Extent, box: Box) -> Iterator[tuple[int, int]]:
-    """The contiguous byte runs of a box, as (distance from its first element, length)."""
-    run = DTYPE_BYTES[extent.dtype]
-    outer: list[range] = []
-    axes = sorted(
-        (stride, hi - lo)
-        for (lo, hi), stride in zip(box, extent.strides, strict=True)
-        if hi - lo > 1
-    )
-    for stride, length in axes:
-        if stride == run and not outer:
-            run *= length
-        else:
-            outer.append(range(0, stride * length, stride))
-    for skips in itertools.product(*reversed(outer)):
-        yield sum(skips), run

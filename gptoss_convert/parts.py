@@ -1,0 +1,95 @@
+"""Parts: boxes of parameters in a worker's buffer, read from files and written to them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptoss_convert import mxfp4
+from gptoss_convert.containers import DTYPE_BYTES
+from gptoss_convert.extents import Extent, volume
+from gptoss_convert.files import PAGE, Arena, ByteSource
+from gptoss_convert.layout import Box
+from gptoss_convert.steps import Step
+
+Array = npt.NDArray[Any]
+_NUMPY = {"U8": np.uint8, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+
+
+@dataclass(slots=True)
+class Part:
+    """A box of one parameter in memory, as a strided view whose axes are the parameter's."""
+
+    extent: Extent
+    box: Box
+    position: int
+    array: Array
+
+    def view(self, box: Box) -> Array:
+        """The elements of `box`, which lies inside this part."""
+        return self.array[
+            tuple(
+                slice(lo - low, hi - low) for (lo, hi), (low, _) in zip(box, self.box, strict=True)
+            )
+        ]
+
+
+Parts = Mapping[str, Sequence[Part]]
+"""By parameter: the parts that hold it, or take it."""
+
+
+def lay_out(step: Step, extents: Sequence[Extent], arena: Arena) -> Iterator[Part]:
+    """A place in the arena for each part of the step's box that the extents hold."""
+    for member in step.family.members:
+        for extent, box in step.of(extents, member):
+            position = arena.take(extent.span(box), extent.at(box) % PAGE)
+            shape = tuple(hi - lo for lo, hi in box)
+            dtype = _NUMPY[extent.dtype]
+            array = np.ndarray(shape, dtype, arena.memory, position, extent.strides)
+            yield Part(extent, box, position, array)
+
+
+def read(part: Part, sources: ByteSource, arena: Arena) -> int:
+    """Fill a part from its file; returns the bytes that belong to it."""
+    extent, box = part.extent, part.box
+    first, span = extent.at(box), extent.span(box)
+    useful = volume(box) * DTYPE_BYTES[extent.dtype]
+    if 2 * useful >= span:
+        sources.read(extent.file, first, span, arena, part.position)
+    else:
+        for skip, length in runs(extent, box):
+            sources.read(extent.file, first + skip, length, arena, part.position + skip)
+    return useful
+
+
+def runs(extent: Extent, box: Box) -> Iterator[tuple[int, int]]:
+    """The contiguous byte runs of a box, as (distance from its first element, length)."""
+    run = DTYPE_BYTES[extent.dtype]
+    outer: list[range] = []
+    axes = sorted(
+        (stride, hi - lo)
+        for (lo, hi), stride in zip(box, extent.strides, strict=True)
+        if hi - lo > 1
+    )
+    for stride, length in axes:
+        if stride == run and not outer:
+            run *= length
+        else:
+            outer.append(range(0, stride * length, stride))
+    for skips in itertools.product(*reversed(outer)):
+        yield sum(skips), run
+
+
+def cast(part: Part) -> int:
+    """Replace a float32 or float16 part by its BF16 form; returns the values that were rounded."""
+    if part.extent.dtype not in {"F32", "F16"}:
+        return 0
+    rounded = np.empty(part.array.shape, np.uint16)
+    changed = mxfp4.cast(part.array, rounded)
+    part.array = rounded
+    return changed

@@ -1,0 +1,72 @@
+"""Symmetric workers: threads that each take the next number from one queue until it is empty."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Result = TypeVar("Result")
+Work = Callable[[int], tuple[Result, int]]
+"""Does the step of a number; returns its result and the bytes it moved."""
+
+
+def run_all(
+    numbers: Iterable[int],
+    new_worker: Callable[[], Work[Result]],
+    *,
+    workers: int,
+    finished: Callable[[list[Result]], None],
+    advance: Callable[[int], None],
+    every: float = 2.0,
+) -> None:
+    """Do every number once; `finished` gets the results of about `every` seconds, in this thread.
+
+    The first error stops all workers after their current step and is raised here, when everything
+    done has been handed over. `advance` is called from the workers with the bytes moved.
+    """
+    queue = iter(numbers)
+    lock = threading.Lock()
+    stop = threading.Event()
+    done: list[Result] = []
+    errors: list[BaseException] = []
+
+    def loop() -> None:
+        try:
+            work = new_worker()
+            while not stop.is_set():
+                with lock:
+                    number = next(queue, None)
+                if number is None:
+                    return
+                result, nbytes = work(number)
+                with lock:
+                    done.append(result)
+                advance(nbytes)
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    def hand_over() -> None:
+        with lock:
+            batch = done[:]
+            done.clear()
+        if batch:
+            finished(batch)
+
+    threads = [threading.Thread(target=loop, name=f"worker-{i}") for i in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(every)
+                if thread.is_alive():
+                    hand_over()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        hand_over()
+    if errors:
+        raise errors[0]
