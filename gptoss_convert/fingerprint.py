@@ -89,9 +89,11 @@ def _weighted_sum(
     flat: npt.NDArray[np.uint16], offsets: npt.NDArray[np.int64], rows: U64, step: int, columns: U64
 ) -> int:
     if jit.kernels() is not None:
-        from gptoss_convert import fingerprint_kernels
+        from gptoss_convert import fingerprint_kernels as kernels
 
-        return int(fingerprint_kernels.weighted_sum(flat, offsets, rows, step, columns))
+        if step == 1:
+            return int(kernels.weighted_sum(flat, offsets, rows, columns))
+        return int(kernels.strided_sum(flat, offsets, rows, step, columns))
     total = 0
     reach = step * (len(columns) - 1) + 1
     for offset, weight in zip(offsets.tolist(), rows.tolist(), strict=True):

