@@ -109,5 +109,6 @@ def test_nan_exceeds_every_limit() -> None:
     assert [line.split(":")[0] for line in words] == [
         "max |Δlogit|",
         "max KL",
+        "mean KL",
         "relative error after layer 0 experts",
     ]

@@ -21,6 +21,8 @@ class Limits:
     """Largest |Δlogit| at any position."""
     max_kl: float
     """Largest KL at any position, in nats."""
+    mean_kl: float
+    """Largest mean KL of all positions, in nats."""
     sub_block: float
     """Largest relative error after any sub-block at any position."""
     routing_agreement: float
@@ -42,6 +44,7 @@ def load_limits(name: str) -> Limits:
         name=name,
         max_delta=table.number("max_delta"),
         max_kl=table.number("max_kl"),
+        mean_kl=table.number("mean_kl"),
         sub_block=table.number("sub_block"),
         routing_agreement=table.number("routing_agreement"),
         measured=str(table.value("measured")),
@@ -63,6 +66,7 @@ def violations(
     upper = (
         ("max |Δlogit|", overall.max_delta, limits.max_delta),
         ("max KL", overall.kl_max, limits.max_kl),
+        ("mean KL", overall.kl_mean, limits.mean_kl),
         (f"relative error after {where}", worst, limits.sub_block),
     )
     found = [
