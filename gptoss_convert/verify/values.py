@@ -1,7 +1,7 @@
 """Exact values: every parameter of two checkpoints, decoded and compared bit by bit.
 
-Both sides are streamed at once, through the mapping tables, so this level cannot see a wrong table: the logits
-level can. Memory is bounded as in a conversion, and each byte is read once.
+Both sides are streamed at once, through the mapping tables, so this level cannot see a wrong
+table: the logits level can. Memory is bounded as in a conversion, and each byte is read once.
 """
 
 from __future__ import annotations
