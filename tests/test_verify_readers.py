@@ -228,3 +228,30 @@ def test_scales_without_a_finite_value_are_refused() -> None:
     blocks = torch.zeros(1, 16, dtype=torch.uint8)
     with pytest.raises(CodecError, match="x: expects scales up to 252, found 253"):
         checked(Packed(blocks, torch.tensor([253], dtype=torch.uint8)), "x")
+
+
+def test_a_directory_of_one_file_needs_no_index(tmp_path: Path) -> None:
+    weights = random_weights(SQUARE)
+    sharded = write_hf_mxfp4(tmp_path / "hf", SQUARE, weights)
+    single = tmp_path / "single"
+    single.mkdir()
+    (single / "config.json").write_bytes((sharded / "config.json").read_bytes())
+    save_file(weights, single / "model.safetensors")
+    assert torch.equal(HfReader(single, CPU).norm(), HfReader(sharded, CPU).norm())
+
+
+def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
+    directory = write_openai(tmp_path / "original", SQUARE, random_weights(SQUARE))
+    (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(IntegrityError, match=r"model\.safetensors: not a readable safetensors"):
+        OpenAiReader(directory, CPU)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(IntegrityError, match=r"expects \.safetensors files, found none"):
+        OpenAiReader(directory, CPU)
+
+
+def test_a_tensor_stored_twice_is_refused(tmp_path: Path) -> None:
+    directory = write_openai(tmp_path / "original", SQUARE, random_weights(SQUARE))
+    save_file({"norm.scale": torch.ones(128)}, directory / "sidecar.safetensors")
+    with pytest.raises(IntegrityError, match=r"norm\.scale is stored in another file as well"):
+        OpenAiReader(directory, CPU)

@@ -64,14 +64,21 @@ def write_openai(directory: Path, shape: TinyShape, weights: Mapping[str, Tensor
 
 
 def write_megatron(
-    iteration: Path, shape: TinyShape, weights: Mapping[str, Tensor], pad_vocab: int = 0
+    iteration: Path,
+    shape: TinyShape,
+    weights: Mapping[str, Tensor],
+    pad_vocab: int = 0,
+    without: str | None = None,
 ) -> Path:
     """Write a torch_dist iteration with stacked keys by torch's own writer and return it.
 
     `pad_vocab` zero rows follow the vocabulary, as Megatron pads it. Whole-tensor chunks, no
-    `_extra_state`: enough for readers, not for Megatron's strict loaders.
+    `_extra_state`: enough for readers, not for Megatron's strict loaders. `without` leaves out the
+    tensor whose name ends so.
     """
     tensors = megatron_tensors(shape, weights)
+    if without is not None:
+        del tensors[next(name for name in tensors if name.endswith(without))]
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         rows = tensors[name].new_zeros(pad_vocab, shape.hidden)
         tensors[name] = torch.cat((tensors[name], rows))

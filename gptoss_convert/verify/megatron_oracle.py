@@ -213,9 +213,10 @@ def _load(model: GPTModel, iteration: Path) -> None:
     loaded = dist_checkpointing.load(
         {"model": sharded}, str(iteration), strict=StrictHandling.RETURN_ALL
     )
-    assert isinstance(loaded, tuple)  # RETURN_ALL: the state, then missing and unexpected names
-    state, missing, _ = loaded
-    absent = sorted(name for name in missing if "_extra_state" not in name)
+    assert isinstance(loaded, tuple)
+    # megatron-core calls unexpected what the model asks for and the directory lacks.
+    state, _, unexpected = loaded
+    absent = sorted(name for name in unexpected if "_extra_state" not in name)
     if absent:
         raise IntegrityError(f"{iteration}: megatron-core misses {', '.join(absent)}")
     unfilled, foreign = model.load_state_dict(state["model"], strict=False)
