@@ -20,6 +20,8 @@ from gptoss_convert.strict_json import parse_object
 from gptoss_convert.tables import load_table
 
 CONFIG = "config.json"
+MANIFEST = "gptoss-convert.json"
+"""Written into every TARGET: what it holds, by file and by parameter."""
 BESIDE = "beside:"
 """Prefix of the sidecar's files, which may lie in another directory than the weights."""
 FORMATS = ("hf", "openai", "megatron")
@@ -215,7 +217,7 @@ def _open_megatron(root: Path, choices: Choices) -> Checkpoint:
     details = {
         "iteration": directory.name,
         "naming": variant,
-        "saved_by": stored.saved_by,
+        "saved_by": "gptoss-convert" if (base / MANIFEST).exists() else stored.saved_by,
         "parallel": megatron.parallel_layout(fields if isinstance(fields, dict) else {}),
         "chunks": len(stored.chunks),
         "skipped": dict(stored.skipped),
@@ -304,7 +306,7 @@ def carried_files(root: Path) -> tuple[Path, ...]:
         if path.is_file()
         and not path.name.startswith(".")
         and not path.name.endswith(_NOT_CARRIED)
-        and path.name not in {CONFIG, "gptoss-convert.json", "dtypes.json"}
+        and path.name not in {CONFIG, MANIFEST, "dtypes.json"}
         and path.stat().st_size <= _MAX_CARRIED
     )
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from isal import isal_zlib
 
+from gptoss_convert import oddities
+from gptoss_convert.checkpoint import MANIFEST
 from gptoss_convert.containers import FileImage, Image
 from gptoss_convert.execute import Done, Region
 from gptoss_convert.fingerprint import ScaleStatistics, combine
 from gptoss_convert.steps import Plan
 
-NAME = "gptoss-convert.json"
+NAME = MANIFEST
 SCHEMA = 1
 
 
@@ -39,6 +41,7 @@ def manifest(
         "files": files,
         "parameters": _parameters(plan, done.values()),
         "mxfp4": _scales(plan, done.values()),
+        "oddities": oddities.summary(plan, {n: result.oddities for n, result in done.items()}),
     }
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 

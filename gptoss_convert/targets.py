@@ -56,9 +56,9 @@ def _megatron_image(source: Checkpoint, variant: str, options: Options) -> tuple
     table = load_table("megatron")
     config = source.config
     sizes = load_model().sizes(config.numbers)
-    iteration = torch_dist.image(
+    iteration = torch_dist.image_apart(
         shards.specs_of(table.tensors(variant, sizes)),
-        torch_dist.extra_state_objects(table.object_names(variant, sizes)),
+        table.object_names(variant, sizes),
         megatron.common_state(config, options.layout),
         files=_DISTCP_FILES,
         max_file_bytes=max(options.max_shard_size, _DISTCP_MIN_BYTES),
