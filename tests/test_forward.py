@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptoss_convert.verify.forward import Numerics, attend, query_blocks, swiglu
+from gptoss_convert.verify.forward import Numerics, attend, dense, query_blocks, swiglu
 from gptoss_convert.verify.hf_reader import HfReader
 from gptoss_convert.verify.oracles import transformers_logits
 from gptoss_convert.verify.walk import Prompts, all_logits
@@ -101,3 +101,14 @@ def test_a_sequence_does_not_see_its_neighbour(tmp_path: Path) -> None:
     together = all_logits(reader, Prompts.of(prompts, CPU), Numerics())
     alone = [all_logits(reader, Prompts.of([one], CPU), Numerics()) for one in prompts]
     assert (together - torch.cat(alone)).abs().max() < 5e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dense_weights_are_fresh_row_major_copies(dtype: torch.dtype) -> None:
+    stored = torch.arange(60.0).view(4, 15).to(torch.bfloat16)
+    for view in (stored, stored[1:], stored.t(), stored[:, 1::2]):
+        found = dense(view, dtype)
+        assert found.is_contiguous()
+        assert found.data_ptr() % 64 == 0
+        assert found.untyped_storage().data_ptr() != view.untyped_storage().data_ptr()
+        assert torch.equal(found, view.to(dtype))

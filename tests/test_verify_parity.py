@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from gptoss_convert.errors import InputError, UsageError
+from gptoss_convert.verify.forward import Numerics
 from gptoss_convert.verify.hf_reader import HfReader
 from gptoss_convert.verify.limits import load_limits
 from gptoss_convert.verify.openai_reader import OpenAiReader
 from gptoss_convert.verify.parity import compare
 from gptoss_convert.verify.tokens import TokenSequence, sequence, token_set
+from gptoss_convert.verify.walk import Prompts, all_logits
 from tests.mutants import Mutant, MutantReader, mapped, with_numbers
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4, write_openai
 from tests.tiny_models import DISTINCT, SQUARE, random_weights
@@ -104,3 +106,17 @@ def test_unknown_limits_list_the_choices() -> None:
         UsageError, match="expects one of lossless, float32, bfloat16, found 'loose'"
     ):
         load_limits("loose")
+
+
+def test_the_last_token_of_a_sequence_predicts_nothing(
+    readers: tuple[HfReader, OpenAiReader],
+) -> None:
+    source, target = readers
+    tokens = (sequence("uniform", 20, 0, SQUARE.vocab), sequence("chat", 30, 0, SQUARE.vocab))
+    report = compare(source, target, tokens, load_limits("lossless"), CPU, extra_rounds=0)
+    nll = []
+    for one in tokens:
+        logits = all_logits(source, Prompts.of([one.tokens], CPU), Numerics())
+        shares = logits.double().log_softmax(1)
+        nll += [-shares[n, token] for n, token in enumerate(one.tokens[1:])]
+    assert abs(report.overall.source_nll - float(sum(nll)) / 48) < 1e-5
