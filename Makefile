@@ -6,7 +6,7 @@ BASE := .venv/installed-base
 DEV := .venv/installed-dev
 SETUP := pyproject.toml constraints.txt tools/setup.sh
 
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo test lint format wheel bench clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -31,6 +31,10 @@ format: $(DEV)
 # make wheel   build the wheel and try it in an environment of its own
 wheel: $(DEV)
 	tools/check_wheel.sh
+
+# make bench   speed against this machine's limits, minutes; OPTIONS=-h lists the options
+bench: $(DEV)
+	.venv/bin/python -m benchmarks.bench $(OPTIONS)
 
 # make clean   remove what the other targets made
 clean:

@@ -1,0 +1,1 @@
+"""Measurements: python -m benchmarks.bench, python -m benchmarks.kernels."""
