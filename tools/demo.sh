@@ -11,10 +11,10 @@ say() { printf '\n== %s\n' "$*"; }
 run() { printf '$ %s\n' "$*"; "$@"; }
 
 same() {
-    # The manifest alone differs: it names the source of each.
+    # The manifest names the source of each, so it differs.
     run diff -r -x gptoss-convert.json "$1" "$2"
     run sha256sum "$1"/*.safetensors "$2"/*.safetensors
-    echo "byte-identical: every file of $1 and $2"
+    echo "byte-identical: every file of $1 and $2 but the manifest"
 }
 
 say "1. A small GPT-OSS checkpoint with random values, as Hugging Face stores it (MXFP4)"
