@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shlex
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
 
 import click
 
-from gptoss_convert.errors import GptossError
+from gptoss_convert.errors import DiskError, GptossError, ResourceError
 
 _REPORT = "this is a bug in gptoss-convert: please report it with the traceback above"
+_HINTS = {
+    errno.ENOSPC: "; free some space and run the same command again",
+    errno.EDQUOT: "; the quota is used up",
+    errno.EMFILE: "; allow more open files: ulimit -n 4096",
+}
 
 
-class TerminatedError(BaseException):
-    """SIGTERM arrived: unwind, so that nothing half-written stays behind."""
+class StoppedError(BaseException):
+    """SIGINT or SIGTERM arrived: unwind after the step at work, so that it can be gone on with."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise TerminatedError
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Unwind once; a second signal leaves at once, as a kill would, which loses no more."""
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, lambda second, frame: os._exit(128 + second))
+    raise StoppedError(number)
 
 
 def main() -> None:
     """Run the command line and leave with its exit status."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(_run())
 
 
@@ -40,19 +54,10 @@ def _run() -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except GptossError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        print("interrupted: nothing was published", file=sys.stderr)
-        return 130
-    except TerminatedError:
-        print("terminated: nothing was published", file=sys.stderr)
-        return 143
-    except BrokenPipeError:
-        # Whoever read the output has left: nothing more can be said on it, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except (GptossError, OSError, MemoryError) as error:
+        return _failed(error)
+    except (StoppedError, KeyboardInterrupt, click.exceptions.Abort) as error:
+        return _stopped(error.number if isinstance(error, StoppedError) else signal.SIGINT)
     except Exception:
         import traceback
 
@@ -60,6 +65,35 @@ def _run() -> int:
         print(_REPORT, file=sys.stderr)
         return 70
     return result if isinstance(result, int) else 0
+
+
+def _failed(error: GptossError | OSError | MemoryError) -> int:
+    """Say in one line what went wrong; returns the exit status."""
+    if isinstance(error, BrokenPipeError):
+        # Whoever read the output has left: nothing more can be said on it, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, MemoryError):
+        error = ResourceError("out of memory; lower --workers or --max-memory")
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        hint = _HINTS.get(error.errno or 0, "")
+        error = DiskError(f"{where}{error.strerror or error}{hint}")
+    print(f"error: {_printable(str(error))}", file=sys.stderr)
+    return error.exit_code
+
+
+def _stopped(number: int) -> int:
+    """Say how to go on; returns the exit status that shells know."""
+    how = "interrupted" if number == signal.SIGINT else "terminated"
+    command = shlex.join(["gptoss-convert", *sys.argv[1:]])
+    print(f"{how}: nothing was published; the same command goes on: {command}", file=sys.stderr)
+    return 128 + number
+
+
+def _printable(text: str) -> str:
+    """One line that no name from an untrusted file can break or colour."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 if __name__ == "__main__":

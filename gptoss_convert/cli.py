@@ -56,6 +56,9 @@ _vocab_size = click.option(
     type=click.IntRange(1),
     help="Megatron SOURCE: rows of the vocabulary without padding, where nothing says so.",
 )
+_strict = click.option(
+    "--strict", is_flag=True, help="Refuse what is only remarked on: files that nothing names."
+)
 _workers = click.option(
     "--workers",
     type=click.IntRange(1, 256),
@@ -108,6 +111,9 @@ def cli() -> None:
 @click.option("--cast", is_flag=True, help="Round a float32 or float16 SOURCE to BF16.")
 @click.option("--lossy", is_flag=True, help="Round values that have no exact MXFP4 form.")
 @click.option("--repair", is_flag=True, help="Read what transformers 5.21 to 5.23 mis-saved.")
+@click.option("--allow-nonfinite", is_flag=True, help="Keep infinities and NaN.")
+@click.option("--allow-zero", is_flag=True, help="Keep weight matrices that are zero throughout.")
+@_strict
 @click.option(
     "--layout",
     type=click.Choice(["stacked", "per-layer"]),

@@ -13,8 +13,9 @@ from gptoss_convert import mxfp4
 from gptoss_convert.compute import compute, decoded, statistics
 from gptoss_convert.files import Arena, ByteSource, TargetFiles
 from gptoss_convert.fingerprint import ScaleStatistics, fingerprint
+from gptoss_convert.oddities import Oddities, examine
 from gptoss_convert.parts import Part, cast, lay_out, read, runs
-from gptoss_convert.steps import Plan
+from gptoss_convert.steps import Plan, Step
 from gptoss_convert.workers import run_all
 
 
@@ -41,6 +42,7 @@ class Done:
     encoded: mxfp4.EncodeStats
     cast_values: int
     """Values that a cast to BF16 rounded."""
+    oddities: Oddities
 
 
 def execute(
@@ -83,6 +85,7 @@ class _Worker:
             held[part.extent.param].append(part)
         for part in lay_out(step, step.targets, self._arena):
             taken[part.extent.param].append(part)
+        oddities = examine(step, held)
         encoded = compute(step, held, taken)
         scales = statistics(step, held, taken)
         regions = tuple(
@@ -94,7 +97,7 @@ class _Worker:
         ]
         share = sum(shares) & ((1 << 64) - 1) if shares else None
         nbytes += sum(region.length for region in regions)
-        return Done(number, regions, share, scales, encoded, rounded), nbytes
+        return Done(number, regions, share, scales, encoded, rounded, oddities), nbytes
 
     def _write(self, part: Part) -> Iterator[Region]:
         first = part.extent.at(part.box)
@@ -104,3 +107,13 @@ class _Worker:
             crc = isal_zlib.crc32(memory[position : position + length])
             self._targets.write(part.extent.file, first + skip, length, self._arena, position)
             yield Region(part.extent.file, first + skip, length, crc)
+
+
+def places(step: Step) -> set[tuple[str, int, int]]:
+    """Every run of bytes that a step writes: file, offset, length."""
+    return {
+        (extent.file, extent.at(box) + skip, length)
+        for member in step.family.members
+        for extent, box in step.of(step.targets, member)
+        for skip, length in runs(extent, box)
+    }

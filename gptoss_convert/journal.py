@@ -1,7 +1,7 @@
 """The journal of a conversion: which steps are on the disk, so that the same command can go on.
 
 A line is written only after the bytes it speaks of have been synced; it begins with the CRC-32 of
-the rest, so that a line torn by a crash is recognised and dropped.
+the rest, so that a line torn by a crash is recognised and dropped with all that follows.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple
-from typing import Any
+from dataclasses import astuple, fields
+from typing import Any, TypeVar
 
-from gptoss_convert.errors import UsageError
+from gptoss_convert.errors import DiskError, UsageError
 from gptoss_convert.execute import Done, Region
 from gptoss_convert.fingerprint import ScaleStatistics
 from gptoss_convert.mxfp4 import EncodeStats
+from gptoss_convert.oddities import Oddities
 
+SCHEMA = 2
 _MAX_BYTES = 1 << 30
+Part = TypeVar("Part", Region, ScaleStatistics, EncodeStats, Oddities)
 
 
 class Journal:
@@ -32,25 +35,56 @@ class Journal:
         self._descriptor = descriptor
         self._where = where
         self.done: dict[int, Done] = {}
+        self.published: int | None = None
+        """CRC-32 of the manifest that was about to be published, once all was written."""
         lines, end = _lines(descriptor)
+        begun = {"journal": SCHEMA, **header}
         if lines:
-            _require_same(where, lines[0], header)
-            self.done = {done.step: done for done in map(_done, lines[1:])}
-        os.ftruncate(descriptor, end)
-        self._end = end
+            _require_same(where, lines[0], begun)
+            for record in lines[1:]:
+                self._take(record)
+        self._cut(end)
         if not lines:
-            self._write([dict(header)])
+            self._write([begun])
 
     def append(self, batch: Iterable[Done]) -> None:
         """Record finished steps; what they wrote must be on the disk already."""
         self._write([astuple(done) for done in batch])
 
+    def publishing(self, manifest_crc: int) -> None:
+        """Record that TARGET is written and synced, and will be renamed next."""
+        self._write([{"manifest": manifest_crc}])
+
+    def _take(self, record: Any) -> None:
+        if isinstance(record, dict):
+            self.published = record.get("manifest")
+        elif (done := _done(record)) is not None:
+            self.done[done.step] = done
+
+    def _cut(self, end: int) -> None:
+        self._end = end
+        try:
+            os.ftruncate(self._descriptor, end)
+        except OSError as error:
+            raise DiskError(f"{self._where}: journal: {error.strerror}") from None
+
     def _write(self, records: list[Any]) -> None:
-        for record in records:
-            text = json.dumps(record, separators=(",", ":")).encode()
-            line = b"%08x %s\n" % (zlib.crc32(text), text)
-            self._end += os.pwrite(self._descriptor, line, self._end)
-        os.fsync(self._descriptor)
+        text = b"".join(map(_line, records))
+        try:
+            written = 0
+            while written < len(text):
+                written += os.pwrite(self._descriptor, text[written:], self._end + written)
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise DiskError(
+                f"{self._where}: journal: {error.strerror}; run the same command again"
+            ) from None
+        self._end += len(text)
+
+
+def _line(record: Any) -> bytes:
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
 def _lines(descriptor: int) -> tuple[list[Any], int]:
@@ -63,33 +97,56 @@ def _lines(descriptor: int) -> tuple[list[Any], int]:
         text = text.rstrip(b"\n")
         if not line.endswith(b"\n") or head != b"%08x" % zlib.crc32(text):
             break
-        records.append(json.loads(text))
+        try:
+            records.append(json.loads(text))
+        except (ValueError, RecursionError):
+            break
         end += len(line)
     return records, end
 
 
-def _done(record: Any) -> Done:
-    step, regions, fingerprint, scales, encoded, cast_values = record
-    return Done(
-        step,
-        tuple(Region(*region) for region in regions),
-        fingerprint,
-        ScaleStatistics(*scales),
-        EncodeStats(*encoded),
-        cast_values,
-    )
+def _done(record: Any) -> Done | None:
+    """A finished step; None if the record is no such thing: the step is then done again."""
+    try:
+        step, regions, fingerprint, scales, encoded, cast_values, oddities = record
+        odd = _part(Oddities, oddities)
+        done = Done(
+            step,
+            tuple(_part(Region, region) for region in regions),
+            fingerprint,
+            _part(ScaleStatistics, scales),
+            _part(EncodeStats, encoded),
+            cast_values,
+            Oddities(odd.nonfinite, odd.first, tuple(odd.zeros)),
+        )
+    except (TypeError, ValueError):
+        return None
+    numbers = (step, cast_values, 0 if fingerprint is None else fingerprint)
+    return done if all(type(number) is int for number in numbers) else None
+
+
+def _part(kind: type[Part], values: Any) -> Part:
+    """A record's part, each field of the kind that the class has; raises TypeError."""
+    expected = {"int": int, "float": float, "str": str}
+    for field, value in zip(fields(kind), values, strict=True):
+        wanted = expected.get(str(field.type), list)
+        if type(value) is not wanted or (wanted is int and not -1 <= value < 1 << 64):
+            raise TypeError
+    return kind(*values)
 
 
 def _require_same(where: str, before: Any, now: Mapping[str, Any]) -> None:
+    if not isinstance(before, dict):
+        before = {}
     for part in now:
-        then = before.get(part) if isinstance(before, dict) else None
-        if then == json.loads(json.dumps(now[part])):
+        then, current = before.get(part), json.loads(json.dumps(now[part]))
+        if then == current:
             continue
-        changed = part
-        if isinstance(then, dict) and isinstance(now[part], Mapping):
-            keys = sorted({*then, *now[part]})
-            key = next(k for k in keys if then.get(k) != now[part].get(k))
-            changed = f"{part} {key}: {then.get(key)!r} then, {now[part].get(key)!r} now"
+        changed = f"{part}: {then!r:.80} then, {current!r:.80} now"
+        if isinstance(then, dict) and isinstance(current, dict):
+            keys = sorted({*then, *current})
+            key = next(k for k in keys if then.get(k) != current.get(k))
+            changed = f"{part} {key}: {then.get(key)!r} then, {current.get(key)!r} now"
         raise UsageError(
             f"{where}: an unfinished conversion with another plan lies there ({changed}); "
             "finish it with its own options, or pass --restart to discard it"

@@ -28,6 +28,11 @@ class Options:
     cast: bool = False
     lossy: bool = False
     repair: bool = False
+    allow_nonfinite: bool = False
+    allow_zero: bool = False
+    """Accept weight matrices that are zero throughout."""
+    strict: bool = False
+    """Refuse a SOURCE with anything that is only remarked on otherwise."""
     layout: str = "stacked"
     """Megatron: layers `stacked` in one tensor, or one tensor `per-layer`."""
     also_local_spec: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -11,12 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert import manifest, resources
+from gptoss_convert import manifest, oddities, resources
 from gptoss_convert.conversion import Conversion, plan
 from gptoss_convert.errors import CodecError, DiskError, IntegrityError
-from gptoss_convert.execute import Done, Region, execute
+from gptoss_convert.execute import Done, Region, execute, places
 from gptoss_convert.files import Arena, ByteSource, SourceFiles, TargetFiles, write_file
 from gptoss_convert.fingerprint import ScaleStatistics
+from gptoss_convert.folding import fold
 from gptoss_convert.journal import Journal
 from gptoss_convert.mxfp4 import EncodeStats
 from gptoss_convert.options import Options
@@ -78,22 +80,42 @@ def run(
     began = time.monotonic()
     for note in conversion.notes:
         progress.note(note)
-    options, target = conversion.options, conversion.target
-    if not options.overwrite:
-        check_absent(target)
-    with workspace(target, options.restart) as space:
-        journal = Journal(space.journal, str(target), conversion.header)
-        before = _intact(conversion, space, journal, progress)
-        resources.check_disk(target.parent.resolve(), conversion.write_bytes - _held(space.work))
-        done = _execute(conversion, space, journal, before, progress, source)
-        outcomes = _outcomes(conversion, done.values())
-        _state_losses(conversion, outcomes, progress)
-        header = {k: v for k, v in conversion.header.items() if k in {"tool", "plan", "from", "to"}}
-        content = manifest.manifest(header, conversion.image, conversion.plan, done)
-        for name, text in ((manifest.NAME, content), *conversion.image.closing):
-            write_file(space.work / name, text)
+    with workspace(conversion.target, conversion.options.restart) as space:
+        journal = Journal(space.journal, str(conversion.target), conversion.header)
+        if journal.published is not None and _is_published(space, journal.published):
+            space.finish()
+            done = before = journal.done
+        else:
+            if not conversion.options.overwrite:
+                check_absent(conversion.target)
+            space.open()
+            before = _intact(conversion, space, journal, progress)
+            needed = conversion.write_bytes - _held(space.work)
+            resources.check_disk(conversion.target.parent.resolve(), needed)
+            done = _execute(conversion, space, journal, before, progress, source)
+            _state_losses(conversion, _outcomes(conversion, done.values()), progress)
+            journal.publishing(_close(conversion, space.work, done))
+            space.publish()
+    outcomes = _outcomes(conversion, done.values())
     seconds = time.monotonic() - began
     return Report(conversion, seconds, resources.peak_memory(), len(before), outcomes)
+
+
+def _close(conversion: Conversion, work: Path, done: Mapping[int, Done]) -> int:
+    """Write the small files, the manifest among them; returns the manifest's CRC-32."""
+    header = {k: v for k, v in conversion.header.items() if k in {"tool", "plan", "from", "to"}}
+    content = manifest.manifest(header, conversion.image, conversion.plan, done)
+    for name, text in ((manifest.NAME, content), *conversion.image.closing):
+        write_file(work / name, text)
+    return zlib.crc32(content)
+
+
+def _is_published(space: Workspace, manifest_crc: int) -> bool:
+    """Whether an interrupted run had renamed its work to TARGET already."""
+    path = space.target / manifest.NAME
+    if space.work.exists() or not path.is_file():
+        return False
+    return zlib.crc32(path.read_bytes()) == manifest_crc
 
 
 def _execute(
@@ -120,6 +142,7 @@ def _execute(
                 files.write_bytes(file.name, offset, content)
 
         def finished(batch: list[Done]) -> None:
+            _refuse_nonfinite(conversion, batch)
             # In this order: the journal never speaks of bytes that a crash could take back.
             files.sync()
             journal.append(batch)
@@ -137,14 +160,41 @@ def _execute(
         files.sync()
         if isinstance(sources, SourceFiles):
             sources.require_unchanged()
+    _refuse_zeros(conversion, done)
     return done
+
+
+def _refuse_nonfinite(conversion: Conversion, batch: Iterable[Done]) -> None:
+    for result in batch:
+        if result.oddities.nonfinite and not conversion.options.allow_nonfinite:
+            raise IntegrityError(
+                f"{conversion.source.root}: {result.oddities.first}; "
+                "pass --allow-nonfinite to keep such values"
+            )
+
+
+def _refuse_zeros(conversion: Conversion, done: Mapping[int, Done]) -> None:
+    found = {number: result.oddities for number, result in done.items()}
+    zeros = oddities.zero_matrices(conversion.plan, found)
+    weights = [matrix for matrix in zeros if not oddities.is_vector(matrix[0])]
+    if weights and not conversion.options.allow_zero:
+        raise IntegrityError(
+            f"{conversion.source.root}: {len(weights)} weight matrices are zero throughout, in "
+            f"{fold(oddities.tensors_of(conversion.plan, weights))}; "
+            "pass --allow-zero to keep them"
+        )
 
 
 def _intact(
     conversion: Conversion, space: Workspace, journal: Journal, progress: Progress
 ) -> dict[int, Done]:
     """The steps of an interrupted run whose bytes are still as the journal says."""
-    known = {step: done for step, done in journal.done.items() if step < len(conversion.plan.steps)}
+    steps = conversion.plan.steps
+    known = {
+        number: done
+        for number, done in journal.done.items()
+        if number < len(steps) and _places(done) == places(steps[number])
+    }
     if not known or conversion.options.trust_journal:
         return known
     total = sum(region.length for done in known.values() for region in done.regions)
@@ -162,6 +212,10 @@ def _intact(
     if lost := len(known) - len(intact):
         progress.note(f"{lost} steps are no longer as they were written: doing them again")
     return intact
+
+
+def _places(done: Done) -> set[tuple[str, int, int]]:
+    return {(region.file, region.offset, region.length) for region in done.regions}
 
 
 def _same_bytes(files: SourceFiles, region: Region, arena: Arena) -> bool:

@@ -55,9 +55,11 @@ def run_all(
             finished(batch)
 
     threads = [threading.Thread(target=loop, name=f"worker-{i}") for i in range(workers)]
-    for thread in threads:
-        thread.start()
+    started: list[threading.Thread] = []
     try:
+        for thread in threads:
+            started.append(thread)
+            thread.start()
         for thread in threads:
             while thread.is_alive():
                 thread.join(every)
@@ -65,8 +67,9 @@ def run_all(
                     hand_over()
     finally:
         stop.set()
-        for thread in threads:
-            thread.join()
+        for thread in started:
+            if thread.ident is not None:
+                thread.join()
         hand_over()
     if errors:
         raise errors[0]
