@@ -65,6 +65,9 @@ class MutantReader:
     def norm(self) -> Tensor:
         return self.mutant.norm(self.source.norm())
 
+    def prepare(self, index: int) -> None:
+        pass
+
     def layer(self, index: int) -> LayerWeights:
         stale = self.mutant.stale_from is not None and index >= self.mutant.stale_from
         weights = (self.stale if stale else self.source).layer(self.mutant.order(index))

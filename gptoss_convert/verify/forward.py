@@ -154,6 +154,8 @@ def attend(
     A sink is one more logit per head that takes probability and gives no value. Scores and
     probabilities are float32.
     """
+    if q_SNH.is_cuda and window is None:
+        return attend_fused(q_SNH, k_CKH, v_CKH, sinks_N)
     length, heads, head_dim = q_SNH.shape
     kv_heads = k_CKH.shape[1]
     q_KGSH = (q_SNH * head_dim**-0.5).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
@@ -172,6 +174,23 @@ def attend(
         mixed = torch.matmul(scores.to(v_KCH.dtype).flatten(1, 2), v_KCH[:, first:stop])
         blocks.append(mixed.unflatten(1, (-1, stop - start)).permute(2, 0, 1, 3).flatten(1, 2))
     return torch.cat(blocks)
+
+
+def attend_fused(q_SNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, sinks_N: Tensor) -> Tensor:
+    """Causal attention `[S, N, H]` by torch's fused kernel: memory is linear in the sequence.
+
+    The kernel knows no sinks; its log-sum-exp says which share of the probability they take.
+    Its float32 products are three TF32 ones each, as exact as float32 up to rounding.
+    """
+    length, heads, _ = q_SNH.shape
+    group = heads // k_CKH.shape[1]
+    k_CNH, v_CNH = (x.repeat_interleave(group, dim=1) for x in (k_CKH, v_CKH))
+    q_NSH, k_NCH, v_NCH = (x.transpose(0, 1).unsqueeze(0) for x in (q_SNH, k_CNH, v_CNH))
+    mixed_NSH, total_NS, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q_NSH, k_NCH, v_NCH, None, True, 0.0, True
+    )
+    kept_NS = torch.sigmoid(total_NS[0, :, :length] - sinks_N.float().unsqueeze(1))
+    return (mixed_NSH[0] * kept_NS.unsqueeze(-1)).to(q_SNH.dtype).transpose(0, 1)
 
 
 def _masked_scores(q_KGSH: Tensor, k_KHC: Tensor, offset: int, window: int | None) -> Tensor:
@@ -193,8 +212,9 @@ def query_blocks(
     if window is None:
         size = score_elements // (heads * length)
     else:
-        # heads * size * (size + window) scores, solved for size.
+        # heads * size * (size + window) scores, solved for size; of longer blocks most is masked.
         size = int(math.sqrt(score_elements / heads + window**2 / 4) - window / 2)
+        size = min(size, max(4 * window, 64))
     size = max(1, size)
     for start in range(0, length, size):
         yield start, min(start + size, length)

@@ -11,19 +11,26 @@ from gptoss_convert.errors import InputError
 from gptoss_convert.verify.configs import hf_config, read_json
 from gptoss_convert.verify.fp4 import BLOCK, Packed, checked
 from gptoss_convert.verify.model import ExpertMatrices, LayerWeights
-from gptoss_convert.verify.readers import SafetensorsFiles, SubBlock, hf_files
+from gptoss_convert.verify.readers import (
+    MAX_AHEAD,
+    StoredTensors,
+    SubBlock,
+    hf_files,
+    safetensors_chunks,
+)
 
 
 class HfReader:
     """An HF directory; config.json says whether its experts are packed, as for transformers."""
 
-    def __init__(self, directory: Path, device: torch.device):
+    def __init__(self, directory: Path, device: torch.device, max_ahead: int = MAX_AHEAD):
         config = read_json(directory / "config.json")
         self.config = hf_config(config)
         self.packed = "quantization_config" in config.content
         if self.packed:
             config.section("quantization_config").require("quant_method", "mxfp4")
-        self._files = SafetensorsFiles(hf_files(directory), device)
+        chunks = safetensors_chunks(directory, hf_files(directory))
+        self._files = StoredTensors(directory, chunks, device, max_ahead)
 
     def embedding(self) -> Tensor:
         """`[vocab, hidden]`."""
@@ -39,6 +46,10 @@ class HfReader:
 
     def _vocabulary(self, name: str) -> Tensor:
         return self._files.read(name, (self.config.vocab, self.config.hidden))
+
+    def prepare(self, index: int) -> None:
+        """Start to read layer `index`."""
+        self._files.ahead(f"model.layers.{index}.")
 
     def layer(self, index: int) -> LayerWeights:
         """The weights of layer `index`; gate and up are the even and odd rows, or columns."""
@@ -107,7 +118,7 @@ class HfReader:
 
 
 def read_packed(
-    files: SafetensorsFiles, stem: str, separator: str, shape: tuple[int, int, int]
+    files: StoredTensors, stem: str, separator: str, shape: tuple[int, int, int]
 ) -> Packed:
     """Blocks and scales of `stem` that decode to `shape` `[expert, out, in]`."""
     experts, rows, columns = shape

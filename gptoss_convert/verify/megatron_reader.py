@@ -2,94 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gptoss_convert.containers import Chunk
-from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.errors import InputError
 from gptoss_convert.verify.model import LayerWeights, ModelConfig
-from gptoss_convert.verify.readers import SubBlock
-
-STORED = {
-    "BF16": (np.int16, torch.bfloat16),
-    "F16": (np.float16, torch.float16),
-    "F32": (np.float32, torch.float32),
-}
-"""How numpy maps each dtype from a file, and what torch then takes those bytes for."""
-
-
-class ChunkedTensors:
-    """Tensors stored as boxes in the files of a directory, read from memory maps."""
-
-    def __init__(self, directory: Path, chunks: Iterable[Chunk], device: torch.device):
-        self._directory = directory
-        self._device = device
-        self._chunks: dict[str, list[Chunk]] = {}
-        for chunk in chunks:
-            self._chunks.setdefault(chunk.tensor, []).append(chunk)
-
-    def __contains__(self, name: str) -> bool:
-        """Whether a tensor of this name is stored."""
-        return name in self._chunks
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the whole tensor; IntegrityError if it is missing."""
-        if name not in self._chunks:
-            raise IntegrityError(f"{name}: missing")
-        return self._chunks[name][0].shape
-
-    def read(self, name: str, prefix: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """The part of a tensor at the leading indices `prefix`, which must have `shape`.
-
-        Raises InputError if the stored shape differs, IntegrityError if chunks leave a gap.
-        """
-        stored = self.shape(name)
-        if len(stored) != len(prefix) + len(shape) or stored[len(prefix) :] != shape:
-            expected = (*(["any"] * len(prefix)), *shape)
-            raise InputError(f"{name}: expects shape {expected}, found {stored}")
-        extent = (1,) * len(prefix) + shape
-        start = prefix + (0,) * len(shape)
-        chunks = self._chunks[name]
-        box = torch.empty(extent, dtype=STORED[chunks[0].dtype][1], device=self._device)
-        copied = sum(self._copy(chunk, start, box) for chunk in chunks)
-        if copied != math.prod(extent):
-            raise IntegrityError(
-                f"{name}: expects {math.prod(extent)} elements at {prefix}, chunks hold {copied}"
-            )
-        return box.view(shape)
-
-    def _copy(self, chunk: Chunk, start: tuple[int, ...], box: Tensor) -> int:
-        """Copy what `chunk` and `box` share, return how many elements that is."""
-        source, target = [], []
-        axes = zip(chunk.start, chunk.extent, start, box.shape, strict=True)
-        for chunk_start, chunk_extent, box_start, box_extent in axes:
-            low = max(chunk_start, box_start)
-            high = min(chunk_start + chunk_extent, box_start + box_extent)
-            if low >= high:
-                return 0
-            source.append(slice(low - chunk_start, high - chunk_start))
-            target.append(slice(low - box_start, high - box_start))
-        part = self._map(chunk)[tuple(source)]
-        box[tuple(target)] = part.to(self._device)
-        return part.numel()
-
-    def _map(self, chunk: Chunk) -> Tensor:
-        """The chunk as a tensor over its file, read when touched, never written back."""
-        on_disk, dtype = STORED[chunk.dtype]
-        path = self._directory / chunk.file
-        try:
-            mapped = np.memmap(path, on_disk, "c", offset=chunk.offset, shape=chunk.extent)
-        except (OSError, ValueError) as error:
-            raise IntegrityError(
-                f"{path}: expects {chunk.nbytes} bytes of {chunk.tensor} at {chunk.offset}, "
-                f"found {error}"
-            ) from error
-        return torch.from_numpy(mapped).view(dtype)
+from gptoss_convert.verify.readers import MAX_AHEAD, StoredTensors, SubBlock
 
 
 class MegatronReader:
@@ -99,10 +21,15 @@ class MegatronReader:
     """
 
     def __init__(
-        self, directory: Path, chunks: Iterable[Chunk], config: ModelConfig, device: torch.device
+        self,
+        directory: Path,
+        chunks: Iterable[Chunk],
+        config: ModelConfig,
+        device: torch.device,
+        max_ahead: int = MAX_AHEAD,
     ):
         self.config = config
-        self._tensors = ChunkedTensors(directory, chunks, device)
+        self._tensors = StoredTensors(directory, chunks, device, max_ahead)
         self._stacked = "decoder.layers.self_attention.linear_qkv.weight" in self._tensors
         experts = self._layer_key(0, "mlp.experts.experts.0.linear_fc2.weight")
         self._per_expert = experts in self._tensors
@@ -135,7 +62,7 @@ class MegatronReader:
 
     def norm(self) -> Tensor:
         """The final norm's weight, `[hidden]`."""
-        return self._tensors.read("decoder.final_layernorm.weight", (), (self.config.hidden,))
+        return self._tensors.read("decoder.final_layernorm.weight", (self.config.hidden,))
 
     def unembedding(self) -> Tensor:
         """`[vocab, hidden]`, without padding."""
@@ -145,7 +72,14 @@ class MegatronReader:
         rows = self._tensors.shape(name)[0]
         if rows < self.config.vocab:
             raise InputError(f"{name}: expects at least {self.config.vocab} rows, found {rows}")
-        return self._tensors.read(name, (), (rows, self.config.hidden))[: self.config.vocab]
+        return self._tensors.read(name, (rows, self.config.hidden))[: self.config.vocab]
+
+    def prepare(self, index: int) -> None:
+        """Start to read layer `index`."""
+        if self._stacked:
+            self._tensors.ahead("decoder.layers.", (index,))
+        else:
+            self._tensors.ahead(f"decoder.layers.{index}.")
 
     def layer(self, index: int) -> LayerWeights:
         """The weights of layer `index`: rows of q, k, v grouped by kv head, fc1 `[gate; up]`."""
@@ -154,7 +88,7 @@ class MegatronReader:
 
         def read(name: str, *shape: int) -> Tensor:
             prefix = (index,) if self._stacked else ()
-            return self._tensors.read(self._layer_key(index, name), prefix, shape)
+            return self._tensors.read(self._layer_key(index, name), shape, prefix)
 
         q_weight, k_weight, v_weight = self._split_qkv(
             read("self_attention.linear_qkv.weight", q + 2 * kv, c.hidden)
@@ -207,9 +141,9 @@ class MegatronReader:
         if not self._per_expert:
             prefix = (index,) if self._stacked else ()
             key = self._layer_key(index, f"{stem}.{name}")
-            return self._tensors.read(key, prefix, (experts, *shape))
+            return self._tensors.read(key, (experts, *shape), prefix)
         keys = [self._layer_key(index, f"{stem}.{e}.{name}") for e in range(experts)]
-        return torch.stack([self._tensors.read(key, (), shape) for key in keys])
+        return torch.stack([self._tensors.read(key, shape) for key in keys])
 
     def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:
         """Names of the tensors that feed a sub-block; of a stacked one, row `index` does."""

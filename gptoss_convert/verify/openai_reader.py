@@ -11,18 +11,24 @@ from gptoss_convert.errors import IntegrityError
 from gptoss_convert.verify.configs import openai_config, read_json
 from gptoss_convert.verify.hf_reader import read_packed
 from gptoss_convert.verify.model import LayerWeights
-from gptoss_convert.verify.readers import SafetensorsFiles, SubBlock
+from gptoss_convert.verify.readers import (
+    MAX_AHEAD,
+    StoredTensors,
+    SubBlock,
+    safetensors_chunks,
+)
 
 
 class OpenAiReader:
     """An `original/` directory; like OpenAI's code it reads every .safetensors file in it."""
 
-    def __init__(self, directory: Path, device: torch.device):
+    def __init__(self, directory: Path, device: torch.device, max_ahead: int = MAX_AHEAD):
         self.config = openai_config(read_json(directory / "config.json"))
-        files = sorted(directory.glob("*.safetensors"))
+        files = sorted(path.name for path in directory.glob("*.safetensors"))
         if not files:
             raise IntegrityError(f"{directory}: expects .safetensors files, found none")
-        self._files = SafetensorsFiles(files, device)
+        chunks = safetensors_chunks(directory, files)
+        self._files = StoredTensors(directory, chunks, device, max_ahead)
 
     def embedding(self) -> Tensor:
         """`[vocab, hidden]`."""
@@ -35,6 +41,10 @@ class OpenAiReader:
     def unembedding(self) -> Tensor:
         """`[vocab, hidden]`."""
         return self._files.read("unembedding.weight", (self.config.vocab, self.config.hidden))
+
+    def prepare(self, index: int) -> None:
+        """Start to read layer `index`."""
+        self._files.ahead(f"block.{index}.")
 
     def layer(self, index: int) -> LayerWeights:
         """The weights of layer `index`: q, k, v lie one after another, gate and up alternate."""

@@ -7,20 +7,26 @@ mapping tables: where a table is wrong, two readers of the same model disagree.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gptoss_convert.containers import Chunk, safetensors
 from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.verify.fetch import Fetcher, Run, runs_of
 from gptoss_convert.verify.model import LayerWeights, ModelConfig
 
+MAX_AHEAD = 2_000_000_000
+"""Bytes of a checkpoint that are read before they are needed: a layer of the 20b as BF16."""
 SubBlock = Literal["attention", "router", "experts"]
 """The parts of a layer after which the residual stream can be observed."""
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+BYTES = {"U8": torch.uint8}
 
 
 class Reader(Protocol):
@@ -33,6 +39,10 @@ class Reader(Protocol):
 
     def embedding(self) -> Tensor:
         """`[vocab, hidden]`."""
+        ...
+
+    def prepare(self, index: int) -> None:
+        """Start to read layer `index`, which will be asked for soon."""
         ...
 
     def layer(self, index: int) -> LayerWeights:
@@ -52,48 +62,95 @@ class Reader(Protocol):
         ...
 
 
-class SafetensorsFiles:
-    """The tensors of several safetensors files by name; files stay open, tensors are read late."""
+class StoredTensors:
+    """The tensors of a checkpoint's files by name, read late, onto one device.
 
-    def __init__(self, files: list[Path], device: torch.device):
-        self._files = {}
-        for path in files:
-            try:
-                opened = safe_open(path, framework="pt", device=str(device))
-                names = list(opened.keys())
-            except (SafetensorError, OSError) as error:
-                raise IntegrityError(f"{path}: not a readable safetensors file: {error}") from error
-            for name in names:
-                if name in self._files:
-                    raise IntegrityError(f"{path}: {name} is stored in another file as well")
-                self._files[name] = opened
+    At most `max_ahead` bytes are read before they are asked for.
+    """
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A float tensor; raises if it is missing or has another shape or dtype."""
-        return self._read(name, shape, FLOATS)
+    def __init__(
+        self, directory: Path, chunks: Iterable[Chunk], device: torch.device, max_ahead: int
+    ):
+        self._directory = directory
+        self._device = device
+        self._fetcher = Fetcher(device, max_ahead)
+        self._chunks: dict[str, list[Chunk]] = {}
+        for chunk in chunks:
+            self._chunks.setdefault(chunk.tensor, []).append(chunk)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a tensor of this name is stored."""
+        return name in self._chunks
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor; IntegrityError if it is missing."""
+        if name not in self._chunks:
+            raise IntegrityError(f"{name}: missing")
+        return self._chunks[name][0].shape
+
+    def ahead(self, start: str, prefix: tuple[int, ...] = ()) -> None:
+        """Start to read all tensors whose names begin so, at the leading indices `prefix`."""
+        names = [name for name in self._chunks if name.startswith(start)]
+        self._fetcher.ahead([self._runs(name, prefix) for name in names])
+
+    def read(self, name: str, shape: tuple[int, ...], prefix: tuple[int, ...] = ()) -> Tensor:
+        """A float tensor, or its part at the leading indices `prefix`, which must have `shape`.
+
+        Raises InputError for another shape or dtype, IntegrityError if chunks leave a gap.
+        """
+        return self._read(name, shape, prefix, FLOATS)
 
     def read_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A U8 tensor; raises if it is missing or has another shape or dtype."""
-        return self._read(name, shape, (torch.uint8,))
+        """A U8 tensor; raises as `read` does."""
+        return self._read(name, shape, (), BYTES)
 
-    def _read(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
-        if name not in self._files:
-            raise IntegrityError(f"{name}: missing")
-        tensor: Tensor = self._files[name].get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise InputError(f"{name}: expects shape {shape}, found {tuple(tensor.shape)}")
-        if tensor.dtype not in dtypes:
-            raise InputError(f"{name}: expects a dtype of {dtypes}, found {tensor.dtype}")
-        return tensor
+    def _read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        prefix: tuple[int, ...],
+        dtypes: dict[str, torch.dtype],
+    ) -> Tensor:
+        stored = self.shape(name)
+        if len(stored) != len(prefix) + len(shape) or stored[len(prefix) :] != shape:
+            expected = (*(["any"] * len(prefix)), *shape)
+            raise InputError(f"{name}: expects shape {expected}, found {stored}")
+        kind = self._chunks[name][0].dtype
+        if kind not in dtypes:
+            raise InputError(f"{name}: expects a dtype of {', '.join(dtypes)}, found {kind}")
+        dtype, runs = dtypes[kind], self._runs(name, prefix)
+        held = sum(run.nbytes for run in runs) // dtype.itemsize
+        if held != math.prod(shape):
+            raise IntegrityError(
+                f"{name}: expects {math.prod(shape)} elements at {prefix}, chunks hold {held}"
+            )
+        content = self._fetcher.read(runs).view(dtype).view(shape)
+        return content.to(self._device, non_blocking=True)
+
+    def _runs(self, name: str, prefix: tuple[int, ...]) -> tuple[Run, ...]:
+        whole = [(0, length) for length in self.shape(name)[len(prefix) :]]
+        box = (*((index, index + 1) for index in prefix), *whole)
+        return runs_of(self._directory, self._chunks[name], box)
 
 
-def hf_files(directory: Path) -> list[Path]:
+def safetensors_chunks(directory: Path, names: Iterable[str]) -> list[Chunk]:
+    """The tensors of several files; IntegrityError if one stands in two of them."""
+    chunks: dict[str, Chunk] = {}
+    for name in names:
+        for chunk in safetensors.read_header(directory, name).chunks:
+            if chunk.tensor in chunks:
+                where = directory / name
+                raise IntegrityError(f"{where}: {chunk.tensor} is stored in another file as well")
+            chunks[chunk.tensor] = chunk
+    return list(chunks.values())
+
+
+def hf_files(directory: Path) -> list[str]:
     """The weight files of an HF directory: those of its index, or the one `model.safetensors`."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / safetensors.INDEX
     if not index.exists():
-        return [directory / "model.safetensors"]
+        return ["model.safetensors"]
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return [directory / name for name in sorted(set(weight_map.values()))]
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{index}: expects an object weight_map, found {error!r}") from error

@@ -35,9 +35,13 @@ class Prompts:
 
 def walk(reader: Reader, prompts: Prompts, numerics: Numerics) -> Iterator[LayerTrace]:
     """The trace of each layer in turn; to be consumed within `forward.exact_products`."""
+    reader.prepare(0)
     x_TD = forward.embed(prompts.tokens, reader.embedding(), numerics)
-    for index in range(len(reader.config.sliding)):
+    layers = len(reader.config.sliding)
+    for index in range(layers):
         weights = reader.layer(index)
+        if index + 1 < layers:
+            reader.prepare(index + 1)
         trace = forward.layer_forward(
             x_TD, weights, reader.config, index, prompts.lengths, numerics
         )
