@@ -129,6 +129,8 @@ class Choices:
     """Megatron: a Hugging Face config.json, where the checkpoint carries none."""
     vocab_size: int | None = None
     """Megatron: rows of the vocabulary without padding, where nothing says so."""
+    strict: bool = False
+    """Refuse what is only remarked on otherwise."""
 
 
 DEFAULT = Choices()
@@ -149,7 +151,10 @@ def open_checkpoint(path: Path, choices: Choices = DEFAULT) -> Checkpoint:
         problem = specimens.recognise_files(path)
         held = f"holds {', '.join(found)}" if found else "no config.json and no torch_dist tracker"
         raise problem or InputError(f"{path}: not a GPT-OSS checkpoint: {held}")
-    return _OPENERS[format](found[format], choices)
+    opened = _OPENERS[format](found[format], choices)
+    if choices.strict and opened.notes:
+        raise IntegrityError(f"{opened.notes[0]} (--strict)")
+    return opened
 
 
 def _open_hf(root: Path, choices: Choices) -> Checkpoint:
@@ -163,7 +168,7 @@ def _open_hf(root: Path, choices: Choices) -> Checkpoint:
     if problem := specimens.recognise_tensors(str(root), chunks):
         raise problem
     variant = _variant("hf", config, chunks)
-    notes = list(config.notes)
+    notes = [*config.notes, *safetensors.remarks(root, chunks)]
     if variant == "mis-saved":
         what = "BF16 experts under the names of packed blocks, as transformers 5.21 to 5.23 save"
         if not choices.repair:
@@ -197,7 +202,8 @@ def _open_openai(root: Path, choices: Choices) -> Checkpoint:
     chunks, headers = safetensors.read_directory(root)
     if not chunks:
         raise IntegrityError(f"{root}: no *.safetensors files beside config.json")
-    return Checkpoint("openai", "mxfp4", root, config, None, chunks, headers)
+    notes = tuple(safetensors.remarks(root, chunks))
+    return Checkpoint("openai", "mxfp4", root, config, None, chunks, headers, notes=notes)
 
 
 def _open_megatron(root: Path, choices: Choices) -> Checkpoint:

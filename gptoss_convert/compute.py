@@ -70,7 +70,7 @@ def _decode(step: Step, held: Parts, target: Part) -> None:
         mxfp4.decode(blocks, scales, values)
     except CodecError as error:
         tensor = held[family.scales or ""][0].extent.tensor
-        raise CodecError(f"{tensor}: box {_show(scales_box)}: {error}") from None
+        raise IntegrityError(f"{tensor}: box {_show(scales_box)}: {error}") from None
     if not whole:
         mxfp4.copy(values[..., lo - first : hi - first], target.array)
 
@@ -136,7 +136,11 @@ def decoded(
         scales = gather(taken[family.scales], member_box(family, family.scales, step.box))
         for rows, box in _row_pieces(step.box):
             values = np.empty(tuple(hi - lo for lo, hi in box), np.uint16)
-            mxfp4.decode(blocks[rows], scales[rows], values)
+            try:
+                mxfp4.decode(blocks[rows], scales[rows], values)
+            except CodecError as error:
+                tensor = taken[family.scales][0].extent.tensor
+                raise IntegrityError(f"{tensor}: box {_show(box)}: {error}") from None
             yield box, values
 
 

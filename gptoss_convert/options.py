@@ -53,7 +53,12 @@ class Options:
     def choices(self) -> Choices:
         """What concerns the opening of SOURCE."""
         return Choices(
-            self.source_format, self.repair, self.iteration, self.config, self.vocab_size
+            self.source_format,
+            self.repair,
+            self.iteration,
+            self.config,
+            self.vocab_size,
+            self.strict,
         )
 
     @property

@@ -76,6 +76,21 @@ def read_directory(root: Path) -> tuple[tuple[Chunk, ...], dict[str, Header]]:
     return tuple(chunk for header in headers.values() for chunk in header.chunks), headers
 
 
+def remarks(root: Path, chunks: Iterable[Chunk]) -> list[str]:
+    """What is odd about an indexed directory and harms nothing: spare shards, a wrong total."""
+    if not (root / INDEX).exists():
+        return []
+    chunks = list(chunks)
+    spare = sorted({path.name for path in root.glob("*.safetensors")} - {c.file for c in chunks})
+    notes = [f"{root / INDEX}: does not name {', '.join(spare)}: not read"] if spare else []
+    stated = _index_content(root).get("metadata")
+    total = stated.get("total_size") if isinstance(stated, dict) else None
+    found = sum(chunk.nbytes for chunk in chunks)
+    if total is not None and total != found:
+        notes.append(f"{root / INDEX}: total_size is {total!r:.40}, the tensors take {found} bytes")
+    return notes
+
+
 def read_header(root: Path, name: str) -> Header:
     """The header of one file, fully checked against its size; nothing past the header is read."""
     where = root / name
@@ -178,9 +193,7 @@ def _read_index(root: Path) -> dict[str, str] | None:
     path = root / INDEX
     if not path.exists():
         return None
-    with open_inside(root, INDEX) as file:
-        content = parse_object(str(path), file.read().decode("utf-8", "replace"))
-    weight_map = content.get("weight_map")
+    weight_map = _index_content(root).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise IntegrityError(f"{path}: no weight_map")
     for tensor, name in weight_map.items():
@@ -189,6 +202,14 @@ def _read_index(root: Path) -> dict[str, str] | None:
         if not name.endswith(".safetensors"):
             raise InputError(f"{path}: {tensor}: {name!r} is not a safetensors file")
     return weight_map
+
+
+def _index_content(root: Path) -> dict[str, Any]:
+    with open_inside(root, INDEX) as file:
+        raw = file.read(MAX_HEADER + 1)
+    if len(raw) > MAX_HEADER:
+        raise IntegrityError(f"{root / INDEX}: larger than {MAX_HEADER} bytes")
+    return parse_object(str(root / INDEX), raw.decode("utf-8", "replace"))
 
 
 def _check_index(root: Path, index: Mapping[str, str], home: Mapping[str, str]) -> None:
