@@ -248,29 +248,39 @@ def _open_megatron(root: Path, choices: Choices) -> Checkpoint:
 def _megatron_config(
     base: Path, directory: Path, stored: torch_dist.TorchDist, choices: Choices
 ) -> tuple[Config, str | None]:
-    """From --config, else carried config.json, else Bridge's or Megatron-LM's own fields."""
-    bridge = megatron.read_run_config(directory)
+    """From --config, else carried config.json, else Bridge's or Megatron-LM's own fields.
+
+    Fields that contradict it are refused; against --config they are only noted.
+    """
     args = stored.common.get("args")
     fields = {
-        str(directory / megatron.RUN_CONFIG): bridge,
-        f"{directory}: args": args if isinstance(args, dict) else None,
+        str(directory / megatron.RUN_CONFIG): megatron.read_run_config(directory) or {},
+        f"{directory}: args": args if isinstance(args, dict) else {},
     }
+    stated = [(where, values) for where, values in fields.items() if values]
     folder = base / megatron.HF_FOLDER
     path = choices.config or (folder / CONFIG if (folder / CONFIG).exists() else None)
+    text = None
     if path is not None:
         text, content = _read_config(path.parent, path.name)
         config = configs.from_hf(str(path), content)
-        for where, values in fields.items():
-            megatron.check_fields(where, values or {}, config)
+        megatron.check_rows(str(path), config.vocab_size, choices.vocab_size)
+    elif stated:
+        where, values = stated[0]
+        rows = megatron.vocabulary(where, values, stored.chunks, choices.vocab_size)
+        config = megatron.from_fields(where, values, rows)
+    else:
+        raise InputError(
+            f"{directory}: neither {megatron.HF_FOLDER}/{CONFIG}, {megatron.RUN_CONFIG} nor args "
+            "tell the model's configuration; pass --config CONFIG_JSON"
+        )
+    if choices.config is None:
+        for where, values in stated:
+            megatron.check_fields(where, values, config)
         return config, text
-    for where, values in fields.items():
-        if values:
-            rows = megatron.vocabulary(where, values, stored.chunks, choices.vocab_size)
-            return megatron.from_fields(where, values, rows), None
-    raise InputError(
-        f"{directory}: neither {megatron.HF_FOLDER}/{CONFIG}, {megatron.RUN_CONFIG} nor args tell "
-        "the model's configuration; pass --config CONFIG_JSON"
-    )
+    found = (megatron.contradictions(where, values, config) for where, values in stated)
+    notes = (f"{problem}; going by {choices.config}" for problem in found if problem)
+    return replace(config, notes=(*config.notes, *notes)), text
 
 
 _OPENERS: Mapping[str, Callable[[Path, Choices], Checkpoint]] = {

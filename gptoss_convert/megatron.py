@@ -1,4 +1,4 @@
-"""GPT-OSS in Megatron's words: the fields of `args` and run_config.yaml, read and written as data.
+"""GPT-OSS in Megatron's words: the fields of `args` and run_config.yaml, read as plain data.
 
 Sources: megatron-core's TransformerConfig, Megatron-LM's arguments, Megatron-Bridge's run_config.
 A field that contradicts GPT-OSS is refused with both values: such a model would load and be wrong.
@@ -6,7 +6,6 @@ A field that contradicts GPT-OSS is refused with both values: such a model would
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,21 +22,19 @@ ITERATION = 1
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "hf"
 """Where a Megatron checkpoint carries config.json, tokenizer and template for the way back."""
-VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""The tensors that Megatron pads with rows to a multiple of its tensor-parallel size."""
-
-_MAX_YAML = 1 << 20
-_PARALLEL = (
+PARALLEL = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
-_BRIDGE = {
-    "modern": "megatron.bridge.models.gpt_provider.GPTModelProvider",
-    "legacy": "megatron.bridge.models.gpt_oss.gpt_oss_provider.GPTOSSProvider",
-}
-"""The provider of Megatron-Bridge from 0.4.0 on, and before: no name serves both."""
+"""Fields that say how many ranks shared a tensor, the layers, the experts, and one expert."""
+VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""The tensors that Megatron pads with rows to a multiple of its tensor-parallel size."""
+RELEASED_ROWS = 201088
+"""Rows of the released models' vocabulary."""
+
+_MAX_YAML = 1 << 20
 
 _SIZES = {
     "num_hidden_layers": ("num_layers",),
@@ -77,10 +74,19 @@ def vocabulary(
     if rows is None and stored % 128:
         rows = stored
     if type(rows) is not int or not 0 < rows <= stored:
-        unknown = f"no vocabulary size, {stored} rows may hold padding; pass --vocab-size"
+        unknown = (
+            f"no vocabulary size, {stored} rows may hold padding; pass --vocab-size "
+            f"(as released: {RELEASED_ROWS})"
+        )
         wrong = f"vocab_size {rows!r}, the checkpoint holds {stored} rows"
         raise UsageError(f"{where}: {unknown if rows is None else wrong}")
     return rows
+
+
+def check_rows(where: str, rows: int, asked: int | None) -> None:
+    """Refuse --vocab-size where the configuration says otherwise."""
+    if asked not in (None, rows):
+        raise UsageError(f"{where}: vocab_size is {rows}, --vocab-size is {asked}; omit it")
 
 
 def read_run_config(directory: Path) -> dict[str, Any] | None:
@@ -106,24 +112,38 @@ def read_run_config(directory: Path) -> dict[str, Any] | None:
 
 
 def parallel_layout(fields: Mapping[str, Any]) -> dict[str, int]:
-    """The parallel sizes that a checkpoint's fields state, those above 1."""
-    sizes = {name: fields.get(name) for name in _PARALLEL}
-    return {name: size for name, size in sizes.items() if type(size) is int and size > 1}
+    """The parallel sizes that a checkpoint's fields state; none where they state nothing."""
+    sizes = {name: fields.get(name) for name in PARALLEL}
+    return {name: size for name, size in sizes.items() if type(size) is int}
+
+
+def contradictions(where: str, fields: Mapping[str, Any], config: Config) -> str | None:
+    """The fields that contradict `config`, found and expected, in one line; None without any."""
+    follows = {name for names in _SIZES.values() for name in names}
+    wrong = [
+        f"{field} is {fields[field]!r}, GPT-OSS here has {expected!r}"
+        for field, expected in _expected(config).items()
+        if field in fields
+        # A size that is None follows from the others, as in Megatron-LM's arguments.
+        and not (field in follows and fields[field] is None)
+        and not _same(_plain(field, fields[field]), expected)
+    ]
+    return f"{where}: {'; '.join(wrong)}" if wrong else None
 
 
 def check_fields(where: str, fields: Mapping[str, Any], config: Config) -> None:
     """Refuse fields that contradict `config`; raises InputError with field, found and expected."""
-    for field, expected in _expected(config).items():
-        if field in fields and not _same(fields[field], expected):
-            found = fields[field]
-            raise InputError(f"{where}: {field} is {found!r}, GPT-OSS here has {expected!r}")
+    if problem := contradictions(where, fields, config):
+        raise InputError(
+            f"{problem}; if the weights are right and these fields wrong, pass --config CONFIG_JSON"
+        )
 
 
 def from_fields(where: str, fields: Mapping[str, Any], vocab_size: int) -> Config:
     """The configuration that `args` or run_config.yaml describe; raises InputError.
 
-    What Megatron does not say (window, YaRN, clamp) is taken as released, and contradicted if the
-    fields say something else.
+    What not every version of Megatron says (window, YaRN, clamp) is taken as released; check_fields
+    refuses fields that say something else.
     """
     numbers: dict[str, int] = {}
     for name, choices in _SIZES.items():
@@ -131,7 +151,7 @@ def from_fields(where: str, fields: Mapping[str, Any], vocab_size: int) -> Confi
         if not values:
             raise InputError(f"{where}: no {' or '.join(choices)}; pass --config CONFIG_JSON")
         numbers[name] = values[0]
-    config = Config(
+    return Config(
         **numbers,
         vocab_size=vocab_size,
         sliding_window=128,
@@ -145,8 +165,17 @@ def from_fields(where: str, fields: Mapping[str, Any], vocab_size: int) -> Confi
         beta_slow=1.0,
         notes=(f"configuration from {where}; window, YaRN and clamp as released",),
     )
-    check_fields(where, fields, config)
-    return config
+
+
+def _plain(field: str, found: object) -> object:
+    """A field's value in the form that GPT-OSS's is stated in, where several mean the same."""
+    if isinstance(found, dict) and isinstance(found.get("_target_"), str):
+        return found["_target_"]
+    if field == "window_attn_skip_freq" and isinstance(found, list | tuple):
+        # One entry a layer, 1 where the window holds: alternating, window first, is the number 2.
+        alternating = all(bool(entry) == (n % 2 == 0) for n, entry in enumerate(found))
+        return 2 if alternating else found
+    return found
 
 
 def _same(found: object, expected: object) -> bool:
@@ -168,7 +197,7 @@ def _same(found: object, expected: object) -> bool:
 def _expected(config: Config) -> dict[str, Any]:
     """Fields whose other values change the model's output, Megatron-LM's other names included."""
     return {
-        **_model_fields(config),
+        **model_fields(config),
         "num_moe_experts": config.num_local_experts,
         "gated_linear_unit": True,
         "rotary_scaling_factor": config.rope_factor,
@@ -177,10 +206,16 @@ def _expected(config: Config) -> dict[str, Any]:
         "share_embeddings_and_output_weights": False,
         "untie_embeddings_and_output_weights": True,
         "rotary_interleaved": False,
+        "rotary_percent": 1.0,
+        "activation_func": "quick_gelu",
+        "quick_geglu": True,
+        "swiglu": False,
+        "layernorm_zero_centered_gamma": False,
+        "apply_layernorm_1p": False,
     }
 
 
-def _model_fields(config: Config) -> dict[str, Any]:
+def model_fields(config: Config) -> dict[str, Any]:
     """The fields that Megatron-LM's arguments and Megatron-Bridge's provider both have."""
     return {
         "num_layers": config.num_hidden_layers,
@@ -206,127 +241,4 @@ def _model_fields(config: Config) -> dict[str, Any]:
         "yarn_beta_fast": config.beta_fast,
         "yarn_beta_slow": config.beta_slow,
         "yarn_correction_range_round_to_int": False,
-    }
-
-
-def _training_fields(config: Config) -> dict[str, Any]:
-    """What both need to build the model and no output depends on, or a loader may choose."""
-    return {
-        "ffn_hidden_size": config.intermediate_size,
-        "add_qkv_bias": True,
-        "moe_router_load_balancing_type": "none",
-        "moe_grouped_gemm": True,
-        "moe_token_dispatcher_type": "alltoall",
-        "vocab_size": config.vocab_size,
-        "seq_length": config.original_max_position_embeddings,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "bf16": True,
-        **dict.fromkeys(_PARALLEL, 1),
-    }
-
-
-def common_state(config: Config, layout: str) -> dict[str, Any]:
-    """The content of common.pt: what Megatron-LM and Megatron-Bridge read from a checkpoint."""
-    metadata: dict[str, Any] = {
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
-    if layout == "per-layer":
-        metadata["non_homogeneous_layers"] = True
-    return {
-        "args": Namespace(**_args(config)),
-        "checkpoint_version": 3.0,
-        "iteration": ITERATION,
-        "num_floating_point_operations_so_far": 0,
-        "content_metadata": metadata,
-    }
-
-
-def _args(config: Config) -> dict[str, Any]:
-    """Megatron-LM's arguments; `no_save_*`: a plain --load asks for no optimizer and no RNG."""
-    return {
-        **_model_fields(config),
-        **_training_fields(config),
-        "window_size": (config.sliding_window - 1, 0),
-        "max_position_embeddings": config.max_position_embeddings,
-        "group_query_attention": True,
-        "add_position_embedding": False,
-        "use_rotary_position_embeddings": False,
-        "rotary_percent": 1.0,
-        "rotary_interleaved": False,
-        "rotary_scaling_factor": config.rope_factor,
-        "squared_relu": False,
-        "swiglu": False,
-        "quick_geglu": True,
-        "untie_embeddings_and_output_weights": True,
-        "apply_layernorm_1p": False,
-        "norm_epsilon": config.rms_norm_eps,
-        "apply_query_key_layer_scaling": False,
-        "num_experts": config.num_local_experts,
-        "moe_layer_freq": 1,
-        "padded_vocab_size": config.vocab_size,
-        "ckpt_format": "torch_dist",
-        "no_save_optim": True,
-        "no_save_rng": True,
-        "iteration": ITERATION,
-        "consumed_train_samples": 0,
-        "consumed_valid_samples": 0,
-        "skipped_train_samples": 0,
-        "world_size": 1,
-        "data_parallel_size": 1,
-    }
-
-
-def run_config_yaml(config: Config, bridge: str) -> bytes:
-    """run_config.yaml for Megatron-Bridge: `modern` from 0.4.0 on, `legacy` before."""
-    import yaml
-
-    content = {
-        "_target_": "megatron.bridge.training.config.ConfigContainer",
-        "model": {"_target_": _BRIDGE[bridge], **_provider(config)},
-        "checkpoint": {
-            "_target_": "megatron.bridge.training.config.CheckpointConfig",
-            "ckpt_format": "torch_dist",
-            "save_optim": False,
-            "save_rng": False,
-            "fully_parallel_save": True,
-        },
-        "tokenizer": None,
-    }
-    return yaml.safe_dump(content, sort_keys=False).encode()
-
-
-def _provider(config: Config) -> dict[str, Any]:
-    """The fields of Megatron-Bridge's provider."""
-    bf16 = {"_target_": "torch.bfloat16", "_call_": False}
-    init = {
-        "_target_": "torch.nn.init.normal_",
-        "_partial_": True,
-        "_args_": [],
-        "mean": 0.0,
-        "std": 0.02,
-    }
-    return {
-        **_model_fields(config),
-        **_training_fields(config),
-        "num_moe_experts": config.num_local_experts,
-        "moe_permute_fusion": True,
-        "make_vocab_size_divisible_by": 1,
-        "should_pad_vocab": False,
-        "share_embeddings_and_output_weights": False,
-        "layernorm_epsilon": config.rms_norm_eps,
-        "gated_linear_unit": True,
-        "activation_func": {
-            "_target_": "megatron.core.fusions.fused_bias_geglu.quick_gelu",
-            "_call_": False,
-        },
-        "bias_activation_fusion": True,
-        "bias_dropout_fusion": False,
-        "yarn_mscale": None,
-        "yarn_mscale_all_dim": None,
-        "params_dtype": dict(bf16),
-        "autocast_dtype": dict(bf16),
-        "init_method": dict(init),
-        "output_layer_init_method": dict(init),
     }

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert import config as configs
-from gptoss_convert import megatron, shards, sidecar
+from gptoss_convert import megatron, megatron_state, shards, sidecar
 from gptoss_convert.checkpoint import CONFIG, Checkpoint, carried_files
 from gptoss_convert.containers import Image, safetensors, torch_dist
 from gptoss_convert.containers.paths import open_inside
@@ -59,7 +59,7 @@ def _megatron_image(source: Checkpoint, variant: str, options: Options) -> tuple
     iteration = torch_dist.image_apart(
         shards.specs_of(table.tensors(variant, sizes)),
         table.object_names(variant, sizes),
-        megatron.common_state(config, options.layout),
+        megatron_state.common_state(config, options.layout),
         files=_DISTCP_FILES,
         max_file_bytes=max(options.max_shard_size, _DISTCP_MIN_BYTES),
     )
@@ -73,7 +73,7 @@ def _megatron_image(source: Checkpoint, variant: str, options: Options) -> tuple
         *((f"{megatron.HF_FOLDER}/{name}", content) for name, content in carried),
         (f"{megatron.HF_FOLDER}/{CONFIG}", text),
         *side.closing,
-        (folder + megatron.RUN_CONFIG, megatron.run_config_yaml(config, options.bridge)),
+        (folder + megatron.RUN_CONFIG, megatron_state.run_config_yaml(config, options.bridge)),
         *state,
         (megatron.TRACKER, str(megatron.ITERATION).encode()),
         # Last: metadata.json declares the checkpoint complete.
