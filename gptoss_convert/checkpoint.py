@@ -210,7 +210,7 @@ def _open_megatron(root: Path, choices: Choices) -> Checkpoint:
     directory = torch_dist.find_iteration(root, choices.iteration)
     base = directory.parent if directory.name.startswith("iter_") else directory
     stored = torch_dist.read(directory)
-    config, text = _megatron_config(base, directory, stored, choices)
+    config, text, stated_by = _megatron_config(base, directory, stored, choices)
     chunks, padding = megatron.without_padding(stored.chunks, config.vocab_size)
     skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(stored.skipped.items()))
     notes = [*config.notes]
@@ -222,6 +222,7 @@ def _open_megatron(root: Path, choices: Choices) -> Checkpoint:
     fields = megatron.read_run_config(directory) or stored.common.get("args") or {}
     details = {
         "iteration": directory.name,
+        "configuration": stated_by,
         "naming": variant,
         "saved_by": "gptoss-convert" if (base / MANIFEST).exists() else stored.saved_by,
         "parallel": megatron.parallel_layout(fields if isinstance(fields, dict) else {}),
@@ -247,10 +248,11 @@ def _open_megatron(root: Path, choices: Choices) -> Checkpoint:
 
 def _megatron_config(
     base: Path, directory: Path, stored: torch_dist.TorchDist, choices: Choices
-) -> tuple[Config, str | None]:
-    """From --config, else carried config.json, else Bridge's or Megatron-LM's own fields.
+) -> tuple[Config, str | None, str]:
+    """The configuration, Hugging Face's text of it if any, and where it is from.
 
-    Fields that contradict it are refused; against --config they are only noted.
+    From --config, else the carried config.json, else Bridge's or Megatron-LM's own fields. Fields
+    that contradict it are refused; against --config they are only noted.
     """
     args = stored.common.get("args")
     fields = {
@@ -262,9 +264,10 @@ def _megatron_config(
     path = choices.config or (folder / CONFIG if (folder / CONFIG).exists() else None)
     text = None
     if path is not None:
+        where = str(path)
         text, content = _read_config(path.parent, path.name)
-        config = configs.from_hf(str(path), content)
-        megatron.check_rows(str(path), config.vocab_size, choices.vocab_size)
+        config = configs.from_hf(where, content)
+        megatron.check_rows(where, config.vocab_size, choices.vocab_size)
     elif stated:
         where, values = stated[0]
         rows = megatron.vocabulary(where, values, stored.chunks, choices.vocab_size)
@@ -275,12 +278,12 @@ def _megatron_config(
             "tell the model's configuration; pass --config CONFIG_JSON"
         )
     if choices.config is None:
-        for where, values in stated:
-            megatron.check_fields(where, values, config)
-        return config, text
-    found = (megatron.contradictions(where, values, config) for where, values in stated)
+        for place, values in stated:
+            megatron.check_fields(place, values, config)
+        return config, text, where
+    found = (megatron.contradictions(place, values, config) for place, values in stated)
     notes = (f"{problem}; going by {choices.config}" for problem in found if problem)
-    return replace(config, notes=(*config.notes, *notes)), text
+    return replace(config, notes=(*config.notes, *notes)), text, where
 
 
 _OPENERS: Mapping[str, Callable[[Path, Choices], Checkpoint]] = {

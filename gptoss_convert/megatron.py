@@ -163,7 +163,7 @@ def from_fields(where: str, fields: Mapping[str, Any], vocab_size: int) -> Confi
         rope_factor=32.0,
         beta_fast=32.0,
         beta_slow=1.0,
-        notes=(f"configuration from {where}; window, YaRN and clamp as released",),
+        notes=(f"{where}: what it does not say of window, YaRN and clamp is taken as released",),
     )
 
 
