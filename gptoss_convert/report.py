@@ -51,18 +51,23 @@ def inspection(summary: Mapping[str, Any]) -> str:
     return "\n".join([text, *(f"note: {note}" for note in summary["notes"])])
 
 
+_PARALLEL = {"tensor": "TP", "pipeline": "PP", "expert": "EP", "expert_tensor": "ETP"}
+
+
 def _details(details: Mapping[str, Any]) -> dict[str, str]:
     """What only a Megatron checkpoint can tell."""
     if not details:
         return {}
-    parallel = ", ".join(f"{name} {size}" for name, size in details["parallel"].items())
+    short = ((n.removesuffix("_parallel_size"), s) for n, s in details["parallel"].items())
+    parallel = ", ".join(f"{_PARALLEL[n.removesuffix('_model')]} {size}" for n, size in short)
     skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(details["skipped"].items()))
     return {
         "iteration": f"{details['iteration']}, saved by {details['saved_by']}",
-        "naming": f"{details['naming']}, {details['chunks']} chunks",
-        "parallel": parallel or "not split, or not recorded",
+        "configuration": details["configuration"],
+        "chunks": f"{details['chunks']}",
+        "saved with": parallel or "parallel sizes not recorded",
         "optimizer": "present, ignored" if details["optimizer"] else "none",
-        "skipped": skipped or "nothing",
+        "skipped": f"{skipped} entries" if skipped else "nothing",
     }
 
 
