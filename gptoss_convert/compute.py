@@ -13,7 +13,7 @@ from gptoss_convert.extents import overlap
 from gptoss_convert.fingerprint import ScaleStatistics, scale_statistics
 from gptoss_convert.layout import Box
 from gptoss_convert.model import BLOCK
-from gptoss_convert.parts import Array, Part, Parts
+from gptoss_convert.parts import Array, Part, Parts, joined
 from gptoss_convert.steps import Step, member_box
 
 _SCRATCH_BYTES = 1 << 19
@@ -25,6 +25,8 @@ def compute(step: Step, held: Parts, taken: Parts) -> mxfp4.EncodeStats:
     family = step.family
     blocks, scales = family.blocks or "", family.scales or ""
     stats = mxfp4.EncodeStats()
+    held = {member: joined(parts) for member, parts in held.items()}
+    taken = {member: joined(parts) for member, parts in taken.items()}
     if blocks in taken and blocks not in held:
         stats = _encode(step, held, taken)
     for member, parts in taken.items():
@@ -49,7 +51,7 @@ def gather(parts: Sequence[Part], box: Box) -> Array:
         if overlap(part.box, box) == box:
             return part.view(box)
     shape = tuple(hi - lo for lo, hi in box)
-    whole = Part(parts[0].extent, box, 0, np.empty(shape, parts[0].array.dtype))
+    whole = Part(parts[0].extent, box, -1, np.empty(shape, parts[0].array.dtype))
     _copy(parts, whole)
     return whole.array
 
@@ -103,7 +105,7 @@ def _room(parts: Sequence[Part], box: Box) -> Part:
     if len(parts) == 1 and parts[0].box == box:
         return parts[0]
     shape = tuple(hi - lo for lo, hi in box)
-    return Part(parts[0].extent, box, 0, np.empty(shape, parts[0].array.dtype))
+    return Part(parts[0].extent, box, -1, np.empty(shape, parts[0].array.dtype))
 
 
 def _show(box: Box) -> str:

@@ -28,6 +28,7 @@ class Part:
     extent: Extent
     box: Box
     position: int
+    """Where the array begins in the worker's arena, -1 for an array of its own."""
     array: Array
 
     def view(self, box: Box) -> Array:
@@ -52,6 +53,39 @@ def lay_out(step: Step, extents: Sequence[Extent], arena: Arena) -> Iterator[Par
             dtype = _NUMPY[extent.dtype]
             array = np.ndarray(shape, dtype, arena.memory, position, extent.strides)
             yield Part(extent, box, position, array)
+
+
+def joined(parts: Sequence[Part]) -> Sequence[Part]:
+    """The parts as one view where they follow one another along one axis, equally far apart.
+
+    Chunks that halve an expert, gate and up, are converted in one sweep so, not half by half.
+    """
+    if len(parts) < 2 or any(part.position < 0 for part in parts):
+        return parts
+    first, second, *_ = ordered = sorted(parts, key=lambda part: part.box)
+    differ = [i for i, (a, b) in enumerate(zip(first.box, second.box, strict=True)) if a != b]
+    if len(differ) != 1:
+        return parts
+    (axis,) = differ
+    lo, hi = first.box[axis]
+    distance = second.position - first.position
+    strides = list(first.array.strides)
+    if hi - lo == 1:
+        strides[axis] = distance
+    for number, part in enumerate(ordered):
+        span = (lo + number * (hi - lo), hi + number * (hi - lo))
+        if (
+            part.box != (*first.box[:axis], span, *first.box[axis + 1 :])
+            or part.array.strides != first.array.strides
+            or part.position != first.position + number * distance
+            or distance != strides[axis] * (hi - lo)
+            or distance % part.array.itemsize
+        ):
+            return parts
+    box = (*first.box[:axis], (lo, ordered[-1].box[axis][1]), *first.box[axis + 1 :])
+    shape = tuple(stop - start for start, stop in box)
+    whole = np.lib.stride_tricks.as_strided(first.array, shape, strides)
+    return [Part(first.extent, box, first.position, whole)]
 
 
 def read(part: Part, sources: ByteSource, arena: Arena) -> int:
@@ -91,5 +125,5 @@ def cast(part: Part) -> int:
         return 0
     rounded = np.empty(part.array.shape, np.uint16)
     changed = mxfp4.cast(part.array, rounded)
-    part.array = rounded
+    part.array, part.position = rounded, -1
     return changed
