@@ -37,6 +37,23 @@ class Size(click.ParamType[int]):
         return int(float(match[1]) * (_UNITS.get(unit) or _BINARY[unit]))
 
 
+class Share(click.ParamType[float]):
+    """A share such as 5%."""
+
+    name = "share"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """From 0 to 1; fails with the accepted form."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)%", value.strip())
+        if match is None or not 0 < float(match[1]) <= 100:
+            self.fail(f"{value!r} is no share; write for example 5%", param, ctx)
+        return float(match[1]) / 100
+
+
 _PATH = click.Path(path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _quiet = click.option("--quiet", is_flag=True, help="No progress; notes and errors only.")
@@ -212,6 +229,58 @@ def inspect(
     choices = Choices(source_format, True, iteration, config, vocab_size)
     summary = inspect(path, choices).summary()
     _print(summary, report.inspection(summary), as_json)
+
+
+@cli.command(epilog=_EPILOG)
+@click.argument("path", type=_PATH)
+@click.option("--read-data", is_flag=True, help="Read every byte, not headers only.")
+@click.option("--read-data-subset", type=Share(), help="Read so much of the weights, as 5%.")
+@click.option("--seed", type=int, help="Chooses the subset.  [default: another every time]")
+@click.option(
+    "--from",
+    "source_format",
+    type=click.Choice(_FORMATS),
+    help="Format to read, where PATH holds several.",
+)
+@_iteration
+@_config
+@_vocab_size
+@_strict
+@_workers
+@click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
+@_json
+@_quiet
+def check(
+    path: Path,
+    *,
+    read_data: bool,
+    read_data_subset: float | None,
+    seed: int | None,
+    source_format: str | None,
+    iteration: int | None,
+    config: Path | None,
+    vocab_size: int | None,
+    strict: bool,
+    workers: int | None,
+    max_memory: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check the checkpoint in PATH, with its manifest if it has one; name what is damaged.
+
+    \b
+    gptoss-convert check gpt-oss-20b
+    gptoss-convert check gpt-oss-20b --read-data
+    """
+    from gptoss_convert.check import Reading, check
+    from gptoss_convert.checkpoint import Choices
+
+    share = 1.0 if read_data else read_data_subset or 0.0
+    choices = Choices(source_format, False, iteration, config, vocab_size, strict)
+    reading = Reading(share, seed, workers, max_memory)
+    found = check(path, reading, choices, progress.for_terminal(quiet))
+    _print(found.summary(), report.check(found.summary()), as_json)
+    found.require_intact()
 
 
 @cli.command(epilog=_EPILOG)

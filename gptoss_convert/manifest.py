@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from isal import isal_zlib
@@ -12,12 +15,78 @@ from isal import isal_zlib
 from gptoss_convert import oddities
 from gptoss_convert.checkpoint import MANIFEST
 from gptoss_convert.containers import FileImage, Image
+from gptoss_convert.containers.paths import open_inside, safe_name
+from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.execute import Done, Region
 from gptoss_convert.fingerprint import ScaleStatistics, combine
 from gptoss_convert.steps import Plan
+from gptoss_convert.strict_json import parse_object
 
 NAME = MANIFEST
 SCHEMA = 1
+_MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest found in a directory, its form checked."""
+
+    tool: str
+    files: Mapping[str, tuple[int, int]]
+    """Size and CRC-32 by path relative to the manifest's directory."""
+    layers: Mapping[str, tuple[int, ...]]
+    """Fingerprints of each layer, by weight."""
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """The manifest of a directory, None without one.
+
+    Raises InputError for a schema of another version, IntegrityError for a malformed file.
+    """
+    path = root / NAME
+    if not path.exists() and not path.is_symlink():
+        return None
+    with open_inside(root, NAME) as file:
+        raw = file.read(_MAX_BYTES + 1)
+    if len(raw) > _MAX_BYTES:
+        raise IntegrityError(f"{path}: larger than {_MAX_BYTES} bytes")
+    content = parse_object(str(path), raw.decode("utf-8", "replace"))
+    if content.get("schema") != SCHEMA:
+        found = content.get("schema")
+        raise InputError(f"{path}: schema {found!r:.40}, this version reads {SCHEMA}")
+    files, parameters = content.get("files"), content.get("parameters")
+    if not isinstance(files, dict) or not isinstance(parameters, dict):
+        raise IntegrityError(f"{path}: no files or no parameters")
+    return Manifest(
+        str(content.get("tool")),
+        {name: _listed_file(path, name, entry) for name, entry in files.items()},
+        {weight: _listed_layers(path, weight, entry) for weight, entry in parameters.items()},
+    )
+
+
+def _listed_file(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    size = entry.get("bytes") if isinstance(entry, dict) else None
+    crc = _number(entry.get("crc32"), 8) if isinstance(entry, dict) else None
+    if not safe_name(name, folders=True):
+        raise InputError(f"{path}: file name {name!r:.80} leaves the directory")
+    if type(size) is not int or size < 0 or crc is None:
+        raise IntegrityError(f"{path}: {name}: expects bytes and crc32, found {entry!r:.80}")
+    return size, crc
+
+
+def _listed_layers(path: Path, weight: str, entry: Any) -> tuple[int, ...]:
+    texts = entry.get("layers") if isinstance(entry, dict) else None
+    layers = [_number(text, 16) for text in texts] if isinstance(texts, list) else [None]
+    numbers = tuple(layer for layer in layers if layer is not None)
+    if len(numbers) != len(layers):
+        raise IntegrityError(f"{path}: {weight:.80}: expects fingerprints, found {entry!r:.80}")
+    return numbers
+
+
+def _number(text: Any, digits: int) -> int | None:
+    """The number that so many hexadecimal digits stand for."""
+    plain = isinstance(text, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", text)
+    return int(text, 16) if plain else None
 
 
 def manifest(
@@ -50,12 +119,19 @@ def _file_crc(file: FileImage, regions: Iterable[Region]) -> int:
     """CRC-32 of a file from those of its regions, its fixed bytes, and the zeros between them."""
     parts = [(region.offset, region.length, region.crc) for region in regions]
     parts += [(at, len(content), isal_zlib.crc32(content)) for at, content in file.fixed]
+    return joined_crc(file.name, file.size, parts, lambda _, length: isal_zlib.crc32(bytes(length)))
+
+
+def joined_crc(
+    name: str, size: int, parts: Iterable[tuple[int, int, int]], gap: Callable[[int, int], int]
+) -> int:
+    """CRC-32 of a file from those of its (offset, length, CRC) and of the gaps between them."""
     crc = end = 0
-    for offset, length, part in (*sorted(parts), (file.size, 0, 0)):
+    for offset, length, part in (*sorted(parts), (size, 0, 0)):
         if offset < end:
-            raise AssertionError(f"{file.name}: byte {offset} was written twice")
+            raise AssertionError(f"{name}: byte {offset} belongs to two parts")
         if offset > end:
-            crc = isal_zlib.crc32(bytes(offset - end), crc)
+            crc = isal_zlib.crc32_combine(crc, gap(end, offset - end), offset - end)
         crc = isal_zlib.crc32_combine(crc, part, length) if length else crc
         end = offset + length
     return crc

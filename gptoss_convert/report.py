@@ -71,6 +71,25 @@ def _details(details: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def check(summary: Mapping[str, Any]) -> str:
+    """The text of `check`."""
+    share = summary["share_read"]
+    seed = f", seed {summary['seed']}" if summary["seed"] is not None else ""
+    rows = {
+        "path": summary["path"],
+        "format": f"{summary['format']}, gpt-oss {summary['model']}",
+        "manifest": summary["manifest"] or "none",
+        "read": f"{share:.0%} of the weights{seed}" if share else "headers and small files",
+        "release": summary["release"] or "none that is known",
+        "result": f"{len(summary['problems'])} problems" if summary["problems"] else "intact",
+    }
+    prints = {} if summary["manifest"] else summary["parameters"]
+    listed = [f"  {weight}  {found['fingerprint']}" for weight, found in sorted(prints.items())]
+    problems = [f"problem: {problem}" for problem in summary["problems"]]
+    notes = [f"note: {note}" for note in summary["notes"]]
+    return "\n".join([lines(rows), *listed, *problems, *notes])
+
+
 def conversion(summary: Mapping[str, Any]) -> str:
     """The text of a plan, `convert --dry-run`."""
     target = summary["target"]

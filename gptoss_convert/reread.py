@@ -1,0 +1,121 @@
+"""Reading a checkpoint once more: CRC-32 of its bytes, fingerprints and oddities of its values."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from isal import isal_zlib
+
+from gptoss_convert import resources
+from gptoss_convert.checkpoint import Checkpoint, casts
+from gptoss_convert.compute import decoded
+from gptoss_convert.errors import IntegrityError
+from gptoss_convert.execute import Region
+from gptoss_convert.files import Arena, SourceFiles
+from gptoss_convert.fingerprint import fingerprint
+from gptoss_convert.model import load_model
+from gptoss_convert.mxfp4 import EncodeStats
+from gptoss_convert.oddities import Oddities, examine
+from gptoss_convert.parts import Part, cast, lay_out, read, runs
+from gptoss_convert.progress import Progress
+from gptoss_convert.steps import Plan, make_plan
+from gptoss_convert.workers import run_all
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one step of the plan found."""
+
+    step: int
+    regions: tuple[Region, ...]
+    fingerprint: int
+    oddities: Oddities
+    problem: str | None
+    """Why the values do not decode."""
+
+
+def reading_plan(checkpoint: Checkpoint) -> Plan:
+    """The steps that read every parameter of a checkpoint once, sidecar scales included."""
+    model = load_model()
+    held = checkpoint.extents(casts(True))
+    return make_plan(model, model.sizes(checkpoint.config.numbers), held, held)
+
+
+def reread(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    numbers: Sequence[int],
+    *,
+    workers: int | None,
+    max_memory: int,
+    progress: Progress,
+) -> list[Seen]:
+    """Read the steps of these numbers; raises IntegrityError for files that change meanwhile."""
+    # The plan's targets are its sources again: a worker holds them once.
+    room = max((plan.steps[number].buffer_bytes()[0] for number in numbers), default=0)
+    count = resources.choose_workers(room, max_memory, workers)
+    seen: list[Seen] = []
+    total = plan.read_bytes * len(numbers) // max(len(plan.steps), 1)
+    with (
+        SourceFiles(checkpoint.roots) as files,
+        progress.phase("reading", total, len(numbers)) as advance,
+    ):
+        run_all(
+            numbers,
+            lambda: _Worker(plan, files, room).run,
+            workers=count,
+            finished=seen.extend,
+            advance=advance,
+        )
+        files.require_unchanged()
+    return sorted(seen, key=lambda result: result.step)
+
+
+class _Worker:
+    def __init__(self, plan: Plan, files: SourceFiles, room: int) -> None:
+        self._plan = plan
+        self._files = files
+        self._room = room
+        self._arena = Arena(room)
+
+    def run(self, number: int) -> tuple[Seen, int]:
+        step = self._plan.steps[number]
+        self._arena.reset(self._room)
+        held: dict[str, list[Part]] = defaultdict(list)
+        regions: list[Region] = []
+        nbytes = share = 0
+        for part in lay_out(step, step.sources, self._arena):
+            nbytes += read(part, self._files, self._arena)
+            regions.extend(self._regions(part))
+            cast(part)
+            held[part.extent.param].append(part)
+        problem = None
+        try:
+            for box, bits in decoded(step, held, held, EncodeStats()):
+                share += fingerprint(bits, box, step.lengths, step.layer_axis)
+        except IntegrityError as error:
+            problem = str(error)
+        found = Seen(number, tuple(regions), share & _MASK, examine(step, held), problem)
+        return found, nbytes
+
+    def _regions(self, part: Part) -> Iterator[Region]:
+        first = part.extent.at(part.box)
+        memory = memoryview(self._arena.memory)
+        for skip, length in runs(part.extent, part.box):
+            position = part.position + skip
+            crc = isal_zlib.crc32(memory[position : position + length])
+            yield Region(part.extent.file, first + skip, length, crc)
+
+
+def layers_of(plan: Plan, seen: Iterable[Seen]) -> Mapping[str, Mapping[int, int]]:
+    """The fingerprint of every layer that was read, by weight."""
+    found: dict[str, dict[int, int]] = defaultdict(dict)
+    for result in seen:
+        step = plan.steps[result.step]
+        layers = found[step.family.weight]
+        layers[step.layer] = (layers.get(step.layer, 0) + result.fingerprint) & _MASK
+    return found
