@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gptoss_convert.inspection import Inspection, inspect
     from gptoss_convert.options import Options
     from gptoss_convert.run import Report, convert
+    from gptoss_convert.verify.gate import Verification, verify_checkpoints
 
 __all__ = [
     "Conversion",
@@ -25,10 +26,12 @@ __all__ = [
     "Inspection",
     "Options",
     "Report",
+    "Verification",
     "__version__",
     "convert",
     "inspect",
     "plan",
+    "verify_checkpoints",
 ]
 
 __version__ = VERSION
@@ -38,9 +41,11 @@ _HOME = {
     "Inspection": "inspection",
     "Options": "options",
     "Report": "run",
+    "Verification": "verify.gate",
     "convert": "run",
     "inspect": "inspection",
     "plan": "conversion",
+    "verify_checkpoints": "verify.gate",
 }
 
 

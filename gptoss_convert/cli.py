@@ -284,6 +284,92 @@ def check(
 
 
 @cli.command(epilog=_EPILOG)
+@click.argument("source", type=_PATH)
+@click.argument("target", type=_PATH)
+@click.option(
+    "--level",
+    type=click.Choice(["header", "values", "logits", "oracle"]),
+    default="logits",
+    help="How deep to look; each level includes those before it.",
+)
+@click.option(
+    "--from-source",
+    "source_format",
+    type=click.Choice(_FORMATS),
+    help="Format to read, where SOURCE holds several.",
+)
+@click.option(
+    "--from-target",
+    "target_format",
+    type=click.Choice(_FORMATS),
+    help="Format to read, where TARGET holds several.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="Where to compute logits; auto takes a GPU if there is one.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bf16"]),
+    default="float32",
+    help="What to compute logits in; bf16 is faster and coarser.",
+)
+@click.option(
+    "--tokens",
+    type=_PATH,
+    help="JSON lines (.jsonl) of token ids or texts, or a text, instead of the fixed token set.",
+)
+@click.option("--prompt", help="Show the most likely next tokens of both sides after this text.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(1),
+    help="Longest prompt.  [default: 32768 on a GPU, 4096 on a CPU]",
+)
+@click.option("--sample", type=click.IntRange(1), help="About how many positions to score.")
+@click.option("--layers", type=click.IntRange(1), help="Compare only so many layers.")
+@click.option(
+    "--limits",
+    type=click.Choice(["lossless", "float32", "bfloat16"]),
+    default="lossless",
+    help="What still counts as the same; beyond lossless the logits decide, not the values.",
+)
+@_workers
+@click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
+@click.option("--json", "json_file", type=_PATH, help="Write the whole result there; - is stdout.")
+@click.option("--junit", type=_PATH, help="Write the levels there as JUnit test cases.")
+@_quiet
+@click.pass_context
+def verify(
+    context: click.Context,
+    source: Path,
+    target: Path,
+    *,
+    json_file: Path | None,
+    junit: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Tell whether SOURCE and TARGET, checkpoints in any formats, are the same model.
+
+    \b
+    gptoss-convert verify gpt-oss-20b gpt-oss-20b-bf16
+    gptoss-convert verify gpt-oss-20b megatron --level values
+    """
+    from gptoss_convert.verify.gate import Options, verify_checkpoints
+
+    done = verify_checkpoints(source, target, Options(**options), progress.for_terminal(quiet))
+    summary = done.summary()
+    if junit:
+        junit.write_text(report.junit(summary), encoding="utf-8")
+    if json_file and str(json_file) != "-":
+        json_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    _print(summary, report.verification(summary), str(json_file) == "-")
+    context.exit(0 if done.same else 1)
+
+
+@cli.command(epilog=_EPILOG)
 @click.argument("target", type=_PATH)
 @click.option("--model", type=click.Choice(["tiny", "20b", "120b"]), default="tiny")
 @click.option("--layers", type=click.IntRange(1), help="Fewer layers than the model has.")

@@ -120,3 +120,59 @@ def finished(summary: Mapping[str, Any]) -> str:
         f"({moved / seconds / 1e6:.0f} MB/s read and written), "
         f"peak memory {size(summary['peak_memory_bytes'])}"
     )
+
+
+_MOST = 5
+"""Findings of a level that are shown; `--json` has them all."""
+
+
+def verification(summary: Mapping[str, Any]) -> str:
+    """The text of `verify`: the answer first, then level by level."""
+    source, target = summary["source"], summary["target"]
+    sides = {
+        "source": f"{source['format']:<9}  {source['path']}",
+        "target": f"{target['format']:<9}  {target['path']}",
+    }
+    levels = [line for level in summary["levels"] for line in _level(level)]
+    text = [summary["verdict"], "", lines(sides), *levels]
+    for level in summary["levels"]:
+        if shown := level["numbers"].get("next_tokens_text"):
+            text += ["", "next tokens: source, target", *(f"  {line}" for line in shown)]
+    return "\n".join(text)
+
+
+def _level(level: Mapping[str, Any]) -> list[str]:
+    findings = level["findings"]
+    answer = "same" if level["same"] else "different"
+    head = f"{level['name']:<6}  {answer:<9}  {level['seconds']:8.2f} s"
+    if level["same"]:
+        return [f"{head}  {level['text']}"]
+    more = [f"... {len(findings) - _MOST} more"] if len(findings) > _MOST else []
+    first, *others = [*findings[:_MOST], *more]
+    return [f"{head}  {first}", *(f"{'':31}{line}" for line in others)]
+
+
+def junit(summary: Mapping[str, Any]) -> str:
+    """The levels as JUnit test cases, for continuous integration."""
+    from xml.sax.saxutils import escape, quoteattr
+
+    suite = f"{summary['source']['path']} against {summary['target']['path']}"
+    failed = sum(not level["same"] for level in summary["levels"])
+    cases = []
+    for level in summary["levels"]:
+        told = escape("\n".join(level["findings"]))
+        body = "" if level["same"] else f"<failure message={quoteattr(level['findings'][0])}>{told}"
+        body += "" if level["same"] else "</failure>"
+        name, seconds = quoteattr(level["name"]), f"{level['seconds']:.3f}"
+        cases.append(
+            f'<testcase classname="gptoss-convert.verify" name={name} time="{seconds}">{body}'
+            "</testcase>"
+        )
+    return "\n".join(
+        [
+            '<?xml version="1.0" encoding="UTF-8"?>',
+            f'<testsuite name={quoteattr(suite)} tests="{len(cases)}" failures="{failed}">',
+            *cases,
+            "</testsuite>\n",
+        ]
+    )

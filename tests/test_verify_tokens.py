@@ -18,7 +18,7 @@ from gptoss_convert.verify.tokens import (
 from tests.tiny_files import write_hf_bf16
 from tests.tiny_models import SQUARE, random_weights
 
-RELEASED = (1, 2, 127, 128, 129, 130, 256, 1024, 4095, 4096, 4097, 8192, 32768)
+RELEASED = (1, 2, 127, 128, 129, 130, 256, 1024, 4095, 4096, 4097, 8192, 32768, 131072)
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,59 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gptoss_convert.checkpoint import Checkpoint
+from gptoss_convert.errors import UsageError
+from gptoss_convert.verify.model import ModelConfig
+
+
+def oracle_logits(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    sequences: Sequence[Sequence[int]],
+    device: torch.device,
+) -> list[Tensor] | str:
+    """What the checkpoint's own ecosystem computes, or why it cannot, in words.
+
+    Raises UsageError if its library is not installed.
+    """
+    try:
+        if checkpoint.format == "hf":
+            layers = len(config.sliding)
+            return transformers_logits(checkpoint.root, sequences, device, layers)
+        if checkpoint.format == "openai":
+            return "(OpenAI's own code is on no package index)"
+        if len(config.sliding) < checkpoint.config.num_hidden_layers:
+            return "(megatron-core loads all layers or none)"
+        from gptoss_convert.verify.megatron_oracle import megatron_logits
+
+        return megatron_logits(checkpoint.root, config, sequences, device)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--level oracle of {checkpoint.label} needs {error.name}: "
+            "pip install 'gptoss-convert[oracles]'"
+        ) from error
+
 
 def transformers_logits(
-    directory: Path, sequences: Sequence[Sequence[int]], device: torch.device
+    directory: Path,
+    sequences: Sequence[Sequence[int]],
+    device: torch.device,
+    layers: int | None = None,
 ) -> list[Tensor]:
     """Logits `[S, V]` of each sequence by `GptOssForCausalLM`: eager attention, float32.
 
+    With `layers`, of a model that ends after so many.
+
     Of an MXFP4 directory transformers before 5.23 computes the experts in bfloat16.
     """
-    from transformers import GptOssForCausalLM
+    from transformers import GptOssConfig, GptOssForCausalLM
 
+    config = GptOssConfig.from_pretrained(directory)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        config.layer_types = (config.layer_types or [])[:layers]
     model = GptOssForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
+        directory, config=config, dtype=torch.float32, attn_implementation="eager"
     )
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
     with torch.inference_mode():

@@ -7,7 +7,7 @@ sub-block whose output differs by more than the limit, and the tensors that feed
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 
 import torch
@@ -18,7 +18,13 @@ from gptoss_convert.verify import forward, metrics
 from gptoss_convert.verify.forward import LayerTrace, Numerics
 from gptoss_convert.verify.limits import Limits, violations
 from gptoss_convert.verify.metrics import Summary, TokenScores
-from gptoss_convert.verify.parity_report import LayerReport, ParityReport, Place, SubBlockError
+from gptoss_convert.verify.parity_report import (
+    LayerReport,
+    NextTokens,
+    ParityReport,
+    Place,
+    SubBlockError,
+)
 from gptoss_convert.verify.readers import Reader, SubBlock
 from gptoss_convert.verify.tokens import TokenSequence, digest, extra_set
 from gptoss_convert.verify.walk import Prompts, walk
@@ -35,22 +41,25 @@ def compare(
     device: torch.device,
     numerics: Numerics | None = None,
     extra_rounds: int = 4,
-    positions_at_once: int = 256,
+    positions_at_once: int | None = None,
+    advance: Callable[[int], None] = lambda layer: None,
 ) -> ParityReport:
     """Compare two checkpoints on `sequences`, and on random ones until every expert was chosen.
 
-    At most `extra_rounds` rounds are added; `positions_at_once` bounds the memory of logits. Raises
-    InputError if the two models have different sizes.
+    At most `extra_rounds` rounds are added; `positions_at_once` bounds the memory of logits;
+    `advance` is called with each layer that is done. Raises InputError if the two models have
+    different sizes.
     """
     numerics = numerics or Numerics.on(device)
+    at_once = positions_at_once or (256 if device.type == "cpu" else 1024)
     _require_common_sizes(source, target)
     rounds = [_Round(source, target, sequences, device)]
     with forward.exact_products():
-        rounds[0].run(numerics, positions_at_once)
+        rounds[0].run(numerics, at_once, advance)
         while any(_cold(rounds, source)) and len(rounds) <= extra_rounds:
             extra = extra_set(source.config, len(rounds) - 1)
             rounds.append(_Round(source, target, extra, device))
-            rounds[-1].run(numerics, positions_at_once)
+            rounds[-1].run(numerics, at_once, advance)
     return _report(source, target, rounds, limits, numerics, device)
 
 
@@ -81,9 +90,13 @@ class _Round:
         self.agreement: list[float] = []
         self.hits: list[Tensor] = []
         self.scores: TokenScores
+        self.next_tokens: tuple[NextTokens, ...] = ()
 
-    def run(self, numerics: Numerics, positions_at_once: int) -> None:
+    def run(
+        self, numerics: Numerics, positions_at_once: int, advance: Callable[[int], None]
+    ) -> None:
         """Walk both models and score every position."""
+        self.target.prepare(0)
         walks = zip(
             walk(self.source, self.prompts, numerics),
             walk(self.target, self.prompts, numerics),
@@ -92,9 +105,11 @@ class _Round:
         traces = None
         for layer, traces in enumerate(walks):
             self._observe(layer, *traces)
+            advance(layer)
         assert traces is not None  # a model has at least one layer
         ours, theirs = traces
         parts = self._score(ours.output, theirs.output, positions_at_once)
+        del traces, walks, ours, theirs  # only the outputs are still needed
         self.scores = metrics.joined(list(parts))
 
     def _observe(self, layer: int, ours: LayerTrace, theirs: LayerTrace) -> None:
@@ -116,9 +131,20 @@ class _Round:
     def _score(self, ours: Tensor, theirs: Tensor, size: int) -> Iterator[TokenScores]:
         """Scores of `size` positions at a time, so that logits never exist for all of them."""
         source, target = _Head(self.source, ours.dtype), _Head(self.target, theirs.dtype)
+        self.next_tokens = tuple(self._most_likely(source, ours, target, theirs))
         following = self._next_tokens().split(size)
         for a, b, next_T in zip(ours.split(size), theirs.split(size), following, strict=True):
             yield metrics.score(source.logits(a), target.logits(b), next_T)
+
+    def _most_likely(
+        self, source: _Head, ours: Tensor, target: _Head, theirs: Tensor
+    ) -> Iterator[NextTokens]:
+        """What both expect after the sequences that are someone's own words."""
+        ends = torch.tensor(self.prompts.lengths).cumsum(0) - 1
+        for one, end in zip(self.sequences, ends.tolist(), strict=True):
+            if one.shown:
+                pair = (source.top(ours[end : end + 1]), target.top(theirs[end : end + 1]))
+                yield NextTokens(one.name, *pair)
 
     def _next_tokens(self) -> Tensor:
         """The token after each position, -1 at the end of a sequence."""
@@ -145,6 +171,11 @@ class _Head:
 
     def logits(self, x_TD: Tensor) -> Tensor:
         return forward.logits(x_TD, self.norm, self.unembedding, self.config)
+
+    def top(self, x_1D: Tensor) -> tuple[tuple[int, float], ...]:
+        """The five most likely next tokens and their probabilities."""
+        best = self.logits(x_1D)[0].double().softmax(0).topk(5)
+        return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def _cold(rounds: Sequence[_Round], source: Reader) -> list[tuple[int, ...]]:
@@ -201,6 +232,7 @@ def _report(
         first_over=over,
         source_feeding=source.feeding(over.layer, over.block) if over else (),
         target_feeding=target.feeding(over.layer, over.block) if over else (),
+        next_tokens=rounds[0].next_tokens,
     )
 
 

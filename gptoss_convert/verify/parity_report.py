@@ -41,6 +41,15 @@ class Place:
 
 
 @dataclass(frozen=True)
+class NextTokens:
+    """The most likely tokens after a prompt, with probabilities, strongest first."""
+
+    prompt: str
+    source: tuple[tuple[int, float], ...]
+    target: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """All numbers of one comparison; `dataclasses.asdict` of it is JSON."""
 
@@ -65,3 +74,5 @@ class ParityReport:
     source_feeding: tuple[str, ...]
     """The tensors that feed it, as the source stores them."""
     target_feeding: tuple[str, ...]
+    next_tokens: tuple[NextTokens, ...]
+    """What both expect after the prompts that were given by hand."""

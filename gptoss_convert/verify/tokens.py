@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -25,28 +26,39 @@ class TokenSequence:
 
     name: str
     tokens: tuple[int, ...]
+    shown: bool = False
+    """Whether the report shows the most likely next tokens."""
 
 
 def standard_lengths(config: ModelConfig) -> tuple[int, ...]:
-    """Lengths around the window and YaRN's original length, 1 to 8 times the latter.
+    """Lengths around the window and YaRN's original length, up to the longest YaRN reaches.
 
-    For the released models: 1, 2, 127-130, 256, 1024, 4095-4097, 8192, 32768.
+    For the released models: 1, 2, 127-130, 256, 1024, 4095-4097, 8192, 32768, 131072.
     """
     window, original = config.window, config.rope_original_length
     around = {1, 2, window - 1, window, window + 1, window + 2, 2 * window, 8 * window}
     beyond = {original - 1, original, original + 1, 2 * original, 8 * original}
+    beyond.add(int(original * max(config.rope_factor, 1)))
     return tuple(sorted(n for n in around | beyond if n >= 1))
 
 
-def token_set(config: ModelConfig, longest: int, positions: int) -> tuple[TokenSequence, ...]:
+def token_set(
+    config: ModelConfig, longest: int, positions: int, sample: int | None = None
+) -> tuple[TokenSequence, ...]:
     """Sequences of all standard lengths up to `longest`, in rounds until `positions` are reached.
 
     The first length beyond both the window and YaRN's original length is never left out, however
-    small `longest` is.
+    small `longest` is. `sample` is about the most positions a small machine can take: then that
+    length, and others from the shortest on while there is room.
     """
     original = max(config.rope_original_length, config.window)
     needed = min(n for n in standard_lengths(config) if n > original)
     lengths = [n for n in standard_lengths(config) if n <= longest or n == needed]
+    if sample is not None:
+        others = [n for n in lengths if n != needed]
+        _, *totals = accumulate(others, initial=needed)
+        kept = [n for n, total in zip(others, totals, strict=True) if total <= sample]
+        lengths, positions = sorted([*kept, needed]), 0
     sequences: list[TokenSequence] = []
     total, turn = 0, 0
     while turn == 0 or total < positions:

@@ -95,11 +95,15 @@ def compare_values(
     source: Checkpoint,
     target: Checkpoint,
     *,
+    layers: int | None = None,
     workers: int | None = None,
     max_memory: int = 4_000_000_000,
     progress: Progress = SILENT,
 ) -> ValuesReport:
-    """Compare every element; raises InputError if the two models have different sizes."""
+    """Compare every element, or those of the first `layers` layers and of no layer.
+
+    Raises InputError if the two models have different sizes.
+    """
     ours, theirs = source.config.numbers, target.config.numbers
     for key in ours:
         if key != "max_position_embeddings" and ours[key] != theirs[key]:
@@ -107,6 +111,7 @@ def compare_values(
     model = load_model()
     theirs_stored = [replace(extent, file=_TARGET + extent.file) for extent in _stored(target)]
     plan = make_plan(model, model.sizes(ours), _stored(source), theirs_stored)
+    numbers = [n for n, step in enumerate(plan.steps) if layers is None or step.layer < layers]
     room = plan.buffer_bytes + 2 * max(2 * volume(step.box) + 4096 for step in plan.steps)
     count = resources.choose_workers(room, max_memory, workers)
     roots = {"": source.root, _TARGET: target.root}
@@ -114,9 +119,9 @@ def compare_values(
     with ExitStack() as stack:
         files = stack.enter_context(SourceFiles(roots))
         total = plan.read_bytes + plan.write_bytes
-        advance = stack.enter_context(progress.phase("comparing", total, len(plan.steps)))
+        advance = stack.enter_context(progress.phase("comparing", total, len(numbers)))
         run_all(
-            range(len(plan.steps)),
+            numbers,
             lambda: _Worker(plan, files, room).run,
             workers=count,
             finished=compared.extend,

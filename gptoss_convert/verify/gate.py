@@ -1,0 +1,215 @@
+"""The gate: are two checkpoints the same model? Four levels, each includes those before it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert.checkpoint import Checkpoint, Choices, open_checkpoint
+from gptoss_convert.config import Config
+from gptoss_convert.errors import UsageError
+from gptoss_convert.progress import SILENT, Progress
+from gptoss_convert.verify.values import Difference, ValuesReport, compare_values
+
+LEVELS = ("header", "values", "logits", "oracle")
+LOSSLESS = "lossless"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every choice of a verification."""
+
+    level: str = "logits"
+    source_format: str | None = None
+    target_format: str | None = None
+    device: str = "auto"
+    """`auto` takes a GPU if there is one."""
+    dtype: str = "float32"
+    """Of the forward pass: `float32`, or `bf16`, which is fast and coarse."""
+    tokens: Path | None = None
+    """JSON lines of token ids or texts, or plain text, instead of the fixed token set."""
+    prompt: str | None = None
+    """Text whose most likely next tokens are shown for both sides."""
+    max_length: int | None = None
+    """Longest sequence of the fixed token set."""
+    sample: int | None = None
+    """About the most positions of the fixed token set."""
+    layers: int | None = None
+    """Compare only so many layers."""
+    limits: str = LOSSLESS
+    """Table of limits.toml; with any but `lossless` the logits decide, not the values."""
+    workers: int | None = None
+    max_memory: int = 4_000_000_000
+
+
+@dataclass(frozen=True)
+class Level:
+    """What one level found."""
+
+    name: str
+    same: bool
+    seconds: float
+    text: str
+    """One line for people."""
+    findings: tuple[str, ...] = ()
+    """What differs, in words, worst or first of its kind first."""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """Everything that was measured, as plain data."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Two checkpoints held against each other."""
+
+    source: Mapping[str, Any]
+    target: Mapping[str, Any]
+    limits: str
+    levels: tuple[Level, ...]
+
+    @property
+    def same(self) -> bool:
+        """Whether the checkpoints are the same model, within the limits."""
+        return all(level.same for level in self._deciding)
+
+    @property
+    def verdict(self) -> str:
+        """The answer in one line."""
+        wrong = next((level for level in self._deciding if not level.same), None)
+        if wrong:
+            return f"different: {wrong.findings[0]}"
+        within = "" if self.limits == LOSSLESS else f", within the limits '{self.limits}'"
+        return f"same: {self._deciding[-1].text}{within}"
+
+    @property
+    def _deciding(self) -> list[Level]:
+        tolerant = self.limits != LOSSLESS and any(one.name == "logits" for one in self.levels)
+        return [one for one in self.levels if not (tolerant and one.name == "values")]
+
+    def summary(self) -> dict[str, Any]:
+        """The verification as plain data."""
+        return {"same": self.same, "verdict": self.verdict, **asdict(self)}
+
+
+def verify_checkpoints(
+    source: str | Path,
+    target: str | Path,
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> Verification:
+    """Compare two checkpoint directories of any formats.
+
+    Raises what opening them raises, UsageError where a level lacks its libraries, ResourceError
+    where memory is too small; a difference is no error but the result.
+    """
+    options = options or Options()
+    if options.level not in LEVELS:
+        raise UsageError(f"--level {options.level}: choose {', '.join(LEVELS)}")
+    began = time.monotonic()
+    ours = open_checkpoint(Path(source), Choices(options.source_format))
+    theirs = open_checkpoint(Path(target), Choices(options.target_format))
+    levels = [_header(ours, theirs, began)]
+    later: dict[str, Callable[[], Level]] = {
+        "values": lambda: _values(ours, theirs, options, progress),
+        "logits": lambda: _logits(ours, theirs, options, progress),
+        "oracle": lambda: _oracle(ours, theirs, options, progress),
+    }
+    for name in LEVELS[1 : LEVELS.index(options.level) + 1]:
+        # Of models of different sizes there is nothing to hold side by side.
+        if not levels[0].same:
+            break
+        levels.append(later[name]())
+    return Verification(_side(ours), _side(theirs), options.limits, tuple(levels))
+
+
+def _side(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "path": str(checkpoint.root),
+        "format": checkpoint.label,
+        "model": checkpoint.config.size,
+        "bytes": sum(chunk.nbytes for chunk in checkpoint.chunks),
+        "notes": list(checkpoint.notes),
+    }
+
+
+def _header(ours: Checkpoint, theirs: Checkpoint, began: float) -> Level:
+    """Both are complete and well-shaped, or opening them raised; are their numbers equal?"""
+    for checkpoint in (ours, theirs):
+        checkpoint.extents()
+    findings = tuple(config_differences(ours.config, theirs.config))
+    text = "both complete and consistent, configurations equal"
+    return Level("header", not findings, time.monotonic() - began, text, findings)
+
+
+def config_differences(ours: Config, theirs: Config) -> list[str]:
+    """Each number of the two models that differs, in words."""
+    names = [one.name for one in fields(Config) if one.name != "notes"]
+    pairs = ((name, getattr(ours, name), getattr(theirs, name)) for name in names)
+    return [f"{name} is {a} in SOURCE, {b} in TARGET" for name, a, b in pairs if a != b]
+
+
+def _values(ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress) -> Level:
+    began = time.monotonic()
+    report = compare_values(
+        ours,
+        theirs,
+        layers=options.layers,
+        workers=options.workers,
+        max_memory=options.max_memory,
+        progress=progress,
+    )
+    text = f"all {report.elements:,} values equal, bit by bit"
+    findings = tuple(describe(one) for one in _ordered(report))
+    return Level("values", report.same, time.monotonic() - began, text, findings, report.summary())
+
+
+def _ordered(report: ValuesReport) -> list[Difference]:
+    """First what the input meets first: no layer, then layer by layer."""
+    return sorted(
+        report.differences, key=lambda one: (-1 if one.layer is None else one.layer, one.parameter)
+    )
+
+
+_BLOCKS = {"gate_up": "experts", "down": "experts", "mlp": "router", "norm": "final norm"}
+
+
+def describe(difference: Difference) -> str:
+    """One parameter's difference in words: where it is, what it looks like, how much."""
+    block = difference.parameter.partition(".")[0]
+    block = _BLOCKS.get(block, block)
+    layer = difference.layer
+    place = block if layer is None else f"layer {layer} {block}"
+    names = ", ".join(difference.target_tensors[:2])
+    if layer is not None and str(layer) not in names.split("."):
+        names += f"[{layer}]"
+    worst = difference.worst
+    parts = (
+        f"{place}: {names} differs",
+        f"looks {difference.looks}" if difference.looks else "",
+        f"{difference.differing:,} of {difference.elements:,} values",
+        f"worst at {list(worst.index)}: {worst.source:g} in SOURCE, {worst.target:g} in TARGET",
+    )
+    return "; ".join(part for part in parts if part)
+
+
+def _logits(ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress) -> Level:
+    return _forward_module().logits_level(ours, theirs, options, progress)
+
+
+def _oracle(ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress) -> Level:
+    return _forward_module().oracle_level(ours, theirs, options, progress)
+
+
+def _forward_module() -> Any:
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            "--level logits needs torch (pip install 'gptoss-convert[verify]'); "
+            f"--level values needs nothing more: {error}"
+        ) from None
+    from gptoss_convert.verify import forward_levels
+
+    return forward_levels

@@ -1,0 +1,85 @@
+"""Prompts of one's own: token ids from a file, text through the checkpoint's tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptoss_convert.checkpoint import Checkpoint
+from gptoss_convert.errors import InputError, UsageError
+from gptoss_convert.verify.parity_report import NextTokens
+from gptoss_convert.verify.sides import tokenizer_of
+from gptoss_convert.verify.tokens import TokenSequence
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def own_sequences(
+    tokens: Path | None, prompt: str | None, sides: Sequence[Checkpoint], vocab: int
+) -> tuple[TokenSequence, ...]:
+    """The sequences of `--prompt` and `--tokens`; raises InputError for ids beyond `vocab`."""
+    found: list[TokenSequence] = []
+    if prompt is not None:
+        found.append(TokenSequence("prompt", _ids(prompt, sides), shown=True))
+    if tokens is not None:
+        found += _from_file(tokens, sides)
+    for one in found:
+        if not one.tokens or not 0 <= min(one.tokens) <= max(one.tokens) < vocab:
+            raise InputError(f"{one.name}: expects ids from 0 to {vocab - 1}, at least one")
+    return tuple(found)
+
+
+def _from_file(path: Path, sides: Sequence[Checkpoint]) -> list[TokenSequence]:
+    """JSON lines, each a list of ids or a string; anything else is one text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expects text, found {error}") from error
+    if path.suffix not in {".json", ".jsonl"}:
+        return [TokenSequence(path.name, _ids(text, sides))]
+    return [
+        TokenSequence(f"{path.name}:{number}", _line(f"{path}:{number}", line, sides))
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.strip()
+    ]
+
+
+def _line(where: str, line: str, sides: Sequence[Checkpoint]) -> tuple[int, ...]:
+    try:
+        content = json.loads(line)
+    except ValueError:
+        content = None
+    if isinstance(content, str):
+        return _ids(content, sides)
+    if isinstance(content, list) and all(type(one) is int for one in content):
+        return tuple(content)
+    raise InputError(f"{where}: expects a list of token ids or a string, found {line[:40]!r}")
+
+
+def _ids(text: str, sides: Sequence[Checkpoint]) -> tuple[int, ...]:
+    return tuple(_tokenizer(sides).encode(text, add_special_tokens=False).ids)
+
+
+def _tokenizer(sides: Iterable[Checkpoint]) -> Tokenizer:
+    path = tokenizer_of(*sides)
+    if path is None:
+        raise UsageError("text needs a tokenizer.json beside SOURCE or TARGET; pass token ids")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UsageError("text needs the tokenizers library: pip install tokenizers") from None
+    return Tokenizer.from_file(str(path))
+
+
+def shown_tokens(found: Iterable[NextTokens], *sides: Checkpoint) -> list[str]:
+    """One line per rank: the token and its probability in SOURCE and in TARGET."""
+    lines: list[str] = []
+    for one in found:
+        tokenizer = _tokenizer(sides)
+        for (a, p), (b, q) in zip(one.source, one.target, strict=True):
+            ours, theirs = (f"{tokenizer.decode([token])!r}" for token in (a, b))
+            lines.append(f"{p:7.4f} {ours:<16} {q:7.4f} {theirs}")
+    return lines

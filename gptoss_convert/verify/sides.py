@@ -1,0 +1,82 @@
+"""One side of a comparison: a checkpoint as the reader of its ecosystem sees it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptoss_convert import config as configs
+from gptoss_convert.checkpoint import Checkpoint
+from gptoss_convert.verify.configs import Section, hf_config
+from gptoss_convert.verify.hf_reader import HfReader
+from gptoss_convert.verify.megatron_reader import MegatronReader
+from gptoss_convert.verify.model import LayerWeights, ModelConfig
+from gptoss_convert.verify.openai_reader import OpenAiReader
+from gptoss_convert.verify.readers import Reader, SubBlock
+
+
+def open_reader(
+    checkpoint: Checkpoint, device: torch.device, layers: int | None, max_ahead: int
+) -> Reader:
+    """The reader of a checkpoint that is open; of its first `layers` layers, if fewer."""
+    reader = _reader(checkpoint, device, max_ahead)
+    if layers is None or layers >= len(reader.config.sliding):
+        return reader
+    return FewerLayers(reader, layers)
+
+
+def _reader(checkpoint: Checkpoint, device: torch.device, max_ahead: int) -> Reader:
+    root = checkpoint.root
+    if checkpoint.format == "hf":
+        return HfReader(root, device, max_ahead)
+    if checkpoint.format == "openai":
+        return OpenAiReader(root, device, max_ahead)
+    return MegatronReader(root, checkpoint.chunks, numbers(checkpoint), device, max_ahead)
+
+
+def numbers(checkpoint: Checkpoint) -> ModelConfig:
+    """The model's numbers from the config.json it carries, or as one would be written for it."""
+    text = checkpoint.hf_config or configs.hf_json(checkpoint.config, None, mxfp4=False)
+    return hf_config(Section(json.loads(text), f"{checkpoint.root}: config.json"))
+
+
+class FewerLayers:
+    """A reader that ends after its first layers: the same head behind a shorter model."""
+
+    def __init__(self, reader: Reader, layers: int):
+        self._reader = reader
+        self.config = replace(reader.config, sliding=reader.config.sliding[:layers])
+
+    def embedding(self) -> Tensor:
+        """`[vocab, hidden]`."""
+        return self._reader.embedding()
+
+    def prepare(self, index: int) -> None:
+        """Start to read layer `index`."""
+        self._reader.prepare(index)
+
+    def layer(self, index: int) -> LayerWeights:
+        """The weights of layer `index`."""
+        return self._reader.layer(index)
+
+    def norm(self) -> Tensor:
+        """The final norm's weight, `[hidden]`."""
+        return self._reader.norm()
+
+    def unembedding(self) -> Tensor:
+        """`[vocab, hidden]`."""
+        return self._reader.unembedding()
+
+    def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:
+        """Names of the tensors that feed a sub-block of layer `index`."""
+        return self._reader.feeding(index, block)
+
+
+def tokenizer_of(*checkpoints: Checkpoint) -> Path | None:
+    """The first tokenizer.json that lies beside one of the checkpoints."""
+    carried = (path for one in checkpoints for path in one.carried)
+    return next((path for path in carried if path.name == "tokenizer.json"), None)
