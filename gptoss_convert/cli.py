@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import click
@@ -184,15 +185,21 @@ def convert(
     """
     from gptoss_convert.conversion import plan
     from gptoss_convert.options import Options
+
+    if not dry_run:
+        # Kernels load, or compile at the first use, while the plan is made.
+        Thread(target=_warm).start()
+    conversion = plan(source, target, Options(**options, keep_scales=not no_scales))
+    if dry_run:
+        from gptoss_convert.estimate import estimate_seconds
+
+        summary = conversion.summary() | {"estimated_seconds": estimate_seconds(conversion)}
+        _print(summary, report.conversion(summary), as_json)
+        return
     from gptoss_convert.run import run
 
-    conversion = plan(source, target, Options(**options, keep_scales=not no_scales))
-    if dry_run or verbose:
-        text = report.conversion(conversion.summary())
-        if dry_run:
-            _print(conversion.summary(), text, as_json)
-            return
-        click.echo(text, err=True)
+    if verbose:
+        click.echo(report.conversion(conversion.summary()), err=True)
     done = run(conversion, progress.for_terminal(quiet)).summary()
     _print(done, report.finished(done), as_json)
 
@@ -392,6 +399,12 @@ def synth(target: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
 
     done = synth(target, progress=progress.for_terminal(quiet), **options).summary()
     _print(done, report.finished(done), as_json)
+
+
+def _warm() -> None:
+    from gptoss_convert.execute import warm
+
+    warm()
 
 
 def _print(summary: Mapping[str, Any], text: str, as_json: bool) -> None:

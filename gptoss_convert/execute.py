@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ from gptoss_convert import mxfp4
 from gptoss_convert.compute import compute, decoded, statistics
 from gptoss_convert.files import Arena, ByteSource, TargetFiles
 from gptoss_convert.fingerprint import ScaleStatistics, fingerprint
+from gptoss_convert.mxfp4 import jit
 from gptoss_convert.oddities import Oddities, examine
 from gptoss_convert.parts import Part, cast, lay_out, read, runs
 from gptoss_convert.steps import Plan, Step
@@ -43,6 +45,14 @@ class Done:
     cast_values: int
     """Values that a cast to BF16 rounded."""
     oddities: Oddities
+
+
+def warm() -> None:
+    """Load or compile every kernel that a step may call."""
+    mxfp4.warm()
+    if jit.kernels() is not None:
+        for name in ("fingerprint_kernels", "oddity_kernels"):
+            importlib.import_module(f"gptoss_convert.{name}")
 
 
 def execute(

@@ -104,6 +104,8 @@ def conversion(summary: Mapping[str, Any]) -> str:
         "steps": f"{summary['steps']} on {summary['workers']} workers",
         "memory": f"about {size(summary['memory_bytes'])}",
     }
+    if (seconds := summary.get("estimated_seconds")) is not None:
+        rows["disk"] = f"about {max(seconds, 0.1):.1f} s at its speed of now"
     listed = [f"  {name}  {size(nbytes)}" for name, nbytes in files.items()]
     if len(listed) > 12:
         listed = [*listed[:5], f"  ... {len(listed) - 10} more", *listed[-5:]]
