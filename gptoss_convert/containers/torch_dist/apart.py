@@ -15,7 +15,7 @@ from pathlib import Path
 
 import gptoss_convert
 from gptoss_convert.containers import Image, TensorSpec
-from gptoss_convert.errors import GptossError
+from gptoss_convert.errors import GptossError, UsageError
 
 
 def image_apart(
@@ -38,10 +38,7 @@ def image_apart(
         check=False,
     )
     if child.returncode:
-        raise GptossError(
-            "the process that serializes with torch's classes failed (see above); "
-            'torch is needed to write Megatron checkpoints: pip install "gptoss-convert[megatron]"'
-        )
+        raise RuntimeError(f"the process that serializes with torch ended with {child.returncode}")
     answer = pickle.loads(child.stdout)
     if isinstance(answer, GptossError):
         raise answer
@@ -63,4 +60,9 @@ def serve() -> None:
         )
     except GptossError as error:
         answer = error
+    except ImportError as error:
+        answer = UsageError(
+            f"writing Megatron checkpoints needs torch ({error}): "
+            'pip install "gptoss-convert[megatron]"'
+        )
     sys.stdout.buffer.write(pickle.dumps(answer, protocol=5))
