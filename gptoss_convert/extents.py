@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -51,6 +53,21 @@ def overlap(a: Box, b: Box) -> Box | None:
     """The common part of two boxes, None if there is none."""
     common = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
     return common if all(lo < hi for lo, hi in common) else None
+
+
+def disjoint(boxes: Sequence[Box], axis: int = 0) -> bool:
+    """Whether no two boxes share an element; about linear for the cells of a grid."""
+    if len(boxes) < 2:
+        return True
+    if axis == len(boxes[0]):
+        return False
+    edges = sorted({edge for box in boxes for edge in box[axis]})
+    slabs: dict[int, list[Box]] = defaultdict(list)
+    for box in boxes:
+        lo, hi = box[axis]
+        for edge in edges[bisect_left(edges, lo) : bisect_left(edges, hi)]:
+            slabs[edge].append(box)
+    return all(disjoint(slab, axis + 1) for slab in slabs.values())
 
 
 def extents(

@@ -10,7 +10,7 @@ from itertools import product
 
 from gptoss_convert.containers import DTYPE_BYTES
 from gptoss_convert.errors import InputError, IntegrityError
-from gptoss_convert.extents import Extent, overlap, volume
+from gptoss_convert.extents import Extent, disjoint, overlap, volume
 from gptoss_convert.layout import Box
 from gptoss_convert.model import BLOCK, Family, Model
 
@@ -131,13 +131,14 @@ def _family_steps(
     tile = _tile(family, lengths, targets[0], tile_bytes)
     source_cells = _cells(lengths, tile, sources)
     target_cells = _cells(lengths, tile, targets)
+    held, taken = {e.param for e in sources}, {e.param for e in targets}
     for index in product(*(range(-(-n // t)) for n, t in zip(lengths, tile, strict=True))):
         box = tuple(
             (i * t, min(i * t + t, n)) for i, t, n in zip(index, tile, lengths, strict=True)
         )
         step = Step(family, lengths, box, tuple(source_cells[index]), tuple(target_cells[index]))
-        _check_cover("source", step, step.sources, {e.param for e in sources})
-        _check_cover("target", step, step.targets, {e.param for e in targets})
+        _check_cover("source", step, step.sources, held)
+        _check_cover("target", step, step.targets, taken)
         yield step
 
 
@@ -147,9 +148,11 @@ def _tile(family: Family, lengths: Sequence[int], target: Extent, tile_bytes: in
     Blocks are never cut.
     """
     tile = [1 if axis == "layer" else n for axis, n in zip(family.axes, lengths, strict=True)]
-    for axis in sorted(range(len(tile) - 1), key=lambda axis: -target.strides[axis]):
+    # An axis of stride 0 is bound by the tensor's name: no tensor holds two of its indexes.
+    slowest = sorted(range(len(tile) - 1), key=lambda i: -(target.strides[i] or math.inf))
+    for axis in slowest:
         unit = 2 * math.prod(tile) // tile[axis]
-        if unit >= tile_bytes:
+        if unit >= tile_bytes or target.strides[axis] == 0:
             tile[axis] = 1
         elif unit * tile[axis] > tile_bytes:
             tile[axis] = tile_bytes // unit
@@ -179,7 +182,7 @@ def _check_cover(side: str, step: Step, extents: Sequence[Extent], members: set[
             parts = [part for extent, part in step.of(extents, member) if extent.alias == alias]
             if parts == [whole] or (alias and not parts):
                 continue
-            twice = any(overlap(a, b) for i, a in enumerate(parts) for b in parts[:i])
+            twice = not disjoint(parts)
             if twice or sum(map(volume, parts)) != volume(whole):
                 raise IntegrityError(
                     f"{side}: {member}{list(whole)}: "
