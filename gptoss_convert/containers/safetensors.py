@@ -150,6 +150,8 @@ def _entry(where: Path | str, file: str, name: str, entry: Any, start: int) -> C
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise IntegrityError(f"{place}: expects dtype, shape and data_offsets, found {entry!r:.80}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise IntegrityError(f"{place}: dtype {dtype!r:.80} is not a string")
     if dtype not in DTYPE_BYTES:
         known = dtype in _OTHER_DTYPES
         what = "has no place in GPT-OSS" if known else "is unknown"
