@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -40,7 +41,15 @@ def main() -> None:
     """Run the command line and leave with its exit status."""
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
+    _allow_open_files()
     sys.exit(_run())
+
+
+def _allow_open_files() -> None:
+    """As many open files as the system grants: each shard of SOURCE and TARGET takes two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _run() -> int:

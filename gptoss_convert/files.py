@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -61,10 +63,11 @@ class _File:
         self.buffered = buffered
         self.state = os.fstat(buffered)
         self.direct: int | None = None
-        try:
-            self.direct = os.open(f"/proc/self/fd/{buffered}", flags | _DIRECT | os.O_CLOEXEC)
-        except OSError:
-            self.direct = None
+        # Where descriptors are scarce, every file gets one before any file gets two.
+        if buffered < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+            with suppress(OSError):
+                path_of = f"/proc/self/fd/{buffered}"
+                self.direct = os.open(path_of, flags | _DIRECT | os.O_CLOEXEC)
 
     def close(self) -> None:
         for descriptor in (self.direct, self.buffered):
@@ -142,8 +145,8 @@ class SourceFiles:
         """Refuse a source that changed since it was opened; raises IntegrityError."""
         for file in self._open.values():
             now = os.fstat(file.buffered)
-            before = (file.state.st_size, file.state.st_mtime_ns)
-            if (now.st_size, now.st_mtime_ns) != before or not file.path.exists():
+            same = (now.st_size, now.st_mtime_ns) == (file.state.st_size, file.state.st_mtime_ns)
+            if not same or not file.path.exists() or not os.path.samestat(now, file.path.stat()):
                 raise IntegrityError(f"{file.path}: changed while it was being read")
 
     def _file(self, name: str) -> _File:
@@ -262,6 +265,7 @@ def _write_error(path: Path, error: OSError) -> DiskError:
         errno.ENOSPC: "; free some space and run the same command again",
         errno.EDQUOT: "; the quota is used up",
         errno.EFBIG: "; the file system or a limit allows no file of this size",
+        errno.EMFILE: "; allow more open files (ulimit -n 4096), or raise --max-shard-size",
     }.get(error.errno or 0, "")
     return DiskError(f"{path}: {error.strerror}{hint}")
 

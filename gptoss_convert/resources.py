@@ -68,5 +68,9 @@ def check_disk(folder: Path, needed: int) -> None:
     free = state.f_bavail * state.f_frsize
     if needed > free:
         raise DiskError(
-            f"{folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; free some space"
+            f"{folder}: {_amount(needed)} needed, {_amount(free)} free; free some space"
         )
+
+
+def _amount(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
