@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from gptoss_convert.config import Config
 from gptoss_convert.containers import TensorSpec, safetensors
-from gptoss_convert.errors import IntegrityError, UsageError
+from gptoss_convert.errors import GptossError, UsageError
 from gptoss_convert.model import load_model
-from gptoss_convert.sidecar import Origin
+from gptoss_convert.sidecar import FOLDER, ORIGIN, Origin
 from gptoss_convert.strict_json import parse_object
 from gptoss_convert.tables import Tensor, load_table
 
@@ -80,15 +80,13 @@ def restored(format: str, tensors: Iterable[Tensor], origin: Origin | None) -> H
         for name, text in origin.headers.items():
             _, chunks = safetensors.file_image(name, text)
             found += [(chunk.tensor, chunk.dtype, chunk.shape) for chunk in chunks]
-    except IntegrityError:
+    except GptossError:
         return None
     return dict(origin.headers) if len(found) == len(expected) and set(found) == expected else None
 
 
 def index_json(headers: Mapping[str, str], format: str, origin: Origin | None) -> bytes | None:
-    """The index of several shards, None for a single file; as before where the content is equal."""
-    if len(headers) == 1 and set(headers) == {"model.safetensors"}:
-        return None
+    """The index of several shards, None for a single file; as before where the files are."""
     weight_map: dict[str, str] = {}
     total = 0
     for name, text in headers.items():
@@ -97,8 +95,12 @@ def index_json(headers: Mapping[str, str], format: str, origin: Origin | None) -
         weight_map |= dict.fromkeys(entries, name)
         total += sum(end - start for start, end in (e["data_offsets"] for e in entries.values()))
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    if origin is not None and origin.index is not None and json.loads(origin.index) == content:
-        return origin.index.encode()
+    if origin is not None and origin.index is not None:
+        where = f"{FOLDER}/{ORIGIN}: index"
+        if parse_object(where, origin.index).get("weight_map") == weight_map:
+            return origin.index.encode()
+    if [*headers] == ["model.safetensors"]:
+        return None
     if format == "hf" and next(iter(headers)).startswith("model-00000-of-"):
         return json.dumps(content).encode()
     end = "" if format == "openai" else "\n"

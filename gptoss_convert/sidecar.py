@@ -71,6 +71,10 @@ def _origin(path: Path, content: Mapping[str, Any]) -> Origin:
     for name, text in headers.items():
         if not safe_name(name) or not name.endswith(".safetensors") or not isinstance(text, str):
             raise IntegrityError(f"{path}: file name {name!r} is not acceptable")
+    for text in (*headers.values(), *texts):
+        # JSON may escape half a character, which no file can hold.
+        if text is not None and text != text.encode(errors="ignore").decode():
+            raise IntegrityError(f"{path}: headers, index or config is not Unicode text")
     return Origin(str(content.get("format")), headers, texts[0], texts[1])
 
 
