@@ -91,6 +91,8 @@ def from_hf(where: str, content: Mapping[str, Any]) -> Config:
         if content.get(key, value) != value:
             raise InputError(f"{where}: {key} is {content[key]!r}, GPT-OSS has {value!r}")
     quantization = content.get("quantization_config")
+    if not isinstance(quantization, dict | None):
+        raise InputError(f"{where}: quantization_config is {quantization!r:.80}, expects an object")
     if quantization is not None and quantization.get("quant_method") != "mxfp4":
         method = quantization.get("quant_method")
         raise InputError(f"{where}: quantised with {method!r}; supported: 'mxfp4' or none")
