@@ -142,6 +142,7 @@ def test_inspect_tells_how_a_checkpoint_was_saved(folder: Path) -> None:
         "tensor_model_parallel_size": 2,
         "pipeline_model_parallel_size": 2,
         "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 1,
     }
     assert (details["iteration"], details["saved_by"]) == ("iter_0000001", "Megatron-LM")
     assert details["optimizer"] and details["skipped"]["optimizer"] == 1
