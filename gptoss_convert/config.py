@@ -40,6 +40,15 @@ _RELEASED: dict[str, Any] = {
 
 _SIZES = {20: (24, 32), 120: (36, 128)}
 _FIXED = {"attention_bias": True, "tie_word_embeddings": False, "hidden_act": "silu"}
+_FIXED |= {"swiglu_alpha": 1.702}
+"""Keys that may be absent, and the only value of each that GPT-OSS can have."""
+_TWINS = {
+    "experts_per_token": "num_experts_per_tok",
+    "initial_context_length": "original_max_position_embeddings",
+}
+"""Older keys beside the ones that are read: both must say the same."""
+_LARGEST = {"num_hidden_layers": 1 << 10, "num_local_experts": 1 << 12, "num_experts": 1 << 12}
+"""Limits of what is counted out, so that no number makes a plan of endless length."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +96,6 @@ def from_hf(where: str, content: Mapping[str, Any]) -> Config:
     if content.get("model_type") != "gpt_oss":
         found = content.get("model_type", content.get("architectures"))
         raise InputError(f"{where}: model_type {found!r}; supported: 'gpt_oss'")
-    for key, value in _FIXED.items():
-        if content.get(key, value) != value:
-            raise InputError(f"{where}: {key} is {content[key]!r}, GPT-OSS has {value!r}")
     quantization = content.get("quantization_config")
     if not isinstance(quantization, dict | None):
         raise InputError(f"{where}: quantization_config is {quantization!r:.80}, expects an object")
@@ -98,18 +104,20 @@ def from_hf(where: str, content: Mapping[str, Any]) -> Config:
         raise InputError(f"{where}: quantised with {method!r}; supported: 'mxfp4' or none")
     rope = _rope(where, content)
     notes = _check_rope(where, rope) + _check_layers(where, content)
-    numbers = {
-        key: _number(where, content, key, int)
-        for key in (field.name for field in fields(Config))
-        if key in _INTEGERS
-    }
+    _check_fixed(where, content, rope)
+    limit = 7.0
+    if "swiglu_limit" in content:
+        limit = float(_number(where, content, "swiglu_limit", float))
+    else:
+        notes += ("swiglu_limit is missing: taken as 7.0, as released",)
+    numbers = {key: _number(where, content, key, int) for key in _INTEGERS}
     return Config(
         **numbers,
         max_position_embeddings=_number(where, content, "max_position_embeddings", int),
         original_max_position_embeddings=_number(
             where, rope, "original_max_position_embeddings", int
         ),
-        swiglu_limit=float(content.get("swiglu_limit", 7.0)),
+        swiglu_limit=limit,
         rms_norm_eps=float(_number(where, content, "rms_norm_eps", float)),
         rope_theta=float(_number(where, rope, "rope_theta", float)),
         rope_factor=float(_number(where, rope, "factor", float)),
@@ -119,20 +127,9 @@ def from_hf(where: str, content: Mapping[str, Any]) -> Config:
     )
 
 
-_INTEGERS = frozenset(
-    (
-        "num_hidden_layers",
-        "num_local_experts",
-        "num_experts_per_tok",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-        "sliding_window",
-    )
-)
+_POSITIONS = {"max_position_embeddings", "original_max_position_embeddings"}
+_INTEGERS = tuple(f.name for f in fields(Config) if f.type == "int" and f.name not in _POSITIONS)
+"""The numbers that every config.json states under one key of its own."""
 
 
 def _rope(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,6 +147,17 @@ def _rope(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
             )
         rope[key] = value
     return rope
+
+
+def _check_fixed(where: str, content: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+    """Refuse what no GPT-OSS says, and older keys that contradict the newer ones."""
+    for key, value in _FIXED.items():
+        if content.get(key, value) != value:
+            raise InputError(f"{where}: {key} is {content[key]!r}, GPT-OSS has {value!r}")
+    for old, key in _TWINS.items():
+        value = rope[key] if key in rope else content.get(key)
+        if content.get(old, value) != value:
+            raise InputError(f"{where}: {old} is {content[old]!r}, {key} is {value!r}")
 
 
 def _check_rope(where: str, rope: Mapping[str, Any]) -> tuple[str, ...]:
@@ -186,8 +194,9 @@ def _number(where: str, content: Mapping[str, Any], key: str, kind: type) -> Any
         raise InputError(
             f"{where}: {key} is {value!r}, expects {'a whole' if kind is int else 'a'} number"
         )
-    if not 0 < value < 1 << 40:
-        raise InputError(f"{where}: {key} is {value!r}, out of range")
+    limit = _LARGEST.get(key, 1 << 40)
+    if not 0 < value <= limit:
+        raise InputError(f"{where}: {key} is {value!r}, expects more than 0 and at most {limit}")
     return value
 
 
