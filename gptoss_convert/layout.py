@@ -103,11 +103,8 @@ def shape_of(
     `params` maps each parameter's name to its axes, slowest first; `named` are the axes that the
     tensor's name binds to one index. Parameters are concatenated along `*` in the given order.
     """
-    explicit = set(layout.axes) - {STAR}
-    left = {
-        name: [axis for axis in axes if axis not in explicit and axis not in named]
-        for name, axes in params.items()
-    }
+    known = {*layout.axes, *named}
+    left = {name: [axis for axis in axes if axis not in known] for name, axes in params.items()}
     share = {name: math.prod(sizes[axis] for axis in rest) for name, rest in left.items()}
     length = {axis: sum(share.values()) if axis == STAR else sizes[axis] for axis in layout.axes}
     shape: list[int] = []
@@ -121,26 +118,32 @@ def shape_of(
     placements: list[Placement] = []
     first = 0
     for name, axes in params.items():
-        own = dict(place)
-        star = (0, 0, 0, 0)
-        if STAR in place:
-            step = place[STAR].step
-            star = (place[STAR].dim, step, first, share[name])
-            for axis in reversed(left[name]):
-                own[axis] = AxisPlace(place[STAR].dim, step)
-                step *= sizes[axis]
-            first += share[name]
-        placements.append(
-            Placement(
-                name,
-                tuple(axes),
-                tuple(sizes[axis] for axis in axes),
-                tuple(own.get(axis) if axis not in named else None for axis in axes),
-                star,
-                tuple(left[name]) if STAR in place else (),
-            )
-        )
+        placements.append(_placement(name, axes, left[name], place, first, sizes))
+        first += share[name]
     return tuple(shape), tuple(placements)
+
+
+def _placement(
+    param: str,
+    axes: Sequence[str],
+    left: Sequence[str],
+    place: Mapping[str, AxisPlace],
+    first: int,
+    sizes: Mapping[str, int],
+) -> Placement:
+    """Where one parameter sits, its axes `left` over taking `*` from index `first` on."""
+    own = {axis: place[axis] for axis in axes if axis in place}
+    lengths = tuple(sizes[axis] for axis in axes)
+    if STAR not in place:
+        places = tuple(own.get(axis) for axis in axes)
+        return Placement(param, tuple(axes), lengths, places, (0, 0, 0, 0), ())
+    dim, step = place[STAR].dim, place[STAR].step
+    star = (dim, step, first, math.prod(sizes[axis] for axis in left))
+    for axis in reversed(left):
+        own[axis] = AxisPlace(dim, step)
+        step *= sizes[axis]
+    places = tuple(own.get(axis) for axis in axes)
+    return Placement(param, tuple(axes), lengths, places, star, tuple(left))
 
 
 def interval_boxes(start: int, stop: int, sizes: Sequence[int]) -> Iterator[Box]:
