@@ -378,12 +378,27 @@ def verify(
 
 @cli.command(epilog=_EPILOG)
 @click.argument("target", type=_PATH)
-@click.option("--model", type=click.Choice(["tiny", "20b", "120b"]), default="tiny")
+@click.option(
+    "--model",
+    type=click.Choice(["tiny", "20b", "120b"]),
+    default="tiny",
+    help="Which model's shapes.",
+)
 @click.option("--layers", type=click.IntRange(1), help="Fewer layers than the model has.")
-@click.option("--format", type=click.Choice(_FORMATS), default="hf")
-@click.option("--dtype", type=click.Choice(["keep", "mxfp4", "bf16"]), default="keep")
-@click.option("--shards", type=click.Choice(["auto", "size", "published"]), default="auto")
-@click.option("--seed", type=int, default=0)
+@click.option("--format", type=click.Choice(_FORMATS), default="hf", help="Format of TARGET.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "mxfp4", "bf16"]),
+    default="keep",
+    help="Encoding of the expert weights; keep is MXFP4.",
+)
+@click.option(
+    "--shards",
+    type=click.Choice(["auto", "size", "published"]),
+    default="auto",
+    help="Files of TARGET: as published for a whole 20b or 120b, else by size.",
+)
+@click.option("--seed", type=int, default=0, help="Chooses the values.")
 @_workers
 @_overwrite
 @_json

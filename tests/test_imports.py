@@ -1,0 +1,134 @@
+"""Who may import whom, and what stays unimported where an answer must come at once."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.test_golden import COUNTS, inventory, published_config, write_header_only
+
+ROOT = Path(__file__).parents[1] / "gptoss_convert"
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")
+}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of this package that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inside = node.module.removeprefix("gptoss_convert").removeprefix(".")
+            if node.module == "gptoss_convert" or inside != node.module:
+                for alias in node.names:
+                    name = f"{inside}.{alias.name}".strip(".")
+                    yield name if name in MODULES or f"{name}.__init__" in MODULES else inside
+
+
+def others(path: Path) -> set[str]:
+    """The packages of other people that a file imports at its top level."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names - set(sys.stdlib_module_names) - {"gptoss_convert"}
+
+
+TABLES = {"tables", "steps", "layout", "extents", "model", "sidecar", "shards", "targets"}
+ARROWS: dict[str, set[str]] = {
+    "verify.forward": {"", "mxfp4", "containers", *TABLES},
+    "verify.fp4": {"mxfp4", *TABLES},
+    "verify.hf_reader": {"mxfp4", *TABLES},
+    "verify.openai_reader": {"mxfp4", *TABLES},
+    "verify.megatron_reader": {"mxfp4", *TABLES},
+    "mxfp4": {"containers", "verify", *TABLES},
+    "containers": {"mxfp4", "verify", *TABLES},
+    "layout": {"containers", "tables"},
+    "tables": {"containers", "extents", "steps"},
+    "steps": {"execute", "files", "checkpoint", "mxfp4"},
+    "errors": {"containers", *TABLES},
+}
+"""What a module, or every module of a package, must never import."""
+
+
+@pytest.mark.parametrize("importer", ARROWS)
+def test_layers_import_downwards_only(importer: str):
+    paths = {
+        name: path
+        for name, path in MODULES.items()
+        if name == importer or name.startswith(f"{importer}.")
+    }
+    assert paths
+    for name, path in paths.items():
+        for target in imported(path):
+            parts = target.split(".")
+            above = {".".join(parts[: i + 1]) for i in range(len(parts))}
+            assert not above & ARROWS[importer], f"{name} imports {target}"
+
+
+def test_nothing_imports_the_command_line_but_its_entry():
+    for name, path in MODULES.items():
+        if name not in {"__main__", "cli"} and not name.startswith("cli"):
+            assert not {"cli", "report"} & set(imported(path)), name
+
+
+def test_only_these_layers_import_numbers_at_once():
+    """All else answers without numpy; torch is imported by what computes with it alone."""
+    numpy = {name for name, path in MODULES.items() if "numpy" in others(path)}
+    torch = {name for name, path in MODULES.items() if "torch" in others(path)}
+    computes = {name for name in torch if name.startswith("verify.")}
+    assert torch - computes == {"containers.torch_dist.serialized"}
+    assert not numpy & {
+        *("cli", "config", "conversion", "checkpoint", "extents", "inspection", "layout", "model"),
+        *("shards", "sidecar", "specimens", "steps", "tables", "targets"),
+        *("containers.safetensors", "containers.paths"),
+    }
+
+
+HEAVY = ("torch", "transformers", "megatron", "numba", "safetensors")
+
+
+def heavy_after(*arguments: str) -> tuple[str, list[str]]:
+    """What a command prints, and the heavy packages it imported."""
+    code = (
+        "import sys\n"
+        "from gptoss_convert.cli import cli\n"
+        "try:\n"
+        f"    cli.main({[*arguments]!r}, standalone_mode=False)\n"
+        "finally:\n"
+        f"    print(*(n for n in {HEAVY!r} if n in sys.modules), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr.splitlines()[-1].split()
+
+
+def test_help_imports_nothing_heavy():
+    text, heavy = heavy_after("convert", "--help")
+    assert "SOURCE TARGET" in text
+    assert heavy == []
+
+
+def test_plans_and_inspections_of_120b_import_nothing_heavy(tmp_path: Path):
+    source = tmp_path / "gpt-oss-120b"
+    source.mkdir()
+    write_header_only(source / "model.safetensors", inventory("120b", "hf-mxfp4"))
+    (source / "config.json").write_text(json.dumps(published_config("120b")))
+    for to, dtype in (("hf", "bf16"), ("openai", "mxfp4"), ("hf", "keep")):
+        text, heavy = heavy_after(
+            *("convert", str(source), str(tmp_path / "out"), "--to", to, "--dtype", dtype),
+            *("--dry-run", "--json"),
+        )
+        assert heavy == []
+        assert json.loads(text)["read_bytes"] == COUNTS["120b", "hf-mxfp4"][1]
+    text, heavy = heavy_after("inspect", str(source), "--json")
+    assert heavy == []
+    assert json.loads(text)["parameters"] == 116_829_156_672
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt-oss-120b"]
