@@ -6,6 +6,7 @@ As a script, it goes on until the time is up: `python -m tests.fuzzing --minutes
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -111,7 +112,7 @@ def _replace_one(content: Any, chance: random.Random) -> None:
         if isinstance(content, dict) and chance.random() < 0.2:
             content[str(chance.choice(_ODD))[:600]] = content.pop(key)
         else:
-            content[key] = chance.choice(_ODD)
+            content[key] = copy.deepcopy(chance.choice(_ODD))
         return
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -92,3 +93,11 @@ def test_each_case_has_a_name_of_its_own() -> None:
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
     assert all(replace(case) == case for case in CASES)
+
+
+def test_each_case_stands_in_the_table_of_faults() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d+) \|(.*)\|$", text, re.MULTILINE))
+    assert sorted(map(int, rows)) == list(range(1, 97))
+    for case in CASES:
+        assert f"`{case.name}`" in rows[str(case.number)]
