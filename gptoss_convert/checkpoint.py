@@ -174,12 +174,13 @@ def _open_hf(root: Path, choices: Choices) -> Checkpoint:
         if not choices.repair:
             raise IntegrityError(f"{root}: {what}; pass --repair to read them as BF16")
         notes.append(f"repaired: {what}")
-    elif ("quantization_config" in content) != (variant == "mxfp4") and not choices.repair:
+    elif ("quantization_config" in content) != (variant == "mxfp4"):
         says = "has" if "quantization_config" in content else "has no"
-        raise IntegrityError(
-            f"{root / CONFIG}: {says} quantization_config, the experts are "
-            f"{'MXFP4' if variant == 'mxfp4' else 'BF16'}; pass --repair to go by the tensors"
-        )
+        held = "MXFP4" if variant == "mxfp4" else "BF16"
+        problem = f"{root / CONFIG}: {says} quantization_config, the experts are {held}"
+        if not choices.repair:
+            raise IntegrityError(f"{problem}; pass --repair to go by the tensors")
+        notes.append(problem)
     scales = sidecar.read(root) if variant != "mxfp4" else None
     carried = carried_files(root)
     return Checkpoint(
