@@ -14,7 +14,7 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -80,6 +80,21 @@ class Countdown:
         return counting
 
 
+def one_by_one(
+    numbers: Iterable[int],
+    new_worker: Callable[[], workers.Work[Any]],
+    *,
+    workers: int,
+    finished: Callable[[list[Any]], None],
+    advance: Callable[[int], None],
+) -> None:
+    """Stands for `run_all`: the journal is written after each step, so every run is the same."""
+    work = new_worker()
+    for number in numbers:
+        result, _ = work(number)
+        finished([result])
+
+
 def killed(conversion: Conversion, kill_at: int) -> bool:
     """Run a conversion in a child that is killed at a point; False if it came to its end."""
     child = os.fork()
@@ -95,8 +110,7 @@ def killed(conversion: Conversion, kill_at: int) -> bool:
 
 def _child(conversion: Conversion, countdown: Countdown) -> NoReturn:
     try:
-        # After each step, so that the journal is written as often as can be.
-        execute.run_all = functools.partial(workers.run_all, every=0.0005)  # type: ignore[assignment]
+        execute.run_all = one_by_one  # type: ignore[assignment]
         countdown.install()
         run(conversion)
         os._exit(0)
