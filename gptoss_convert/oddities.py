@@ -21,6 +21,8 @@ from gptoss_convert.steps import Plan, Step
 
 _EXPONENT = 0x7F80
 """Exponent bits of BF16: all set in infinities and NaN."""
+_COPIED = 1 << 14
+"""Elements of a line that is copied together from shorter ones."""
 _LANES = 0x0001_0001_0001_0001
 Matrix = tuple[str, int, int]
 """Weight, layer and expert (0 where there are none) of one matrix or vector."""
@@ -92,13 +94,17 @@ def _nonfinite(step: Step, part: Part) -> tuple[int, str]:
 
 
 def _lines(array: Array) -> Iterator[npt.NDArray[np.uint16]]:
-    """All elements, in lines without gaps as long as the strides allow."""
+    """All elements, in lines without gaps: as they lie where that makes them long, else copied."""
     ordered = array.transpose(sorted(range(array.ndim), key=lambda axis: -array.strides[axis]))
-    if ordered.flags.c_contiguous or ordered.ndim == 1:
-        yield np.ascontiguousarray(ordered).reshape(-1)
-    else:
+    if ordered.flags.c_contiguous:
+        yield ordered.reshape(-1)
+    elif ordered.ndim > 1 and ordered[0].size > _COPIED:
         for row in ordered:
             yield from _lines(row)
+    else:
+        rows = max(1, _COPIED // max(1, ordered[0].size))
+        for start in range(0, len(ordered), rows):
+            yield np.ascontiguousarray(ordered[start : start + rows]).reshape(-1)
 
 
 def _suspicious(line: npt.NDArray[np.uint16]) -> bool:
