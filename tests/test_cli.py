@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 import pytest
 
-from gptoss_convert.cli import Size, cli
+from gptoss_convert.cli import cli
+from gptoss_convert.cli_options import Size
 from gptoss_convert.errors import EXIT_CODES, GptossError
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4
 from tests.tiny_models import SQUARE, random_weights

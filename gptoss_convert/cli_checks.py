@@ -1,0 +1,163 @@
+"""The commands that answer a question about checkpoints: check, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gptoss_convert import progress, report
+from gptoss_convert.cli_options import (
+    EPILOG,
+    FORMATS,
+    PATH,
+    Share,
+    Size,
+    as_json_flag,
+    config_option,
+    iteration_option,
+    quiet_flag,
+    show,
+    strict_flag,
+    vocab_size_option,
+    workers_option,
+)
+
+
+@click.command(epilog=EPILOG)
+@click.argument("path", type=PATH)
+@click.option("--read-data", is_flag=True, help="Read every byte, not headers only.")
+@click.option("--read-data-subset", type=Share(), help="Read so much of the weights, as 5%.")
+@click.option("--seed", type=int, help="Chooses the subset.  [default: another every time]")
+@click.option(
+    "--from",
+    "source_format",
+    type=click.Choice(FORMATS),
+    help="Format to read, where PATH holds several.",
+)
+@iteration_option
+@config_option
+@vocab_size_option
+@strict_flag
+@workers_option
+@click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
+@as_json_flag
+@quiet_flag
+def check(
+    path: Path,
+    *,
+    read_data: bool,
+    read_data_subset: float | None,
+    seed: int | None,
+    source_format: str | None,
+    iteration: int | None,
+    config: Path | None,
+    vocab_size: int | None,
+    strict: bool,
+    workers: int | None,
+    max_memory: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check the checkpoint in PATH, with its manifest if it has one; name what is damaged.
+
+    \b
+    gptoss-convert check gpt-oss-20b
+    gptoss-convert check gpt-oss-20b --read-data
+    """
+    from gptoss_convert.check import Reading, check
+    from gptoss_convert.checkpoint import Choices
+
+    share = 1.0 if read_data else read_data_subset or 0.0
+    choices = Choices(source_format, False, iteration, config, vocab_size, strict)
+    reading = Reading(share, seed, workers, max_memory)
+    found = check(path, reading, choices, progress.for_terminal(quiet))
+    show(found.summary(), report.check(found.summary()), as_json)
+    found.require_intact()
+
+
+@click.command(epilog=EPILOG)
+@click.argument("source", type=PATH)
+@click.argument("target", type=PATH)
+@click.option(
+    "--level",
+    type=click.Choice(["header", "values", "logits", "oracle"]),
+    default="logits",
+    help="How deep to look; each level includes those before it.",
+)
+@click.option(
+    "--from-source",
+    "source_format",
+    type=click.Choice(FORMATS),
+    help="Format to read, where SOURCE holds several.",
+)
+@click.option(
+    "--from-target",
+    "target_format",
+    type=click.Choice(FORMATS),
+    help="Format to read, where TARGET holds several.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="Where to compute logits; auto takes a GPU if there is one.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bf16"]),
+    default="float32",
+    help="What to compute logits in; bf16 is faster and coarser.",
+)
+@click.option(
+    "--tokens",
+    type=PATH,
+    help="JSON lines (.jsonl) of token ids or texts, or a text, instead of the fixed token set.",
+)
+@click.option("--prompt", help="Show the most likely next tokens of both sides after this text.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(1),
+    help="Longest prompt.  [default: 32768 on a GPU, 4096 on a CPU]",
+)
+@click.option("--sample", type=click.IntRange(1), help="About how many positions to score.")
+@click.option("--layers", type=click.IntRange(1), help="Compare only so many layers.")
+@click.option(
+    "--limits",
+    type=click.Choice(["lossless", "float32", "bfloat16"]),
+    default="lossless",
+    help="What still counts as the same; beyond lossless the logits decide, not the values.",
+)
+@workers_option
+@click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
+@click.option("--json", "json_file", type=PATH, help="Write the whole result there; - is stdout.")
+@click.option("--junit", type=PATH, help="Write the levels there as JUnit test cases.")
+@quiet_flag
+@click.pass_context
+def verify(
+    context: click.Context,
+    source: Path,
+    target: Path,
+    *,
+    json_file: Path | None,
+    junit: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Tell whether SOURCE and TARGET, checkpoints in any formats, are the same model.
+
+    \b
+    gptoss-convert verify gpt-oss-20b gpt-oss-20b-bf16
+    gptoss-convert verify gpt-oss-20b megatron --level values
+    """
+    from gptoss_convert.verify.gate import Options, verify_checkpoints
+
+    done = verify_checkpoints(source, target, Options(**options), progress.for_terminal(quiet))
+    summary = done.summary()
+    if junit:
+        junit.write_text(report.junit(summary), encoding="utf-8")
+    if json_file and str(json_file) != "-":
+        json_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    show(summary, report.verification(summary), str(json_file) == "-")
+    context.exit(0 if done.same else 1)

@@ -1,0 +1,85 @@
+"""What several commands share: value types, options, the way a result is shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gptoss_convert.errors import EXIT_CODES
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+FORMATS = ["hf", "openai", "megatron"]
+EPILOG = "\b\nExit status:\n" + "\n".join(f"  {code:<4}{why}" for code, why in EXIT_CODES.items())
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes such as 5GB, 256MB or 4GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes; fails with the accepted form."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", value.strip().lower())
+        if match is None:
+            self.fail(f"{value!r} is no size; write for example 5GB, 256MB or 4GiB", param, ctx)
+        unit = match[2] or ""
+        return int(float(match[1]) * (_UNITS.get(unit) or _BINARY[unit]))
+
+
+class Share(click.ParamType[float]):
+    """A share such as 5%."""
+
+    name = "share"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """From 0 to 1; fails with the accepted form."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)%", value.strip())
+        if match is None or not 0 < float(match[1]) <= 100:
+            self.fail(f"{value!r} is no share; write for example 5%", param, ctx)
+        return float(match[1]) / 100
+
+
+PATH = click.Path(path_type=Path)
+as_json_flag = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+quiet_flag = click.option("--quiet", is_flag=True, help="No progress; notes and errors only.")
+overwrite_flag = click.option(
+    "--overwrite", is_flag=True, help="Replace TARGET, once everything is written."
+)
+iteration_option = click.option(
+    "--iteration", type=click.IntRange(0), help="Megatron SOURCE: not the latest iteration."
+)
+config_option = click.option(
+    "--config",
+    type=PATH,
+    help="Megatron SOURCE: a Hugging Face config.json, where it carries none.",
+)
+vocab_size_option = click.option(
+    "--vocab-size",
+    type=click.IntRange(1),
+    help="Megatron SOURCE: rows of the vocabulary without padding, where nothing says so.",
+)
+strict_flag = click.option(
+    "--strict", is_flag=True, help="Refuse what is only remarked on: files that nothing names."
+)
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    help="Steps in flight at once.  [default: processors + 1, at most 16]",
+)
+
+
+def show(summary: Mapping[str, Any], text: str, as_json: bool) -> None:
+    """Print a result as text or as JSON."""
+    click.echo(json.dumps(summary, indent=2) if as_json else text)
