@@ -38,19 +38,19 @@ def main() -> None:
     sources = _sources(work, options)
     cases = _cases(sources, work, options)
     rounds: Rounds = defaultdict(list)
+    result = {"machine": _machine(work), "layers": options.layers, "rounds": rounds}
     for number in range(options.rounds):
         for name in random.Random(number).sample(sorted(cases), len(cases)):
-            target = work / "target"
             rounds[name].append(measure(*cases[name]))
-            remove(target)
+            remove(work / "target")
             seconds = rounds[name][-1]["seconds"]
             print(f"round {number + 1}  {name:<40} {seconds:8.2f} s", file=sys.stderr)
-    scaling = _scaling(work, options) if options.scaling else {}
-    machine = _machine(work)
-    result = {"machine": machine, "rounds": rounds, "scaling": scaling, "layers": options.layers}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+        # After every round: what has been measured is kept if a later one is stopped.
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rounds))
-    if scaling:
+    if options.scaling:
+        result["scaling"] = scaling = _scaling(work, options)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(scaling_table(scaling))
     if not options.keep:
         remove(work)
