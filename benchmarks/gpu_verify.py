@@ -255,6 +255,33 @@ def workers(bench: Bench) -> None:
     shutil.rmtree(target)
 
 
+def grouped(bench: Bench) -> None:
+    """Experts' products in bfloat16: one call for all of them against one call each."""
+    gen = torch.Generator(DEVICE).manual_seed(0)
+    options = {"generator": gen, "device": DEVICE, "dtype": torch.bfloat16}
+    weights = torch.randn(32, 2880, 5760, **options) * 0.02
+    for tokens in (512, 65536):
+        x = torch.randn(tokens * 4, 2880, **options)
+        ends = torch.arange(1, 33, device=DEVICE, dtype=torch.int32) * (tokens * 4 // 32)
+        parts = [0, *ends.tolist()]
+
+        def each(x: torch.Tensor = x, parts: Sequence[int] = parts) -> torch.Tensor:
+            pairs = zip(parts[:-1], parts[1:], weights, strict=True)
+            return torch.cat([x[low:high] @ weight for low, high, weight in pairs])
+
+        def all_at_once(x: torch.Tensor = x, ends: torch.Tensor = ends) -> torch.Tensor:
+            return torch._grouped_mm(x, weights, offs=ends)  # pyright: ignore[reportPrivateImportUsage]
+
+        spent = {}
+        for call in (each, all_at_once) * 4:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            spent[call.__name__] = (time.perf_counter() - began) * 1e3
+        bench.note(f"grouped {tokens}", ", ".join(f"{n} {ms:.2f} ms" for n, ms in spent.items()))
+
+
 def kernels(bench: Bench) -> None:
     line = [sys.executable, "benchmarks/kernels.py", "5"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
@@ -266,6 +293,7 @@ STEPS: dict[str, Callable[[Bench], None]] = {
     "attention": attention,
     "synth": synth,
     "mutants": mutants,
+    "grouped": grouped,
     "workers": workers,
     "kernels": kernels,
     **{f"convert-{n}": lambda b, n=n: convert(b, n) for n in ("bf16", "megatron", "openai")},
@@ -291,12 +319,16 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=32768)
     parser.add_argument("--positions", type=int, default=65536)
     parser.add_argument("--ahead", type=int, default=AHEAD)
+    parser.add_argument("--gpu-gib", type=float, help="Allow no more GPU memory than this.")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", nargs="+", choices=STEPS, required=True)
     options = parser.parse_args()
     began = time.perf_counter()
     bench = Bench(options)
+    if options.gpu_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.gpu_gib * 2**30 / total)
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     bench.note("machine", f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     for step in options.steps:

@@ -148,9 +148,9 @@ def no_concentration(config: ModelConfig, length: int, device: torch.device):
 
 def scales_up(rows: slice, blocks: slice, by: int = 1) -> EditPacked:
     def edit(packed: Packed) -> Packed:
-        scales = packed.scales.clone()
+        scales = packed.scales.int()
         scales[0 if rows.stop else slice(None), rows, blocks] += by
-        return Packed(packed.blocks, scales)
+        return Packed(packed.blocks, scales.clamp(0, 252).to(torch.uint8))
 
     return edit
 
@@ -181,7 +181,7 @@ BIASES = "q_bias k_bias v_bias o_bias gate_bias up_bias down_bias router_bias"
 
 def zeroed_expert(expert: int) -> EditLayer:
     def edit(w: Weights, c: ModelConfig) -> Mapping[str, Tensor]:
-        kept = torch.ones(c.experts, dtype=torch.bfloat16)
+        kept = w["down_bias"].new_ones(c.experts)
         kept[expert] = 0
         return {
             "down_weight": w["down_weight"] * kept.view(-1, 1, 1),

@@ -44,4 +44,22 @@ say "7. Hugging Face's layout -> OpenAI's again"
 run gptoss-convert convert from-original original-again --to openai
 same original original-again
 
+say "8. Are they one model? Every value of both, decoded, bit by bit"
+run gptoss-convert verify original bf16 --level values
+
+say "9. ... and would it notice? One bit of one weight of a copy is flipped"
+cp -R bf16 damaged
+flip() { printf '\\%o' $(($(od -An -tu1 -j "$2" -N1 "$1") ^ 1)); }
+weights=damaged/model.safetensors
+at=$(($(stat -c %s "$weights") / 2))
+printf "$(flip "$weights" "$at")" | dd of="$weights" bs=1 seek="$at" conv=notrunc status=none
+run gptoss-convert verify original damaged --level values || echo "status $?: different"
+
+if python -c "import torch" 2>/dev/null; then
+    say "10. The same question to the model itself: both through one forward pass"
+    run gptoss-convert verify original bf16
+else
+    echo "torch is not installed: the logits of both are not compared"
+fi
+
 say "Done. The checkpoints are in demo/. Next: README.md, docs/quickstart.md"

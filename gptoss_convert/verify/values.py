@@ -7,7 +7,7 @@ table: the logits level can. Memory is bounded as in a conversion, and each byte
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -27,9 +27,9 @@ from gptoss_convert.model import load_model
 from gptoss_convert.parts import Part, lay_out, read
 from gptoss_convert.progress import SILENT, Progress
 from gptoss_convert.steps import Plan, Step, make_plan, member_box
+from gptoss_convert.verify.looks import Bits, Homes, Piece, homes, looks, misplaced, pieces
 from gptoss_convert.workers import run_all
 
-Bits = npt.NDArray[np.uint16]
 _AT_ONCE = 1 << 18
 """Elements compared at once: both sides stay in the cache."""
 _MASK = (1 << 64) - 1
@@ -88,6 +88,7 @@ class _Compared:
     first: Element | None
     worst: Element | None
     looks: str | None
+    pieces: tuple[Piece, ...]
     fingerprint: int
 
 
@@ -221,8 +222,11 @@ def _compare(number: int, step: Step, ours: Bits, theirs: Bits) -> _Compared:
             first = _element(step, start + int(places[0]), a, b, int(distance[0]))
         if worst is None or int(distance[furthest]) > worst.ulps:
             worst = _element(step, start + int(places[furthest]), a, b, int(distance[furthest]))
-    looks = _looks(step, ours, theirs) if differing else None
-    return _Compared(number, differing, first, worst, looks, share)
+    if not differing:
+        return _Compared(number, 0, None, None, None, (), share)
+    explained = looks(step, ours, theirs)
+    found = pieces(step, ours, theirs)
+    return _Compared(number, differing, first, worst, explained, found, share)
 
 
 def _ordered(bits: Bits) -> npt.NDArray[np.int32]:
@@ -242,26 +246,6 @@ def _value(bits: np.uint16) -> float:
     return float(np.array([int(bits) << 16], np.uint32).view(np.float32)[0])
 
 
-def _looks(step: Step, ours: Bits, theirs: Bits) -> str | None:
-    """The known mistake that turns one tile into the other, if one does."""
-    axes = step.family.axes
-    last = len(axes) - 1
-    wide = [axis for axis in range(last) if ours.shape[axis] > 1]
-    swaps = [axis for axis in wide if ours.shape[axis] == ours.shape[last]]
-    if any(np.array_equal(ours.swapaxes(axis, last), theirs) for axis in swaps):
-        return "transposed"
-    for axis in wide:
-        if np.array_equal(np.flip(ours, axis), theirs):
-            return "gate and up exchanged" if axes[axis] == "glu" else f"{axes[axis]} reversed"
-        if any(np.array_equal(np.roll(ours, by, axis), theirs) for by in (1, -1)):
-            return f"{axes[axis]} shifted by one"
-    if np.array_equal(ours ^ np.uint16(0x8000), theirs):
-        return "signs flipped"
-    if not theirs.any():
-        return "all zero in TARGET"
-    return None
-
-
 def _report(plan: Plan, compared: Sequence[_Compared]) -> ValuesReport:
     report = ValuesReport()
     groups: dict[tuple[str, int | None], list[_Compared]] = defaultdict(list)
@@ -273,18 +257,30 @@ def _report(plan: Plan, compared: Sequence[_Compared]) -> ValuesReport:
         weights = shares[step.family.weight]
         weights[step.layer] = (weights[step.layer] + result.fingerprint) & _MASK
     report.parameters = {weight: fingerprints(layers) for weight, layers in shares.items()}
+    known = {weight: homes(_pieces(compared, plan, weight)) for weight in shares}
     for (weight, layer), results in groups.items():
         steps = [plan.steps[result.step] for result in results]
         report.elements += sum(volume(step.box) for step in steps)
         if any(result.differing for result in results):
-            report.differences.append(_difference(weight, layer, steps, results))
+            report.differences.append(_difference(weight, layer, steps, results, known[weight]))
     report.differing = sum(difference.differing for difference in report.differences)
     return report
 
 
+def _pieces(compared: Sequence[_Compared], plan: Plan, weight: str) -> Iterator[Piece]:
+    for result in compared:
+        if plan.steps[result.step].family.weight == weight:
+            yield from result.pieces
+
+
 def _difference(
-    weight: str, layer: int | None, steps: Sequence[Step], results: Sequence[_Compared]
+    weight: str,
+    layer: int | None,
+    steps: Sequence[Step],
+    results: Sequence[_Compared],
+    known: Homes,
 ) -> Difference:
+    moved = misplaced((piece for result in results for piece in result.pieces), known)
     firsts = [result.first for result in results if result.first]
     worsts = [result.worst for result in results if result.worst]
     return Difference(
@@ -296,5 +292,5 @@ def _difference(
         sum(result.differing for result in results),
         min(firsts, key=lambda element: element.index),
         max(worsts, key=lambda element: element.ulps),
-        next((result.looks for result in results if result.looks), None),
+        moved or next((result.looks for result in results if result.looks), None),
     )
