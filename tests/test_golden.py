@@ -378,6 +378,8 @@ def test_megatron_plans_at_full_size_from_native_chunks(size: str, variant: str)
     made = make_plan(load_model(), sizes, held, taken)
     assert made.read_bytes == COUNTS[size, "hf-mxfp4"][1]
     assert made.write_bytes == offset
+    if variant == "per-expert":
+        assert max(len(step.targets) for step in made.steps) <= 2, "no step spans experts"
 
 
 def laid_out(tensors: Inventory) -> list[tuple[str, str, tuple[int, ...], int]]:

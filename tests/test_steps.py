@@ -474,6 +474,16 @@ def test_an_element_that_is_stored_nowhere_or_twice_is_refused():
     assert refusal(whole, twice) == "target: norm.weight[(0, 160)]: stored more than once"
 
 
+def test_a_half_that_is_stored_twice_does_not_stand_for_the_other():
+    side: Side = ("hf", "bf16")
+    whole = extents_of(side, chunks_of(side))
+    (norm,) = [e for e in whole if e.param == "norm.weight"]
+    half = replace(norm, box=((0, SHAPE.hidden // 2),))
+    folded = [e for e in whole if e is not norm] + [half, half]
+    assert refusal(folded, whole) == "source: norm.weight[(0, 160)]: stored more than once"
+    assert refusal(whole, folded) == "target: norm.weight[(0, 160)]: stored more than once"
+
+
 def test_a_parameter_that_the_source_lacks_is_refused():
     side: Side = ("hf", "mxfp4")
     whole = extents_of(side, chunks_of(side))
