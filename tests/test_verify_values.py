@@ -1,0 +1,193 @@
+"""Exact values: what differs is found, placed in the parameter, and explained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gptoss_convert import convert
+from gptoss_convert.checkpoint import open_checkpoint
+from gptoss_convert.errors import InputError, ResourceError
+from gptoss_convert.manifest import NAME
+from gptoss_convert.options import Options
+from gptoss_convert.resources import peak_memory
+from gptoss_convert.synth import synth
+from gptoss_convert.verify.gate import describe
+from gptoss_convert.verify.values import Difference, ValuesReport, compare_values
+from tests.tiny_files import write_hf_bf16
+from tests.tiny_models import SQUARE, random_weights
+
+FORMATS = ("mxfp4", "bf16", "openai", "megatron")
+GATE_UP = "model.layers.{}.mlp.experts.gate_up_proj"
+DOWN = "model.layers.{}.mlp.experts.down_proj"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    synth(folder / "mxfp4")
+    convert(folder / "mxfp4", folder / "bf16", Options(to="hf", dtype="bf16"))
+    convert(folder / "mxfp4", folder / "openai", Options(to="openai"))
+    convert(folder / "mxfp4", folder / "megatron", Options(to="megatron"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose hidden size is its intermediate size: no shape betrays a transpose."""
+    folder = tmp_path_factory.mktemp("square") / "bf16"
+    return write_hf_bf16(folder, SQUARE, random_weights(SQUARE, seed=3))
+
+
+def compared(source: Path, target: Path, **options: Any) -> ValuesReport:
+    return compare_values(open_checkpoint(source), open_checkpoint(target), **options)
+
+
+def edited(source: Path, copy: Path, edits: dict[str, Callable[[Any], Any]]) -> Path:
+    """A copy with the BF16 bits of some tensors replaced in place."""
+    shutil.copytree(source, copy)
+    for chunk in open_checkpoint(copy).chunks:
+        if chunk.tensor in edits:
+            bits: NDArray[np.uint16] = np.memmap(
+                copy / chunk.file, np.uint16, "r+", offset=chunk.offset, shape=chunk.extent
+            )
+            bits[...] = edits[chunk.tensor](bits.copy())
+            bits.flush()  # pyright: ignore[reportAttributeAccessIssue]
+    return copy
+
+
+def only(report: ValuesReport) -> Difference:
+    (difference,) = report.differences
+    return difference
+
+
+@pytest.mark.parametrize(("source", "target"), [*combinations(FORMATS, 2)])
+def test_every_pair_of_formats_holds_the_same_values(tiny: Path, source: str, target: str) -> None:
+    report = compared(tiny / source, tiny / target)
+    assert report.same
+    assert (report.elements, report.differing) == (4_632_124, 0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_fingerprints_are_those_of_the_manifest(tiny: Path, name: str) -> None:
+    report = compared(tiny / name, tiny / "bf16")
+    manifest = json.loads((tiny / "megatron" / NAME).read_text())
+    assert report.parameters == manifest["parameters"]
+
+
+def test_one_flipped_bit_is_named_with_its_place_and_both_values(
+    tiny: Path, tmp_path: Path
+) -> None:
+    def flip(bits: NDArray[np.uint16]) -> NDArray[np.uint16]:
+        bits[5, 33, 17] ^= 1
+        return bits
+
+    report = compared(
+        tiny / "megatron", edited(tiny / "bf16", tmp_path / "x", {DOWN.format(2): flip})
+    )
+    found = only(report)
+    assert (found.parameter, found.layer, found.differing) == ("down.weight", 2, 1)
+    assert found.target_tensors == (DOWN.format(2),)
+    # Stored as [expert, inter, hidden], the parameter's axes are layer, expert, hidden, inter.
+    assert found.first.index == found.worst.index == (2, 5, 17, 33)
+    assert found.first.ulps == 1
+    assert found.first.source != found.first.target
+    place = "layer 2 experts: model.layers.2.mlp.experts.down_proj differs; 1 of 286,720 values"
+    assert describe(found).startswith(place)
+
+
+def test_the_first_and_the_worst_difference_are_told_apart(tiny: Path, tmp_path: Path) -> None:
+    def change(bits: NDArray[np.uint16]) -> NDArray[np.uint16]:
+        bits[3] += 1
+        bits[9] = 0xFF7F
+        return bits
+
+    found = only(
+        compared(
+            tiny / "mxfp4", edited(tiny / "bf16", tmp_path / "x", {"model.norm.weight": change})
+        )
+    )
+    assert (found.first.index, found.first.ulps, found.layer) == ((3,), 1, None)
+    assert found.worst.index == (9,)
+    assert found.worst.target == pytest.approx(-3.39e38, rel=1e-2)
+
+
+def test_zeros_of_the_other_sign_differ_by_no_ulp(tiny: Path, tmp_path: Path) -> None:
+    def negate(bits: NDArray[np.uint16]) -> NDArray[np.uint16]:
+        bits[bits == 0] = 0x8000
+        return bits
+
+    found = only(
+        compared(tiny / "mxfp4", edited(tiny / "bf16", tmp_path / "x", {DOWN.format(0): negate}))
+    )
+    assert found.differing > 0
+    assert found.worst.ulps == 0
+    assert found.looks == "zeros with the other sign"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "edit", "looks"),
+    [
+        (DOWN, lambda bits: bits.swapaxes(1, 2), "transposed"),
+        (DOWN, lambda bits: bits ^ 0x8000, "signs flipped"),
+        (DOWN, lambda bits: bits * 0, "all zero in TARGET"),
+        (GATE_UP, lambda bits: bits.reshape(8, 128, 128, 2)[..., ::-1].reshape(bits.shape),
+         "gate and up exchanged"),
+        (DOWN, lambda bits: bits[[0, 2, 1, *range(3, 8)]],
+         "exchanged: expert 1 holds expert 2 of SOURCE"),
+    ],
+    ids=["transposed", "negated", "zeroed", "gate-up", "experts"],
+)  # fmt: skip
+def test_known_mistakes_are_recognised(
+    square: Path, tmp_path: Path, tensor: str, edit: Callable[[Any], Any], looks: str
+) -> None:
+    name = tensor.format(1)
+    found = only(compared(square, edited(square, tmp_path / "x", {name: edit})))
+    assert (found.layer, found.looks) == (1, looks)
+    assert describe(found).startswith(f"layer 1 experts: {name} differs; looks {looks}; ")
+
+
+def test_exchanged_layers_say_whose_weights_they_hold(square: Path, tmp_path: Path) -> None:
+    kept: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[[Any], Any]:
+        return lambda bits: kept.setdefault(name, bits)
+
+    names = [DOWN.format(layer) for layer in (0, 2)]
+    edited(square, tmp_path / "read", {name: keep(name) for name in names})
+    swap = {names[0]: lambda bits: kept[names[1]], names[1]: lambda bits: kept[names[0]]}
+    report = compared(square, edited(square, tmp_path / "x", swap))
+    assert [(d.layer, d.looks) for d in report.differences] == [
+        (0, "exchanged: it holds layer 2 of SOURCE"),
+        (2, "exchanged: it holds layer 0 of SOURCE"),
+    ]
+
+
+def test_first_layers_alone_can_be_compared(tiny: Path, tmp_path: Path) -> None:
+    target = edited(tiny / "bf16", tmp_path / "x", {DOWN.format(3): lambda bits: bits ^ 1})
+    assert compared(tiny / "mxfp4", target, layers=3).same
+    assert not compared(tiny / "mxfp4", target).same
+
+
+def test_models_of_different_sizes_are_refused(tiny: Path, square: Path) -> None:
+    with pytest.raises(InputError, match="hidden_size is 128, SOURCE has 224"):
+        compared(tiny / "mxfp4", square)
+
+
+def test_memory_is_bounded_and_too_little_is_said(tmp_path: Path) -> None:
+    synth(tmp_path / "a", model="20b", layers=1)
+    checkpoint = open_checkpoint(tmp_path / "a")
+    before = peak_memory()
+    assert compare_values(checkpoint, checkpoint, workers=2).same
+    assert peak_memory() - before < 400_000_000 < sum(c.nbytes for c in checkpoint.chunks)
+    with pytest.raises(ResourceError, match="one worker needs"):
+        compare_values(checkpoint, checkpoint, max_memory=200_000_000)
+    shutil.rmtree(tmp_path / "a")
