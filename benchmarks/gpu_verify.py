@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from gptoss_convert.checkpoint import open_checkpoint
+from gptoss_convert.opening import open_checkpoint
 from gptoss_convert.verify import forward
 from gptoss_convert.verify.forward import Numerics
 from gptoss_convert.verify.forward_levels import choose_device

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert import oddities, releases
-from gptoss_convert.checkpoint import DEFAULT, Checkpoint, Choices, casts, open_checkpoint
+from gptoss_convert.checkpoint import DEFAULT, Checkpoint, Choices, casts
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.execute import Region
 from gptoss_convert.files import Arena, SourceFiles
 from gptoss_convert.folding import fold
 from gptoss_convert.manifest import NAME, Manifest, fingerprints, joined_crc, read_manifest
+from gptoss_convert.opening import open_checkpoint
 from gptoss_convert.progress import SILENT, Progress
 from gptoss_convert.reread import Seen, layers_of, reading_plan, reread
 from gptoss_convert.steps import Plan

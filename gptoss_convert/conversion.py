@@ -1,4 +1,4 @@
-"""Conversions: open SOURCE, plan, write TARGET, publish it."""
+"""Conversions: open SOURCE and plan, all that is decided before the first byte."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gptoss_convert import resources, sidecar
-from gptoss_convert.checkpoint import Checkpoint, casts, open_checkpoint
+from gptoss_convert.checkpoint import Checkpoint, casts
 from gptoss_convert.containers import Image
 from gptoss_convert.errors import UsageError
 from gptoss_convert.extents import Extent, extents
 from gptoss_convert.model import load_model
+from gptoss_convert.opening import open_checkpoint
 from gptoss_convert.options import Options
 from gptoss_convert.publish import check_target
 from gptoss_convert.steps import Plan, make_plan
 from gptoss_convert.tables import load_table
 from gptoss_convert.targets import make_image
 from gptoss_convert.version import VERSION
-
-if TYPE_CHECKING:
-    pass
 
 ENCODINGS = ("keep", "mxfp4", "bf16")
 SHARDS = ("auto", "size", "published")

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.checkpoint import DEFAULT, Checkpoint, Choices, casts, open_checkpoint
+from gptoss_convert.checkpoint import DEFAULT, Checkpoint, Choices, casts
 from gptoss_convert.model import load_model
+from gptoss_convert.opening import open_checkpoint
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.checkpoint import Choices, open_checkpoint
+from gptoss_convert.checkpoint import Choices
 from gptoss_convert.conversion import Conversion, plan
 from gptoss_convert.errors import GptossError
 from gptoss_convert.journal import Journal
 from gptoss_convert.manifest import read_manifest
+from gptoss_convert.opening import open_checkpoint
 from gptoss_convert.options import Options
 from gptoss_convert.run import run
 from gptoss_convert.synth import synth

@@ -14,9 +14,9 @@ import pytest
 from numpy.typing import NDArray
 
 from gptoss_convert import convert
-from gptoss_convert.checkpoint import open_checkpoint
 from gptoss_convert.errors import InputError, ResourceError
 from gptoss_convert.manifest import NAME
+from gptoss_convert.opening import open_checkpoint
 from gptoss_convert.options import Options
 from gptoss_convert.resources import peak_memory
 from gptoss_convert.synth import synth
@@ -102,6 +102,18 @@ def test_one_flipped_bit_is_named_with_its_place_and_both_values(
     assert found.first.source != found.first.target
     place = "layer 2 experts: model.layers.2.mlp.experts.down_proj differs; 1 of 286,720 values"
     assert describe(found).startswith(place)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_ends_of_a_tensor_are_looked_at(tiny: Path, tmp_path: Path, place: int) -> None:
+    def flip(bits: NDArray[np.uint16]) -> NDArray[np.uint16]:
+        bits.reshape(-1)[place] ^= 1
+        return bits
+
+    target = edited(tiny / "bf16", tmp_path / "x", {"lm_head.weight": flip})
+    found = only(compared(tiny / "mxfp4", target))
+    assert found.differing == 1
+    assert found.first.index == ((0, 0) if place == 0 else (287, 223))
 
 
 def test_the_first_and_the_worst_difference_are_told_apart(tiny: Path, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.checkpoint import Checkpoint, Choices, open_checkpoint
+from gptoss_convert.checkpoint import Checkpoint, Choices
 from gptoss_convert.config import Config
 from gptoss_convert.errors import UsageError
+from gptoss_convert.opening import open_checkpoint
 from gptoss_convert.progress import SILENT, Progress
 from gptoss_convert.verify.values import Difference, ValuesReport, compare_values
 
