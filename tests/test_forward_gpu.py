@@ -164,6 +164,20 @@ def test_the_gpu_agrees_with_the_cpu_so_tf32_is_off() -> None:
     assert rounded > 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+def test_fused_attention_agrees_with_query_blocks_in_float64(dtype: torch.dtype) -> None:
+    gen = torch.Generator(GPU).manual_seed(2)
+    sizes = ((1500, 64, 64), (1500, 8, 64), (1500, 8, 64), (64,))
+    tensors = [torch.randn(*size, generator=gen, device=GPU).to(dtype) for size in sizes]
+    q, k, v, sinks = tensors
+    found = forward.attend_fused(q, k, v, sinks)
+    assert torch.equal(found, forward.attend_fused(q, k, v, sinks))
+    q, k, v, sinks = (x.double().cpu() for x in tensors)
+    expected = forward.attend(q, k, v, sinks, None, 1 << 24)
+    error = (found.double().cpu() - expected).norm() / expected.norm()
+    assert error < (5e-6 if dtype == torch.float32 else 1e-2)
+
+
 def test_every_layout_gives_the_same_bits_through_its_reader(tmp_path: Path) -> None:
     weights = random_weights(DISTINCT, seed=9)
     packed = HfReader(write_hf_mxfp4(tmp_path / "mxfp4", DISTINCT, weights), GPU)
