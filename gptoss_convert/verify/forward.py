@@ -108,7 +108,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (x * weight_D.float()).to(x_TD.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: ExpertMatrices, bias: Tensor) -> Tensor:
     """`x @ weight.T + bias` in the dtype of `x`."""
     return functional.linear(x, dense(weight, x.dtype), bias.to(x.dtype))
 
@@ -160,8 +160,7 @@ def attend(
     kv_heads = k_CKH.shape[1]
     q_KGSH = (q_SNH * head_dim**-0.5).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
     k_KHC, v_KCH = k_CKH.permute(1, 2, 0), v_CKH.transpose(0, 1)
-    sinks_KG1 = sinks_N.float().view(kv_heads, -1, 1)
-    blocks = []
+    sinks_KG1, blocks = sinks_N.float().view(kv_heads, -1, 1), []
     for start, stop in query_blocks(length, heads, window, score_elements):
         first = 0 if window is None else max(0, start - window + 1)
         scores = _masked_scores(
@@ -294,14 +293,8 @@ def experts(
         if len(tokens) == 0:
             continue
         x = x_TD[tokens]
-        gate = linear_expert(x, weights.gate_weight, weights.gate_bias, e)
-        up = linear_expert(x, weights.up_weight, weights.up_bias, e)
-        down = linear_expert(swiglu(gate, up, config), weights.down_weight, weights.down_bias, e)
+        gate = linear(x, weights.gate_weight[e], weights.gate_bias[e])
+        up = linear(x, weights.up_weight[e], weights.up_bias[e])
+        down = linear(swiglu(gate, up, config), weights.down_weight[e], weights.down_bias[e])
         sum_TD[tokens] += down * routing_TA[tokens, slots].unsqueeze(1)
     return sum_TD
-
-
-def linear_expert(x: Tensor, weights: ExpertMatrices, biases: Tensor, expert: int) -> Tensor:
-    """`linear` with one expert's matrix and bias."""
-    matrix = dense(weights[expert], x.dtype)
-    return functional.linear(x, matrix, biases[expert].to(x.dtype))
