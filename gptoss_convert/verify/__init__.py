@@ -1,4 +1,5 @@
-"""Verification: one shared forward pass, hand-written weight readers, oracles and metrics.
+"""Verification: exact values, one shared forward pass, hand-written readers, oracles, the gate.
 
-Nothing here imports the mapping tables or the plan, so that a wrong table is seen from here.
+Readers, forward pass and oracles import neither the mapping tables nor the plan, so that a wrong
+table is seen from there; values read through the tables on purpose.
 """

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gptoss_convert.checkpoint import Checkpoint
 from gptoss_convert.errors import UsageError
 from gptoss_convert.verify.model import ModelConfig
+
+if TYPE_CHECKING:
+    from gptoss_convert.checkpoint import Checkpoint
 
 
 def oracle_logits(
