@@ -18,8 +18,9 @@ from tests.tiny_files import write_hf_mxfp4
 
 def torch_load(path: Path) -> dict[str, Any]:
     """A file by torch's own safe loader, with the one class that Megatron's loaders allow."""
-    with torch.serialization.safe_globals([Namespace]):
-        return torch.load(path, weights_only=True)
+    # As megatron-core does when it is imported; a context would take its entry away again.
+    torch.serialization.add_safe_globals([Namespace])
+    return torch.load(path, weights_only=True)
 
 
 @pytest.fixture(scope="module")
