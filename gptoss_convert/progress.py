@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
@@ -98,14 +99,20 @@ class Bar(Quiet):
         columns = (
             TextColumn(what),
             BarColumn(),
+            TextColumn("{task.fields[done]}/{task.fields[steps]} steps"),
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=nbytes)
-            yield lambda done: bar.advance(task, done)
+            task = bar.add_task(what, total=nbytes, done=0, steps=steps)
+            count = itertools.count(1)
+
+            def advance(step_bytes: int) -> None:
+                bar.update(task, advance=step_bytes, done=next(count))
+
+            yield advance
 
 
 def for_terminal(quiet: bool) -> Progress:
