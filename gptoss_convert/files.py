@@ -84,16 +84,11 @@ class ByteSource(Protocol):
         ...
 
 
-class SourceFiles:
-    """The source's files, each opened once and read by position; safe to share between threads.
+class _OpenFiles:
+    """Files by name, opened as they are needed and closed when the context ends."""
 
-    A file's name may begin with a prefix that chooses another of the `roots`.
-    """
-
-    def __init__(self, roots: Mapping[str, Path]) -> None:
-        self._roots = roots
+    def __init__(self) -> None:
         self._open: dict[str, _File] = {}
-        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -106,6 +101,18 @@ class SourceFiles:
     ) -> None:
         for file in self._open.values():
             file.close()
+
+
+class SourceFiles(_OpenFiles):
+    """The source's files, each opened once and read by position; safe to share between threads.
+
+    A file's name may begin with a prefix that chooses another of the `roots`.
+    """
+
+    def __init__(self, roots: Mapping[str, Path]) -> None:
+        super().__init__()
+        self._roots = roots
+        self._lock = threading.Lock()
 
     def read(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
         """Fill the arena at `position`, which has the phase of `offset`; raises IntegrityError."""
@@ -181,24 +188,12 @@ def _check_length(file: _File, offset: int, wanted: int, got: int) -> None:
         )
 
 
-class TargetFiles:
+class TargetFiles(_OpenFiles):
     """The files of a directory being written: sized first, filled in any order, synced last."""
 
     def __init__(self, root: Path) -> None:
+        super().__init__()
         self._root = root
-        self._open: dict[str, _File] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for file in self._open.values():
-            file.close()
 
     def create(self, name: str, size: int) -> None:
         """Create `name` with its final size, or open what an interrupted run left of it."""
