@@ -24,6 +24,8 @@ from gptoss_convert.verify import forward
 from gptoss_convert.verify.forward import Numerics
 from gptoss_convert.verify.forward_levels import choose_device
 from gptoss_convert.verify.limits import load_limits
+from gptoss_convert.verify.oracle_level import distances
+from gptoss_convert.verify.oracles import oracle_logits
 from gptoss_convert.verify.parity import compare
 from gptoss_convert.verify.parity_report import ParityReport
 from gptoss_convert.verify.readers import Reader
@@ -255,6 +257,44 @@ def workers(bench: Bench) -> None:
     shutil.rmtree(target)
 
 
+def oracle(bench: Bench, source: str, target: str) -> None:
+    """`verify --level oracle`: the ecosystems' own models load both directories and run them."""
+    line = [sys.executable, "-m", "gptoss_convert", "verify", "--level", "oracle"]
+    report = (bench.out or bench.folder) / f"oracle-{source}-{target}.json"
+    line += [str(bench.place(source)), str(bench.place(target)), "--json", str(report)]
+    line += ["--max-length", str(bench.longest)]
+    layers = len(bench.reader(source).config.sliding)
+    began = time.perf_counter()
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began
+    said = (done.stdout or done.stderr).strip().splitlines()
+    bench.note(f"oracle {source} {target}", f"{layers} layers, {seconds:.0f} s, {done.returncode}")
+    print("\n".join(said[-12:]), flush=True)
+
+
+def agreement(bench: Bench, name: str) -> None:
+    """The shared forward pass against the ecosystem's own model, position by position."""
+    checkpoint = open_checkpoint(bench.place(name))
+    reader = bench.reader(name)
+    for length in (130, 1024, bench.longest):
+        tokens = list(sequence("frequent", length, 0, reader.config.vocab).tokens)
+        found = oracle_logits(checkpoint, reader.config, [tokens], DEVICE)
+        assert not isinstance(found, str), found
+        one = distances(reader, tokens, found[0], DEVICE)
+        spread, ordered = float(found[0].std()), one.delta.sort().values
+        median, p99 = (float(ordered[int(share * (length - 1))]) for share in (0.5, 0.99))
+        text = f"{length} tokens, std {spread:.2f}: median {median:.2g}, p99 {p99:.2g}, "
+        text += f"max {float(ordered[-1]):.2g}"
+        for tie in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3):
+            settled = one.margin.cummin(0).values > tie
+            largest = float(one.delta[settled].max()) if settled.any() else 0.0
+            text += f"; margin>{tie:g}: {int(settled.sum())} max {largest:.2g}"
+        bench.note(f"agreement {name} {length}", text)
+        del found
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def grouped(bench: Bench) -> None:
     """Experts' products in bfloat16: one call for all of them against one call each."""
     gen = torch.Generator(DEVICE).manual_seed(0)
@@ -302,6 +342,9 @@ STEPS: dict[str, Callable[[Bench], None]] = {
     **{f"bf16-{n}": lambda b, n=n: bf16(b, n) for n in ("bf16", "megatron")},
     **{f"long-{n}": lambda b, n=n: long(b, n) for n in ("bf16", "megatron", "openai")},
     **{f"longbf16-{n}": lambda b, n=n: long(b, n, torch.bfloat16) for n in ("bf16", "megatron")},
+    "oracle-megatron": lambda b: oracle(b, "bf16", "megatron"),
+    "oracle-mxfp4": lambda b: oracle(b, "mxfp4", "mxfp4"),
+    **{f"agreement-{n}": lambda b, n=n: agreement(b, n) for n in ("mxfp4", "bf16", "megatron")},
     **{f"transformers-{n}": lambda b, n=n: transformers(b, n) for n in ("mxfp4", "bf16")},
     **{
         f"rm-{n}": lambda b, n=n: shutil.rmtree(b.place(n))

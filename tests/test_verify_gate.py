@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,7 +20,7 @@ from gptoss_convert import convert, tables, verify_checkpoints
 from gptoss_convert.errors import InputError, ResourceError, UsageError
 from gptoss_convert.options import Options as ConvertOptions
 from gptoss_convert.synth import synth
-from gptoss_convert.verify import forward_levels
+from gptoss_convert.verify import forward_levels, oracle_level, oracles
 from gptoss_convert.verify.gate import Options, Verification
 
 FORMATS = ("mxfp4", "bf16", "openai", "megatron")
@@ -69,7 +70,22 @@ def test_every_pair_of_formats_is_the_same_model(tiny: Path, source: str, target
 def test_the_ecosystems_own_models_agree(tiny: Path) -> None:
     found = verified(tiny / "bf16", tiny / "megatron", level="oracle", sample=140)
     assert found.same, found.verdict
-    assert 0 < max(found.levels[3].numbers.values()) < 2e-4
+    for side in found.levels[3].numbers.values():
+        assert side["positions"] == side["settled"] >= 128
+        assert 0 < side["max_delta"] < side["limit"] < 2e-4
+
+
+def test_an_oracle_that_computes_otherwise_is_a_difference(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(*arguments: Any) -> list[Any]:
+        return [one + 1e-3 for one in oracles.transformers_logits(*arguments)]
+
+    monkeypatch.setattr(oracle_level, "oracle_logits", lambda side, _, seqs, device: other(
+        side.root, seqs, device))  # fmt: skip
+    found = verified(tiny / "bf16", tiny / "bf16", level="oracle", sample=40)
+    assert not found.same
+    assert "its own model code gives other logits" in found.verdict
 
 
 @pytest.mark.parametrize(

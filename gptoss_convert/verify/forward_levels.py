@@ -1,4 +1,4 @@
-"""The levels of the gate that compute with the weights: logits, and the ecosystems' own models."""
+"""The logits level of the gate: two checkpoints through one forward pass, side by side."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
-from torch import Tensor
 
 from gptoss_convert.checkpoint import Checkpoint
 from gptoss_convert.errors import ResourceError, UsageError
@@ -16,17 +15,13 @@ from gptoss_convert.progress import Progress
 from gptoss_convert.verify.forward import Numerics
 from gptoss_convert.verify.gate import Level, Options
 from gptoss_convert.verify.limits import load_limits
-from gptoss_convert.verify.oracles import oracle_logits
 from gptoss_convert.verify.parity import compare
 from gptoss_convert.verify.parity_report import ParityReport
 from gptoss_convert.verify.prompts import own_sequences, shown_tokens
 from gptoss_convert.verify.readers import Reader
 from gptoss_convert.verify.sides import open_reader
 from gptoss_convert.verify.tokens import TokenSequence, token_set
-from gptoss_convert.verify.walk import Prompts, all_logits
 
-FLOOR_SPREAD = 1.5
-"""Standard deviation of the logits that the floor of two implementations was measured at."""
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -40,7 +35,7 @@ def logits_level(
     sequences = _sequences(source, (ours, theirs), options, device)
     layers = len(source.config.sliding)
     nbytes = sum(chunk.nbytes for side in (ours, theirs) for chunk in side.chunks)
-    with _memory_advice(), progress.phase("logits", nbytes, layers) as advance:
+    with memory_advice(), progress.phase("logits", nbytes, layers) as advance:
         numerics = Numerics.on(device, DTYPES[options.dtype])
         report = compare(
             source,
@@ -88,7 +83,8 @@ def _sequences(
 
 
 @contextmanager
-def _memory_advice() -> Iterator[None]:
+def memory_advice() -> Iterator[None]:
+    """Turn the GPU's out-of-memory into a ResourceError that says what to do."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
@@ -126,54 +122,3 @@ def _findings(report: ParityReport) -> tuple[str, ...]:
     elif found:
         found.insert(0, f"after the last layer: {found.pop(0)}; fed by the final norm, unembedding")
     return tuple(found)
-
-
-def oracle_level(
-    ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress
-) -> Level:
-    """Each side's own model code against the shared forward pass, within its measured floor."""
-    began = time.monotonic()
-    device, floor = choose_device(options.device), load_limits("float32")
-    numbers: dict[str, float | str] = {}
-    findings: list[str] = []
-    for name, side in (("SOURCE", ours), ("TARGET", theirs)):
-        with _memory_advice(), progress.phase(f"oracle of {name}", 0, 1):
-            reader = open_reader(side, device, options.layers, options.max_memory // 2)
-            sequences = _oracle_tokens(reader, options)
-            found = oracle_logits(side, reader.config, sequences, device)
-            if isinstance(found, str):
-                numbers[name] = found
-                continue
-            delta = _distance(reader, sequences, found, device)
-            spread = float(torch.cat([one.float().std().view(1) for one in found]).max())
-        numbers[name] = delta
-        limit = floor.max_delta * max(1.0, spread / FLOOR_SPREAD)
-        if not delta <= limit:
-            findings.append(
-                f"{side.label} {side.root}: its own model code gives other logits: max |Δlogit| "
-                f"expects at most {limit:.2g}, found {delta:.2g}"
-            )
-    told = ", ".join(
-        f"{name} {value if isinstance(value, str) else f'max |Δlogit| {value:.2g}'}"
-        for name, value in numbers.items()
-    )
-    seconds = time.monotonic() - began
-    text = f"own model code against the shared forward pass: {told}"
-    return Level("oracle", not findings, seconds, text, tuple(findings), numbers)
-
-
-def _oracle_tokens(reader: Reader, options: Options) -> list[list[int]]:
-    sample = options.sample if options.sample is not None else 1
-    chosen = token_set(reader.config, options.max_length or 1, 0, sample)
-    return [list(one.tokens) for one in chosen]
-
-
-def _distance(
-    reader: Reader, sequences: list[list[int]], found: list[Tensor], device: torch.device
-) -> float:
-    """Largest |Δlogit| between the oracle and the shared forward pass."""
-    worst = torch.zeros((), device=device)
-    for tokens, theirs in zip(sequences, found, strict=True):
-        ours = all_logits(reader, Prompts.of([tokens], device), Numerics.on(device))
-        worst = torch.maximum(worst, (ours - theirs.to(device)).abs().max())
-    return float(worst)

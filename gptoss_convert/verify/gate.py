@@ -196,14 +196,20 @@ def describe(difference: Difference) -> str:
 
 
 def _logits(ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress) -> Level:
-    return _forward_module().logits_level(ours, theirs, options, progress)
+    _need_torch()
+    from gptoss_convert.verify.forward_levels import logits_level
+
+    return logits_level(ours, theirs, options, progress)
 
 
 def _oracle(ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress) -> Level:
-    return _forward_module().oracle_level(ours, theirs, options, progress)
+    _need_torch()
+    from gptoss_convert.verify.oracle_level import oracle_level
+
+    return oracle_level(ours, theirs, options, progress)
 
 
-def _forward_module() -> Any:
+def _need_torch() -> None:
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -211,6 +217,3 @@ def _forward_module() -> Any:
             "--level logits needs torch (pip install 'gptoss-convert[verify]'); "
             f"--level values needs nothing more: {error}"
         ) from None
-    from gptoss_convert.verify import forward_levels
-
-    return forward_levels

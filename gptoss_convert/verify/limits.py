@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from gptoss_convert.errors import UsageError
 from gptoss_convert.verify.configs import Section
@@ -31,12 +32,44 @@ class Limits:
     """Versions and hardware the floor was measured with."""
 
 
+@dataclass(frozen=True)
+class OracleLimits:
+    """How far an ecosystem's own model may be from the shared forward pass."""
+
+    tie: float
+    """Router logits closer than this may be ordered either way."""
+    max_delta: float
+    """Largest |Δlogit| where no tie came before, at logits of standard deviation `spread`."""
+    spread: float
+    measured: str
+    """Versions and hardware the floor was measured with."""
+
+    def largest(self, spread: float) -> float:
+        """Largest |Δlogit| allowed at logits of this standard deviation."""
+        return self.max_delta * max(1.0, spread / self.spread)
+
+
+WIDE = 1024
+"""Hidden size from which sums are long enough for the limits of the released models."""
+
+
+def oracle_limits(hidden: int) -> OracleLimits:
+    """The limits of the oracle level for models of a hidden size."""
+    tables = _tables()["oracle"]
+    name = "wide" if hidden >= WIDE else "narrow"
+    table = Section(tables[name], f"limits.toml: oracle.{name}")
+    return OracleLimits(
+        tie=Section(tables, "limits.toml: oracle").number("tie"),
+        max_delta=table.number("max_delta"),
+        spread=table.number("spread"),
+        measured=str(table.value("measured")),
+    )
+
+
 def load_limits(name: str) -> Limits:
     """The limits of one table in limits.toml; UsageError lists the choices."""
-    text = (
-        resources.files("gptoss_convert.verify").joinpath("limits.toml").read_text(encoding="utf-8")
-    )
-    tables = tomllib.loads(text)
+    tables = _tables()
+    del tables["oracle"]
     if name not in tables:
         raise UsageError(f"limits: expects one of {', '.join(tables)}, found {name!r}")
     table = Section(tables[name], f"limits.toml: {name}")
@@ -49,6 +82,11 @@ def load_limits(name: str) -> Limits:
         routing_agreement=table.number("routing_agreement"),
         measured=str(table.value("measured")),
     )
+
+
+def _tables() -> dict[str, Any]:
+    file = resources.files("gptoss_convert.verify").joinpath("limits.toml")
+    return tomllib.loads(file.read_text(encoding="utf-8"))
 
 
 def violations(

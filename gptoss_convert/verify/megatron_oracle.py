@@ -128,7 +128,7 @@ def _on_cpu(mask: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _build(config: ModelConfig, dtype: torch.dtype) -> GPTModel:
-    """The model with megatron-core's local layer spec and random weights, on the CPU."""
+    """The model with megatron-core's local layer spec and no weights yet, on the CPU."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -180,6 +180,7 @@ def _transformer_config(config: ModelConfig, dtype: torch.dtype) -> TransformerC
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         use_cpu_initialization=True,
+        perform_initialization=False,
         params_dtype=dtype,
     )
     # GPTModel reads these with getattr; megatron-core's config class has no such fields.

@@ -60,15 +60,23 @@ def transformers_logits(
     Of an MXFP4 directory transformers before 5.23 computes the experts in bfloat16.
     """
     from transformers import GptOssConfig, GptOssForCausalLM
+    from transformers.utils.quantization_config import Mxfp4Config
 
     config = GptOssConfig.from_pretrained(directory)
     if layers is not None:
         config.num_hidden_layers = layers
         config.layer_types = (config.layer_types or [])[:layers]
+    packed = getattr(config, "quantization_config", None) is not None
     model = GptOssForCausalLM.from_pretrained(
-        directory, config=config, dtype=torch.float32, attn_implementation="eager"
-    )
-    model.to(device).eval()  # pyright: ignore[reportArgumentType]
+        directory,
+        config=config,
+        # Else a GPU with MXFP4 kernels computes the experts in bfloat16.
+        quantization_config=Mxfp4Config(dequantize=True) if packed else None,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        # Straight to the device: the host need not hold the model.
+        device_map=device,
+    ).eval()
     with torch.inference_mode():
         return [
             model(torch.tensor([list(sequence)], device=device), use_cache=False).logits[0]

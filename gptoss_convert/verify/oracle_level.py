@@ -1,0 +1,147 @@
+"""The oracle level of the gate: each side's own model code against the shared forward pass."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from gptoss_convert.checkpoint import Checkpoint
+from gptoss_convert.progress import Progress
+from gptoss_convert.verify import forward
+from gptoss_convert.verify.forward import Numerics
+from gptoss_convert.verify.forward_levels import choose_device, memory_advice
+from gptoss_convert.verify.gate import Level, Options
+from gptoss_convert.verify.limits import OracleLimits, oracle_limits
+from gptoss_convert.verify.oracles import oracle_logits
+from gptoss_convert.verify.readers import Reader
+from gptoss_convert.verify.sides import open_reader
+from gptoss_convert.verify.tokens import token_set
+from gptoss_convert.verify.walk import Prompts, walk
+
+
+def oracle_level(
+    ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress
+) -> Level:
+    """Each side's own model code against the shared forward pass, within its measured floor."""
+    began = time.monotonic()
+    device = choose_device(options.device)
+    found: dict[str, Agreement | str] = {}
+    findings: list[str] = []
+    for name, side in (("SOURCE", ours), ("TARGET", theirs)):
+        with memory_advice(), progress.phase(f"oracle of {name}", 0, 1):
+            found[name] = one = _agreement(side, options, device)
+        if not isinstance(one, str) and (wrong := one.finding):
+            findings.append(f"{side.label} {side.root}: {wrong}")
+    told = ", ".join(f"{name} {one}" for name, one in found.items())
+    text = f"own model code against the shared forward pass: {told}"
+    numbers = {name: one if isinstance(one, str) else asdict(one) for name, one in found.items()}
+    seconds = time.monotonic() - began
+    return Level("oracle", not findings, seconds, text, tuple(findings), numbers)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far one side's own model is from the shared forward pass, over all its sequences."""
+
+    positions: int
+    settled: int
+    """Positions with no near tie of a router at them or before them: those that are judged."""
+    max_delta: float
+    """Largest |Δlogit| of the settled positions; NaN if there is none."""
+    max_delta_anywhere: float
+    """The same of all positions, where a flipped tie may have sent tokens to other experts."""
+    median_delta: float
+    limit: float
+
+    @property
+    def finding(self) -> str | None:
+        """What is wrong, in words."""
+        if not self.settled:
+            return "no position can be judged: a router's near tie at the start of every sequence"
+        if not self.max_delta <= self.limit:
+            return (
+                "its own model code gives other logits: max |Δlogit| "
+                f"expects at most {self.limit:.2g}, found {self.max_delta:.2g}"
+            )
+        return None
+
+    def __str__(self) -> str:
+        text = f"max |Δlogit| {self.max_delta:.2g} at {self.settled:,}"
+        if self.settled == self.positions:
+            return f"{text} positions"
+        return (
+            f"{text} of {self.positions:,} positions "
+            f"(the others follow a near tie of a router: {self.max_delta_anywhere:.2g})"
+        )
+
+
+def _agreement(side: Checkpoint, options: Options, device: torch.device) -> Agreement | str:
+    """Run one side's own model; text says why there is none to run."""
+    reader = open_reader(side, device, options.layers, options.max_memory // 2)
+    sequences = _tokens(reader, options)
+    theirs = oracle_logits(side, reader.config, sequences, device)
+    if isinstance(theirs, str):
+        return theirs
+    limits = oracle_limits(reader.config.hidden)
+    spread = max(float(one.float().std()) for one in theirs)
+    pairs = zip(sequences, theirs, strict=True)
+    return judge([distances(reader, tokens, one, device) for tokens, one in pairs], limits, spread)
+
+
+def judge(found: Sequence[Distances], limits: OracleLimits, spread: float) -> Agreement:
+    """Sum up sequences whose logits have a standard deviation of `spread`.
+
+    Attention is causal: until the first near tie of a sequence nothing after it can matter.
+    """
+    delta = torch.cat([one.delta for one in found])
+    settled = torch.cat([one.margin.cummin(0).values > limits.tie for one in found])
+    judged = delta[settled]
+    return Agreement(
+        positions=len(delta),
+        settled=len(judged),
+        max_delta=float(judged.max()) if len(judged) else math.nan,
+        max_delta_anywhere=float(delta.max()),
+        median_delta=float(delta.median()),
+        limit=limits.largest(spread),
+    )
+
+
+def _tokens(reader: Reader, options: Options) -> list[list[int]]:
+    sample = options.sample if options.sample is not None else 1
+    chosen = token_set(reader.config, options.max_length or 1, 0, sample)
+    return [list(one.tokens) for one in chosen]
+
+
+@dataclass(frozen=True)
+class Distances:
+    """The shared forward pass against an oracle, by position; float32 `[T]` on the CPU."""
+
+    delta: Tensor
+    """Largest |Δlogit|."""
+    margin: Tensor
+    """Smallest distance, in any layer, of the last router logit that is chosen to the next."""
+
+
+def distances(
+    reader: Reader, tokens: Sequence[int], oracle_TV: Tensor, device: torch.device
+) -> Distances:
+    """Run one sequence through the shared forward pass, against the oracle's logits of it."""
+    numerics, prompts = Numerics.on(device), Prompts.of([tokens], device)
+    margins: list[Tensor] = []
+    output_TD = torch.empty(0)
+    with forward.exact_products():
+        for trace in walk(reader, prompts, numerics):
+            top_TA = trace.router.topk(reader.config.experts_per_token + 1, dim=-1).values
+            margins.append(top_TA[:, -2] - top_TA[:, -1])
+            output_TD = trace.output
+        unembedding_VD, norm_D = forward.dense(reader.unembedding(), numerics.dtype), reader.norm()
+        deltas = [
+            (forward.logits(x, norm_D, unembedding_VD, reader.config) - y.to(device)).abs().amax(1)
+            for x, y in zip(output_TD.split(256), oracle_TV.split(256), strict=True)
+        ]
+    return Distances(torch.cat(deltas).cpu(), torch.stack(margins).amin(0).cpu())
