@@ -2,16 +2,22 @@
 
 Run `python benchmarks/kernels.py [rounds]`: one thread; in each round every variant runs once, in
 random order, and the ratios are taken within the round. With transformers installed, its function
-for the same job runs too.
+for the same job runs too; with a wheel of megatron-bridge (`pip download --no-deps`) in BRIDGE_WHEEL,
+the one that Megatron-Bridge decodes with. It has none that encodes.
 """
 
 from __future__ import annotations
 
+import ast
+import math
+import os
 import random
 import statistics
 import sys
 import time
+import zipfile
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +39,28 @@ def peer(blocks: np.ndarray, scales: np.ndarray) -> dict[str, Call]:
     torch.set_num_threads(1)
     b, s = torch.from_numpy(blocks)[None], torch.from_numpy(scales)[None]
     return {"transformers decode, across": lambda: convert_moe_packed_tensors(b, s)}
+
+
+def bridge(blocks: np.ndarray, scales: np.ndarray) -> dict[str, Call]:
+    """Megatron-Bridge's decoding, taken out of its wheel: the package needs a GPU to import."""
+    wheel = os.environ.get("BRIDGE_WHEEL")
+    if not wheel:
+        print("not measured: Megatron-Bridge (BRIDGE_WHEEL is not set)", file=sys.stderr)
+        return {}
+    import torch
+
+    text = zipfile.ZipFile(wheel).read("megatron/bridge/models/gpt_oss/gpt_oss_bridge.py")
+    found: list[ast.stmt] = [
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.name == "_dequantize_mxfp4"
+    ]
+    scope: dict[str, Any] = {"torch": torch, "math": math}
+    exec(compile(ast.Module(found, []), "gpt_oss_bridge.py", "exec"), scope)
+    decode: Any = scope["_dequantize_mxfp4"]
+    torch.set_num_threads(1)
+    b, s = torch.from_numpy(blocks), torch.from_numpy(scales)
+    return {"Megatron-Bridge decode, straight": lambda: decode(b, s)}
 
 
 def variants() -> dict[str, Call]:
@@ -66,6 +94,7 @@ def variants() -> dict[str, Call]:
         "relayout, transpose and split": lambda: mxfp4.copy(pairs, halves),
         "relayout, join and transpose": lambda: mxfp4.copy(halves, pairs),
         **peer(blocks, scales),
+        **bridge(blocks, scales),
     }
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from gptoss_convert import mxfp4
 from gptoss_convert.errors import CodecError, IntegrityError
 from gptoss_convert.extents import overlap
-from gptoss_convert.fingerprint import ScaleStatistics, scale_statistics
+from gptoss_convert.fingerprint import (
+    ScaleStatistics,
+    fingerprint,
+    packed_fingerprint,
+    scale_statistics,
+)
 from gptoss_convert.layout import Box
 from gptoss_convert.model import BLOCK
 from gptoss_convert.parts import Array, Part, Parts, joined
 from gptoss_convert.steps import Step, member_box
-
-_SCRATCH_BYTES = 1 << 19
-"""Decoded values that are looked at while they are in the cache."""
 
 
 def compute(step: Step, held: Parts, taken: Parts) -> mxfp4.EncodeStats:
@@ -124,39 +125,24 @@ def statistics(step: Step, held: Parts, taken: Parts) -> ScaleStatistics:
     return ScaleStatistics()
 
 
-def decoded(
-    step: Step, held: Parts, taken: Parts, encoded: mxfp4.EncodeStats
-) -> Iterator[tuple[Box, Array]]:
-    """The BF16 bits of the weight that the target holds after this step, box by box."""
+def share(step: Step, held: Parts, taken: Parts, encoded: mxfp4.EncodeStats) -> int | None:
+    """What the target's values add to the fingerprint of their weight and layer, None without."""
     family = step.family
     if family.weight in taken:
-        yield from ((p.box, p.array) for p in taken[family.weight] if not p.extent.alias)
+        weights = [part for part in taken[family.weight] if not part.extent.alias]
     elif family.weight in held and not encoded.inexact_blocks:
-        yield from ((part.box, part.array) for part in held[family.weight])
+        weights = list(held[family.weight])
     elif family.blocks and family.scales and family.blocks in taken and family.scales in taken:
         blocks = gather(taken[family.blocks], member_box(family, family.blocks, step.box))
         scales = gather(taken[family.scales], member_box(family, family.scales, step.box))
-        for rows, box in _row_pieces(step.box):
-            values = np.empty(tuple(hi - lo for lo, hi in box), np.uint16)
-            try:
-                mxfp4.decode(blocks[rows], scales[rows], values)
-            except CodecError as error:
-                tensor = taken[family.scales][0].extent.tensor
-                raise IntegrityError(f"{tensor}: box {_show(box)}: {error}") from None
-            yield box, values
-
-
-def _row_pieces(box: Box) -> Iterator[tuple[tuple[slice, ...], Box]]:
-    """A box cut along its rows into pieces that a processor's cache holds."""
-    lengths = [hi - lo for lo, hi in box]
-    axis = max(range(len(box) - 1), key=lambda axis: lengths[axis])
-    per_index = 2 * math.prod(lengths) // lengths[axis]
-    count = max(1, _SCRATCH_BYTES // per_index)
-    lo, hi = box[axis]
-    for start in range(lo, hi, count):
-        span = (start, min(start + count, hi))
-        rows = tuple(
-            slice(span[0] - lo, span[1] - lo) if other == axis else slice(None)
-            for other in range(len(box) - 1)
-        )
-        yield rows, (*box[:axis], span, *box[axis + 1 :])
+        try:
+            return packed_fingerprint(blocks, scales, step.box, step.lengths, step.layer_axis)
+        except CodecError as error:
+            tensor = taken[family.scales][0].extent.tensor
+            raise IntegrityError(f"{tensor}: box {_show(step.box)}: {error}") from None
+    else:
+        return None
+    if not weights:
+        return None
+    sums = (fingerprint(p.array, p.box, step.lengths, step.layer_axis) for p in weights)
+    return sum(sums) & ((1 << 64) - 1)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from isal import isal_zlib
 
 from gptoss_convert import mxfp4
-from gptoss_convert.compute import compute, decoded, statistics
+from gptoss_convert.compute import compute, share, statistics
 from gptoss_convert.files import Arena, ByteSource, TargetFiles
-from gptoss_convert.fingerprint import ScaleStatistics, fingerprint
+from gptoss_convert.fingerprint import ScaleStatistics
 from gptoss_convert.mxfp4 import jit
 from gptoss_convert.oddities import Oddities, examine
 from gptoss_convert.parts import Part, cast, lay_out, read, runs
@@ -101,13 +101,9 @@ class _Worker:
         regions = tuple(
             region for part in itertools.chain(*taken.values()) for region in self._write(part)
         )
-        shares = [
-            fingerprint(bits, box, step.lengths, step.layer_axis)
-            for box, bits in decoded(step, held, taken, encoded)
-        ]
-        share = sum(shares) & ((1 << 64) - 1) if shares else None
+        mark = share(step, held, taken, encoded)
         nbytes += sum(region.length for region in regions)
-        return Done(number, regions, share, scales, encoded, rounded, oddities), nbytes
+        return Done(number, regions, mark, scales, encoded, rounded, oddities), nbytes
 
     def _write(self, part: Part) -> Iterator[Region]:
         first = part.extent.at(part.box)

@@ -10,18 +10,22 @@ docs/decisions/0006-fingerprints.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
 
 import numpy as np
 import numpy.typing as npt
 
+from gptoss_convert import mxfp4
 from gptoss_convert.layout import Box
+from gptoss_convert.model import BLOCK
 from gptoss_convert.mxfp4 import jit
 
 U64 = npt.NDArray[np.uint64]
 _MASK = (1 << 64) - 1
+_SCRATCH_BYTES = 1 << 19
+"""Decoded values that are summed while they are in the cache."""
 _SHORT = 64
 """A fastest axis shorter than this is joined with the next one, for long inner loops."""
 
@@ -83,6 +87,105 @@ def fingerprint(bits: npt.NDArray[np.uint16], box: Box, lengths: Sequence[int], 
     flat = np.lib.stride_tricks.as_strided(bits, (span,), (2,))
     total = _weighted_sum(flat, offsets, rows, step, columns)
     return total * scale & _MASK
+
+
+def packed_fingerprint(
+    blocks: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.uint8],
+    box: Box,
+    lengths: Sequence[int],
+    layer: int,
+) -> int:
+    """The same of MXFP4 blocks (*rows, groups, 16) with their scales (*rows, groups).
+
+    Raises CodecError for a scale that encodes no number.
+    """
+    kernels_of = jit.kernels()
+    if kernels_of is None or blocks.strides[-1] != 1:
+        return _fingerprint_by_pieces(blocks, scales, box, lengths, layer)
+    from gptoss_convert import fingerprint_kernels as kernels
+
+    block_rows, scale_rows = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    rows = np.ones(1, np.uint64)
+    for axis, (lo, hi) in enumerate(box[:-1]):
+        weights = axis_weights(axis, lengths[axis])[lo:hi]
+        if axis == layer:
+            weights = np.ones(hi - lo, np.uint64)
+        at = np.arange(hi - lo)
+        block_rows = np.add.outer(block_rows, blocks.strides[axis] * at).ravel()
+        scale_rows = np.add.outer(scale_rows, scales.strides[axis] * at).ravel()
+        rows = np.multiply.outer(rows, weights).ravel()
+    lo, hi = box[-1]
+    columns = axis_weights(len(box) - 1, lengths[-1])[lo:hi]
+    group = (blocks.strides[-2], scales.strides[-1])
+    total = int(
+        kernels.block_sum(
+            _flat(blocks), _flat(scales), block_rows, scale_rows, group, rows, columns
+        )
+    )
+    total += _rare_blocks(blocks, scales, box, lengths, layer)
+    return total & _MASK
+
+
+def _rare_blocks(
+    blocks: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.uint8],
+    box: Box,
+    lengths: Sequence[int],
+    layer: int,
+) -> int:
+    """The blocks whose scales the kernel leaves out."""
+    if int(scales.min()) >= 2 and int(scales.max()) <= 252:
+        return 0
+    where = np.nonzero((scales < 2) | (scales > 252))
+    values = np.empty((len(where[0]), BLOCK), np.uint16)
+    mxfp4.decode(blocks[where][:, None], scales[where][:, None], values)
+    lo, hi = box[-1]
+    columns = axis_weights(len(box) - 1, lengths[-1])[lo:hi].reshape(-1, BLOCK)[where[-1]]
+    sums = (values.astype(np.uint64) * columns).sum(axis=1, dtype=np.uint64)
+    for axis, ((lo, hi), index) in enumerate(zip(box[:-1], where, strict=False)):
+        if axis != layer:
+            sums *= axis_weights(axis, lengths[axis])[lo:hi][index]
+    return int(sums.sum(dtype=np.uint64))
+
+
+def _flat(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Every byte from the array's first element to its last."""
+    span = 1 + sum(
+        stride * (length - 1) for stride, length in zip(array.strides, array.shape, strict=True)
+    )
+    return np.lib.stride_tricks.as_strided(array, (span,), (1,))
+
+
+def _fingerprint_by_pieces(
+    blocks: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.uint8],
+    box: Box,
+    lengths: Sequence[int],
+    layer: int,
+) -> int:
+    total = 0
+    for rows, piece in _row_pieces(box):
+        values = np.empty(tuple(hi - lo for lo, hi in piece), np.uint16)
+        mxfp4.decode(blocks[rows], scales[rows], values)
+        total += fingerprint(values, piece, lengths, layer)
+    return total & _MASK
+
+
+def _row_pieces(box: Box) -> Iterator[tuple[tuple[slice, ...], Box]]:
+    """A box cut along its rows into pieces that a processor's cache holds."""
+    shape = [hi - lo for lo, hi in box]
+    axis = max(range(len(box) - 1), key=lambda axis: shape[axis])
+    per_index = 2 * math.prod(shape) // shape[axis]
+    count = max(1, _SCRATCH_BYTES // per_index)
+    lo, hi = box[axis]
+    for start in range(lo, hi, count):
+        span = (start, min(start + count, hi))
+        rows = tuple(
+            slice(span[0] - lo, span[1] - lo) if other == axis else slice(None)
+            for other in range(len(box) - 1)
+        )
+        yield rows, (*box[:axis], span, *box[axis + 1 :])
 
 
 def _weighted_sum(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from numba import uint64
+import numpy as np
+from numba import njit, uint16, uint64
 
 from gptoss_convert.mxfp4.jit import compiled
-from gptoss_convert.mxfp4.vectors import prefetch
+from gptoss_convert.mxfp4.vectors import decode_block, prefetch
 
 PIECE = 128
 """Elements of one vectorized loop."""
@@ -50,6 +51,49 @@ def strided_sum(flat, offsets, rows, step, columns):
         for column in range(len(columns)):
             line += uint64(flat[offsets[row] + column * step]) * columns[column]
         total += line * rows[row]
+    return total
+
+
+_IN8 = "Array(uint8, 1, 'C', readonly=True)"
+
+
+@njit(inline="always")
+def _line(elements, columns):
+    """The sum of elements·weight."""
+    line = uint64(0)
+    length = len(columns)
+    whole = length // PIECE * PIECE
+    for begin in range(0, whole, PIECE):
+        # Slices: numba vectorizes no loop in whose index it must expect a negative number.
+        part = elements[begin : begin + PIECE]
+        weights = columns[begin : begin + PIECE]
+        for k in range(PIECE):
+            line += uint64(part[k]) * weights[k]
+    for k in range(whole, length):
+        line += uint64(elements[k]) * columns[k]
+    return line
+
+
+@compiled(
+    f"uint64({_IN8}, {_IN8}, {_OFFSETS}, {_OFFSETS}, UniTuple(int64, 2), "
+    f"{_IN64.format(1)}, {_IN64.format(1)})"
+)
+def block_sum(blocks, scales, block_rows, scale_rows, group, rows, columns):
+    """The sum of MXFP4 blocks whose scales are 2..252, decoded a row at a time.
+
+    `group` is how far, in bytes, blocks and scales of a row lie apart.
+    """
+    values = np.empty(len(columns), np.uint16)
+    total = uint64(0)
+    for row in range(len(rows)):
+        for g in range(len(columns) // 32):
+            b = block_rows[row] + g * group[0]
+            scale = scales[scale_rows[row] + g * group[1]]
+            if 2 <= scale <= 252:
+                decode_block(blocks, b, values, g * 32, uint16((uint16(scale) << 7) - 128))
+            else:
+                values[g * 32 : g * 32 + 32] = 0
+        total += _line(values, columns) * rows[row]
     return total
 
 

@@ -89,7 +89,7 @@ def _line(record: Any) -> bytes:
 
 def _lines(descriptor: int) -> tuple[list[Any], int]:
     """The intact records and the offset behind the last one."""
-    raw = os.pread(descriptor, _MAX_BYTES, 0)
+    raw = os.pread(descriptor, min(os.fstat(descriptor).st_size, _MAX_BYTES), 0)
     records: list[Any] = []
     end = 0
     for line in raw.splitlines(keepends=True):

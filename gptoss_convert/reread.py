@@ -10,11 +10,10 @@ from isal import isal_zlib
 
 from gptoss_convert import resources
 from gptoss_convert.checkpoint import Checkpoint, casts
-from gptoss_convert.compute import decoded
+from gptoss_convert.compute import share
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.execute import Region
 from gptoss_convert.files import Arena, SourceFiles
-from gptoss_convert.fingerprint import fingerprint
 from gptoss_convert.model import load_model
 from gptoss_convert.mxfp4 import EncodeStats
 from gptoss_convert.oddities import Oddities, examine
@@ -87,19 +86,18 @@ class _Worker:
         self._arena.reset(self._room)
         held: dict[str, list[Part]] = defaultdict(list)
         regions: list[Region] = []
-        nbytes = share = 0
+        nbytes = 0
         for part in lay_out(step, step.sources, self._arena):
             nbytes += read(part, self._files, self._arena)
             regions.extend(self._regions(part))
             cast(part)
             held[part.extent.param].append(part)
-        problem = None
+        mark = problem = None
         try:
-            for box, bits in decoded(step, held, held, EncodeStats()):
-                share += fingerprint(bits, box, step.lengths, step.layer_axis)
+            mark = share(step, held, held, EncodeStats())
         except IntegrityError as error:
             problem = str(error)
-        found = Seen(number, tuple(regions), share & _MASK, examine(step, held), problem)
+        found = Seen(number, tuple(regions), mark or 0, examine(step, held), problem)
         return found, nbytes
 
     def _regions(self, part: Part) -> Iterator[Region]:
