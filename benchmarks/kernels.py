@@ -2,8 +2,8 @@
 
 Run `python benchmarks/kernels.py [rounds]`: one thread; in each round every variant runs once, in
 random order, and the ratios are taken within the round. With transformers installed, its function
-for the same job runs too; with a wheel of megatron-bridge (`pip download --no-deps`) in BRIDGE_WHEEL,
-the one that Megatron-Bridge decodes with. It has none that encodes.
+for the same job runs too; with a wheel of megatron-bridge (`pip download --no-deps`) named in
+BRIDGE_WHEEL, the one that Megatron-Bridge decodes with. It has none that encodes.
 """
 
 from __future__ import annotations
