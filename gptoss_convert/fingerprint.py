@@ -98,10 +98,10 @@ def packed_fingerprint(
 ) -> int:
     """The same of MXFP4 blocks (*rows, groups, 16) with their scales (*rows, groups).
 
-    Raises CodecError for a scale that encodes no number.
+    Raises CodecError for the first block that has no finite BF16 value.
     """
-    kernels_of = jit.kernels()
-    if kernels_of is None or blocks.strides[-1] != 1:
+    mxfp4.refuse_overflow(blocks, scales)
+    if jit.kernels() is None or blocks.strides[-1] != 1:
         return _fingerprint_by_pieces(blocks, scales, box, lengths, layer)
     from gptoss_convert import fingerprint_kernels as kernels
 

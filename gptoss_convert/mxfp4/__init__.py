@@ -7,11 +7,11 @@ NUMBA_DISABLE_JIT is set, numpy gives the same bits.
 from __future__ import annotations
 
 from gptoss_convert.mxfp4 import jit
-from gptoss_convert.mxfp4.codec import decode, encode
+from gptoss_convert.mxfp4.codec import decode, encode, refuse_overflow
 from gptoss_convert.mxfp4.relayout import cast, copy
 from gptoss_convert.mxfp4.stats import EncodeStats
 
-__all__ = ["EncodeStats", "cast", "copy", "decode", "encode", "warm"]
+__all__ = ["EncodeStats", "cast", "copy", "decode", "encode", "refuse_overflow", "warm"]
 
 
 def warm() -> None:

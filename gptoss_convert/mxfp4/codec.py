@@ -36,8 +36,7 @@ def decode(blocks: U8, scales: U8, values: U16) -> None:
     grouped = _grouped(blocks, scales, values)
     if scales.size == 0:
         return
-    if scales.max() > MAX_SCALE:
-        _refuse_overflow(blocks, scales)
+    refuse_overflow(blocks, scales)
     module = kernels()
     if module is None or not _walk(
         module.decode_straight, module.decode_across, grouped, blocks, scales
@@ -188,8 +187,10 @@ def _batches(mask: NDArray[np.bool_]) -> Iterator[tuple[Index, NDArray[np.intp]]
             yield np.unravel_index(flat, mask.shape), flat
 
 
-def _refuse_overflow(blocks: U8, scales: U8) -> None:
+def refuse_overflow(blocks: U8, scales: U8) -> None:
     """Raise CodecError for the first block that has no finite BF16 value."""
+    if scales.max(initial=0) <= MAX_SCALE:
+        return
     for index, _ in _batches(scales > MAX_SCALE):
         codes = np.maximum(blocks[index] & 7, (blocks[index] >> 4) & 7).max(axis=-1)
         limits = np.array([_LARGEST_CODE[int(scale)] for scale in scales[index]])
