@@ -15,6 +15,7 @@ import click
 from gptoss_convert.errors import DiskError, GptossError, ResourceError
 
 _REPORT = "this is a bug in gptoss-convert: please report it with the traceback above"
+_BUG = 70
 _HINTS = {
     errno.ENOSPC: "; free some space and run the same command again",
     errno.EDQUOT: "; the quota is used up",
@@ -54,6 +55,7 @@ def _allow_open_files() -> None:
 
 def _run() -> int:
     from gptoss_convert.cli import cli
+    from gptoss_convert.ranks import joined
 
     try:
         result = cli.main(standalone_mode=False)
@@ -72,7 +74,8 @@ def _run() -> int:
 
         traceback.print_exc()
         print(_REPORT, file=sys.stderr)
-        return 70
+        joined().fail("a bug in gptoss-convert", _BUG)
+        return _BUG
     return result if isinstance(result, int) else 0
 
 
@@ -88,13 +91,29 @@ def _failed(error: GptossError | OSError | MemoryError) -> int:
         where = f"{error.filename}: " if error.filename else ""
         hint = _HINTS.get(error.errno or 0, "")
         error = DiskError(f"{where}{error.strerror or error}{hint}")
+    return _ended(error)
+
+
+def _ended(error: GptossError) -> int:
+    """Say why this rank ends, to its user and to the other ranks; returns the exit status."""
+    from gptoss_convert.ranks import joined
+
     print(f"error: {_printable(str(error))}", file=sys.stderr)
+    joined().fail(str(error), error.exit_code)
     return error.exit_code
 
 
 def _stopped(number: int) -> int:
-    """Say how to go on; returns the exit status that shells know."""
+    """Say how to go on; returns the exit status that shells know.
+
+    torchrun terminates the ranks of its machine when one has failed: that one's reason counts.
+    """
+    from gptoss_convert.ranks import joined
+
     how = "interrupted" if number == signal.SIGINT else "terminated"
+    if reason := joined().failure(within=1.0):
+        return _ended(reason)
+    joined().fail(how, 128 + number)
     command = shlex.join(["gptoss-convert", *sys.argv[1:]])
     print(f"{how}: nothing was published; the same command goes on: {command}", file=sys.stderr)
     return 128 + number

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 
 class GptossError(Exception):
     """Base of all expected errors; the message is one line: where, what, expected, found."""
 
-    exit_code: ClassVar[int] = 3
+    exit_code: int = 3
 
 
 class UsageError(GptossError):
@@ -55,6 +53,18 @@ class TargetError(GptossError):
     """TARGET exists, or somebody else is writing it."""
 
     exit_code = 8
+
+
+EXIT_LOST = NetworkError.exit_code
+"""The status of a run one of whose ranks ended without a word."""
+
+
+class RankError(GptossError):
+    """Another rank of this run failed; the message is that rank's, and so is the exit status."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 EXIT_CODES: dict[int, str] = {
