@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gptoss_convert.conversion import Conversion, plan
     from gptoss_convert.inspection import Inspection, inspect
     from gptoss_convert.options import Options
+    from gptoss_convert.parameters import Parameter, Parameters, open
     from gptoss_convert.run import Report, convert
     from gptoss_convert.verify.gate import Verification, verify_checkpoints
 
@@ -25,11 +26,14 @@ __all__ = [
     "GptossError",
     "Inspection",
     "Options",
+    "Parameter",
+    "Parameters",
     "Report",
     "Verification",
     "__version__",
     "convert",
     "inspect",
+    "open",
     "plan",
     "verify_checkpoints",
 ]
@@ -40,10 +44,13 @@ _HOME = {
     "Conversion": "conversion",
     "Inspection": "inspection",
     "Options": "options",
+    "Parameter": "parameters",
+    "Parameters": "parameters",
     "Report": "run",
     "Verification": "verify.gate",
     "convert": "run",
     "inspect": "inspection",
+    "open": "parameters",
     "plan": "conversion",
     "verify_checkpoints": "verify.gate",
 }

@@ -96,13 +96,16 @@ def read(part: Part, sources: ByteSource, arena: Arena) -> int:
     if 2 * useful >= span:
         sources.read(extent.file, first, span, arena, part.position)
     else:
-        for skip, length in runs(extent, box):
+        for skip, length in runs(extent, box, gap=PAGE):
             sources.read(extent.file, first + skip, length, arena, part.position + skip)
     return useful
 
 
-def runs(extent: Extent, box: Box) -> Iterator[tuple[int, int]]:
-    """The contiguous byte runs of a box, as (distance from its first element, length)."""
+def runs(extent: Extent, box: Box, gap: int = 0) -> Iterator[tuple[int, int]]:
+    """The contiguous byte runs of a box, as (distance from its first element, length).
+
+    Runs that are at most `gap` bytes apart are joined, with what lies between them.
+    """
     run = DTYPE_BYTES[extent.dtype]
     outer: list[range] = []
     axes = sorted(
@@ -111,8 +114,8 @@ def runs(extent: Extent, box: Box) -> Iterator[tuple[int, int]]:
         if hi - lo > 1
     )
     for stride, length in axes:
-        if stride == run and not outer:
-            run *= length
+        if stride <= run + gap and not outer:
+            run += stride * (length - 1)
         else:
             outer.append(range(0, stride * length, stride))
     for skips in itertools.product(*reversed(outer)):

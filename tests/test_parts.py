@@ -87,3 +87,13 @@ def test_runs_cover_a_strided_box_once_and_are_as_long_as_possible() -> None:
     found = list(runs(extent, box))
     assert found == [(30 * row, 20) for row in range(4)]
     assert all(a + length <= b for (a, length), (b, _) in pairwise(found))
+
+
+def test_runs_that_lie_close_are_joined_with_the_gaps_between_them() -> None:
+    extent = Extent("w", ((0, 4), (0, 3), (0, 5)), "file", 0, (3000, 10, 2), "BF16", "tensor")
+    box = ((0, 4), (0, 3), (1, 3))
+    assert list(runs(extent, box, gap=5)) == [
+        (3000 * n + 10 * m, 4) for n in range(4) for m in range(3)
+    ]
+    assert list(runs(extent, box, gap=6)) == [(3000 * n, 24) for n in range(4)]
+    assert list(runs(extent, box, gap=2976)) == [(0, 9024)]

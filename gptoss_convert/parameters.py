@@ -1,0 +1,314 @@
+"""A checkpoint of any format as one read-only mapping of parameters, read as they are asked for.
+
+>>> with gptoss_convert.open("gpt-oss-20b") as checkpoint:
+...     checkpoint["gate_up.weight"][3, 5]  # layer 3, expert 5: a tensor (inter, glu, hidden)
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from operator import index as as_number
+from pathlib import Path
+from types import EllipsisType, ModuleType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptoss_convert.checkpoint import DEFAULT, Checkpoint, Choices, casts
+from gptoss_convert.compute import compute
+from gptoss_convert.containers import DTYPE_BYTES
+from gptoss_convert.errors import UsageError
+from gptoss_convert.extents import Extent, overlap, volume
+from gptoss_convert.files import Arena, ByteSource, SourceFiles
+from gptoss_convert.layout import Box
+from gptoss_convert.model import Family, load_model
+from gptoss_convert.opening import open_checkpoint
+from gptoss_convert.parts import Part, cast, lay_out, read
+from gptoss_convert.steps import TILE_BYTES, Step, member_box
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
+
+
+def open(path: str | Path, choices: Choices = DEFAULT, *, cast: bool = False) -> Parameters:
+    """Open the checkpoint in `path`, of any format; headers are read and checked, no weight is.
+
+    `cast` rounds tensors that are stored as float32 or float16; they are refused otherwise.
+    """
+    checkpoint = open_checkpoint(Path(path), choices)
+    return Parameters(checkpoint, checkpoint.extents(casts(cast)))
+
+
+class Parameters(Mapping[str, "Parameter"]):
+    """The parameters of a checkpoint by their names in `model.toml`, in model order.
+
+    An MXFP4 weight stands there decoded, and its blocks and scales beside it under names of their
+    own. Files are opened when first read, and closed with the context or with the last reference.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, extents: Sequence[Extent]) -> None:
+        self.checkpoint = checkpoint
+        self._files = _Files(checkpoint.roots)
+        sizes = load_model().sizes(checkpoint.config.numbers)
+        self._parameters = {
+            family.weight: Parameter(
+                family.weight,
+                family.axes,
+                tuple(sizes[axis] for axis in family.axes),
+                tuple(held),
+                family,
+                self._files,
+            )
+            for family, held in _held(extents)
+        }
+
+    def __getitem__(self, name: str) -> Parameter:
+        try:
+            return self._parameters[name]
+        except KeyError:
+            raise KeyError(self._unknown(name)) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __repr__(self) -> str:
+        titles = ("parameter", "axes", "shape", "dtype", "stored as", "stored bytes")
+        rows = [
+            (p.name, " ".join(p.axes), _times(p.shape), p.dtype, p.stored_as, f"{p.stored_bytes:,}")
+            for p in self.values()
+        ]
+        widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+        lines = [
+            "  ".join(map(str.ljust, row[:-1], widths)) + "  " + row[-1].rjust(widths[-1])
+            for row in (titles, *rows)
+        ]
+        model = f"{self.checkpoint.label}, gpt-oss {self.checkpoint.config.size}"
+        return "\n".join((f"{self.checkpoint.root}: {model}", *lines))
+
+    def close(self) -> None:
+        """Close the files: nothing can be read any more."""
+        self._files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _unknown(self, name: str) -> str:
+        if name in load_model().params:
+            return f"{name}: {self.checkpoint.root} stores its experts as BF16, it has no {name}"
+        near = get_close_matches(name, self._parameters, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(self._parameters)}"
+        return f"{name}: no such parameter; {hint}"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Parameter:
+    """One parameter of an open checkpoint: an index reads that part of it and returns a tensor.
+
+    `parameter[layer, expert]`, slices and `...` as in numpy, `parameter[...]` for all of it. Only
+    that part is read; where it lies in pieces, gaps of up to a page between them come along, or
+    all gaps if they hold less than the pieces. BF16 values come as `torch.bfloat16`, MXFP4 decoded
+    exactly; blocks and scales as `torch.uint8`.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+    """Where it lies: its own boxes, or those of the blocks and scales it is decoded from."""
+    family: Family
+    _files: _Files
+
+    @property
+    def dtype(self) -> str:
+        """`BF16`, or `U8` for blocks and scales."""
+        return load_model().dtype(self.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def stored_as(self) -> str:
+        """`MXFP4` if it is decoded, else the dtype in the files: `BF16`, `U8`, `F32`, `F16`."""
+        if any(extent.param != self.name for extent in self.extents):
+            return "MXFP4"
+        return ", ".join(sorted({extent.dtype for extent in self.extents}))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that hold it in the checkpoint's files."""
+        return sum(volume(extent.box) * DTYPE_BYTES[extent.dtype] for extent in self.extents)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the checkpoint's tensors that hold it."""
+        return tuple(dict.fromkeys(extent.tensor for extent in self.extents))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold it."""
+        return tuple(sorted({self._files.path(extent.file) for extent in self.extents}))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Index) -> Tensor:
+        torch = _torch()
+        box, picked = _resolve(self, index)
+        tensor = torch.from_numpy(self._read(box))[picked]
+        return tensor.view(torch.bfloat16) if self.dtype == "BF16" else tensor
+
+    def __repr__(self) -> str:
+        sizes = " ".join(f"{axis}={n}" for axis, n in zip(self.axes, self.shape, strict=True))
+        first, *others = self.files
+        where = f"{first.name} and {len(others)} more files" if others else first.name
+        return (
+            f"{self.name}: {sizes}; {self.dtype}, {self.nbytes:,} bytes; "
+            f"stored as {self.stored_as}, {self.stored_bytes:,} bytes, in {where}"
+        )
+
+    def _read(self, box: Box) -> NDArray[Any]:
+        """The elements of `box`; BF16 as its bits."""
+        dtype = np.uint16 if self.dtype == "BF16" else np.uint8
+        values = np.empty([hi - lo for lo, hi in box], dtype)
+        arena = Arena(0)
+        whole = Part(self.extents[0], box, -1, values)
+        for tile, held in _tiles(self.family, box, self.extents) if values.size else ():
+            step = Step(self.family, self.shape, tile, tuple(held), ())
+            parts = _read_step(step, self._files, arena)
+            compute(step, parts, {self.name: [Part(held[0], tile, -1, whole.view(tile))]})
+        self._files.require_unchanged()
+        return values
+
+
+def _read_step(step: Step, files: ByteSource, arena: Arena) -> dict[str, list[Part]]:
+    """What the step's sources hold of its box, by parameter."""
+    arena.reset(sum(step.buffer_bytes()))
+    parts: dict[str, list[Part]] = defaultdict(list)
+    for part in lay_out(step, step.sources, arena):
+        read(part, files, arena)
+        cast(part)
+        parts[part.extent.param].append(part)
+    return parts
+
+
+def _tiles(
+    family: Family, box: Box, extents: Sequence[Extent]
+) -> Iterator[tuple[Box, Sequence[Extent]]]:
+    """Boxes of bounded size, each with the extents that reach into it; rows are never cut."""
+    held = [e for e in extents if overlap(e.box, member_box(family, e.param, box))]
+    axis = next((axis for axis, (lo, hi) in enumerate(box[:-1]) if hi - lo > 1), None)
+    if 2 * volume(box) <= TILE_BYTES or axis is None:
+        yield box, held
+        return
+    lo, hi = box[axis]
+    middle = (lo + hi) // 2
+    for half in ((lo, middle), (middle, hi)):
+        yield from _tiles(family, (*box[:axis], half, *box[axis + 1 :]), held)
+
+
+def _held(extents: Sequence[Extent]) -> Iterator[tuple[Family, Sequence[Extent]]]:
+    """Each parameter, as a family, with the extents it is read from."""
+    held: dict[str, list[Extent]] = defaultdict(list)
+    for extent in extents:
+        held[extent.param].append(extent)
+    model = load_model()
+    for family in model.families.values():
+        weight, *packed = family.members
+        yield family, held.get(weight) or [e for member in packed for e in held[member]]
+        for member in packed:
+            if member in held:
+                yield Family(member, model.params[member]), held[member]
+
+
+def _resolve(parameter: Parameter, index: Index) -> tuple[Box, tuple[int | slice, ...]]:
+    """The box that an index needs, and the index that picks its elements out of that box.
+
+    Raises IndexError for what is out of range, TypeError for what is no index.
+    """
+    given = list(index) if isinstance(index, tuple) else [index]
+    if given.count(...) > 1 or len(given) - given.count(...) > len(parameter.axes):
+        axes = ", ".join(parameter.axes)
+        raise IndexError(f"{parameter.name}: {len(given)} indexes for the axes {axes}")
+    place = given.index(...) if ... in given else len(given)
+    missing = len(parameter.axes) - len(given) + given.count(...)
+    given[place : place + 1] = [slice(None)] * missing
+    box: list[tuple[int, int]] = []
+    picked: list[int | slice] = []
+    for axis, length, item in zip(parameter.axes, parameter.shape, given, strict=True):
+        span, pick = _span(f"{parameter.name}: {axis}", length, item)
+        box.append(span)
+        picked.append(pick)
+    return tuple(box), tuple(picked)
+
+
+def _span(where: str, length: int, item: object) -> tuple[tuple[int, int], int | slice]:
+    if isinstance(item, slice):
+        start, stop, step = item.indices(length)
+        if step < 1:
+            raise IndexError(f"{where}: slices go forwards, found step {step}")
+        return (start, max(start, stop)), slice(None, None, step)
+    try:
+        number = as_number(item)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise TypeError(f"{where}: {item!r:.40} is neither a number nor a slice") from None
+    if not -length <= number < length:
+        raise IndexError(f"{where} {number} does not exist, there are {length}")
+    number %= length
+    return (number, number + 1), 0
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+class _Files:
+    """The files of an open checkpoint, until they are closed or nothing refers to them."""
+
+    def __init__(self, roots: Mapping[str, Path]) -> None:
+        self._roots = roots
+        self._files = SourceFiles(roots)
+        self._finalizer = weakref.finalize(self, self._files.__exit__, None, None, None)
+
+    def path(self, file: str) -> Path:
+        prefix, colon, name = file.rpartition(":")
+        return self._roots[prefix + colon] / name
+
+    def read(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
+        if not self._finalizer.alive:
+            raise UsageError(f"{self.path(name)}: the checkpoint was closed")
+        self._files.read(name, offset, nbytes, arena, position)
+
+    def require_unchanged(self) -> None:
+        self._files.require_unchanged()
+
+    def close(self) -> None:
+        self._finalizer()
+
+
+def _torch() -> ModuleType:
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError(f"tensors need torch (pip install torch): {error}") from None
+    return torch
