@@ -153,7 +153,7 @@ def short(bench: Bench, name: str) -> None:
     """512 tokens, as in the runs of transformers; first and second time."""
     for turn in ("first", "second"):
         source, target = bench.reader("mxfp4"), bench.reader(name)
-        tokens = [sequence("frequent", 512, 0, source.config.vocab)]
+        tokens = [sequence("text", 512, 0, source.config.vocab)]
         compared(bench, f"512 tokens {name} {turn}", source, target, tokens, extra_rounds=0)
 
 
@@ -162,7 +162,7 @@ def long(bench: Bench, name: str, dtype: torch.dtype = torch.float32) -> None:
     source, target = bench.reader("mxfp4"), bench.reader(name)
     config = source.config
     length = int(config.rope_original_length * config.rope_factor)
-    tokens = [sequence("frequent", length, 0, config.vocab)]
+    tokens = [sequence("text", length, 0, config.vocab)]
     label = f"{length} tokens {name} {str(dtype)[6:]}"
     compared(bench, label, source, target, tokens, dtype, extra_rounds=0)
 
@@ -277,7 +277,7 @@ def agreement(bench: Bench, name: str) -> None:
     checkpoint = open_checkpoint(bench.place(name))
     reader = bench.reader(name)
     for length in (130, 1024, bench.longest):
-        tokens = list(sequence("frequent", length, 0, reader.config.vocab).tokens)
+        tokens = list(sequence("text", length, 0, reader.config.vocab).tokens)
         found = oracle_logits(checkpoint, reader.config, [tokens], DEVICE)
         assert not isinstance(found, str), found
         one = distances(reader, tokens, found[0], DEVICE)

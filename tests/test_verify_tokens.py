@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import hashlib
+import json
+import unicodedata
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from gptoss_convert.verify.configs import hf_config, read_json
 from gptoss_convert.verify.model import ModelConfig
 from gptoss_convert.verify.tokens import (
     CATEGORIES,
+    WRITTEN,
     digest,
     extra_set,
     sequence,
@@ -18,6 +23,16 @@ from gptoss_convert.verify.tokens import (
 from tests.tiny_files import write_hf_bf16
 from tests.tiny_models import SQUARE, random_weights
 
+TEXTS = Path(__file__).parents[1] / "gptoss_convert" / "verify" / "texts"
+SPECIAL = {
+    "<|endoftext|>": 199999, "<|return|>": 200002, "<|constrain|>": 200003, "<|channel|>": 200005,
+    "<|start|>": 200006, "<|end|>": 200007, "<|message|>": 200008, "<|call|>": 200012,
+}  # fmt: skip
+"""Special tokens of GPT-OSS's tokenizer, o200k_harmony."""
+SCRIPTS = {
+    "LATIN", "CYRILLIC", "GREEK", "ARABIC", "HEBREW", "DEVANAGARI", "BENGALI", "TAMIL", "TELUGU",
+    "THAI", "ETHIOPIC", "GEORGIAN", "ARMENIAN", "CJK", "HIRAGANA", "KATAKANA", "HANGUL",
+}  # fmt: skip
 RELEASED = (1, 2, 127, 128, 129, 130, 256, 1024, 4095, 4096, 4097, 8192, 32768, 131072)
 
 
@@ -41,7 +56,7 @@ def test_the_lengths_for_the_released_models(released: ModelConfig) -> None:
 def test_the_token_set_for_the_released_models_never_changes(released: ModelConfig) -> None:
     sequences = token_set(released, longest=8192, positions=65536)
     assert sum(len(one.tokens) for one in sequences) == 66831
-    assert digest(sequences) == "fc606e2f1ceeb8da58f0d83ec9b2476a1d475db65bffffff3e7b1be46e40499d"
+    assert digest(sequences) == "c3d397880eb766b3f28dc8c218421c9650fafb1da08fc5fd1a52ff4aeb514160"
 
 
 def test_prompts_beyond_window_and_original_length_are_never_optional(
@@ -62,15 +77,49 @@ def test_every_category_stays_in_the_vocabulary(category: str) -> None:
         assert len(set(tokens)) > min(vocab, 97) // 2
 
 
-def test_categories_have_the_structure_they_are_named_for() -> None:
-    frequent = torch.tensor(sequence("frequent", 8192, 0, 201088).tokens)
-    assert (frequent < 2011).double().mean() > 0.3
+def test_generated_categories_have_the_structure_they_are_named_for() -> None:
     periodic = sequence("periodic", 300, 0, 201088).tokens
     assert periodic[:200] == periodic[97:297]
     runs = torch.tensor(sequence("runs", 8192, 0, 201088).tokens)
     assert (runs[1:] == runs[:-1]).double().mean() > 0.9
-    chat = torch.tensor(sequence("chat", 8192, 0, 201088).tokens)
-    assert 0.03 < (chat >= 201088 - 1048).double().mean() < 0.1
+
+
+@pytest.mark.parametrize("category", WRITTEN)
+def test_the_ids_are_those_of_the_texts(category: str) -> None:
+    content = (TEXTS / f"{category}.txt").read_bytes()
+    entry = json.loads((TEXTS / "ids.json").read_bytes())[category]
+    assert entry["sha256"] == hashlib.sha256(content).hexdigest(), "run tools/encode_texts.py"
+    passages = content.decode().removesuffix("<|endoftext|>\n").split("<|endoftext|>\n")
+    assert len(passages) == len(entry["passages"])
+    for text, ids in zip(passages, entry["passages"], strict=True):
+        assert ids[-1] == SPECIAL["<|endoftext|>"]
+        for token, number in SPECIAL.items():
+            assert ids[:-1].count(number) == text.count(token)
+        ordinary = [one for one in ids if one not in SPECIAL.values()]
+        assert max(ordinary) < 199998
+        for token in SPECIAL:
+            text = text.replace(token, "")
+        assert len(text) / 6 < len(ordinary) < len(text.encode())
+
+
+def test_the_texts_are_written_in_many_scripts_and_use_every_special_token() -> None:
+    text = (TEXTS / "text.txt").read_text(encoding="utf-8")
+    names = {unicodedata.name(one, "").partition(" ")[0] for one in text}
+    assert names >= SCRIPTS
+    assert "\N{ROCKET}" in text
+    chat = (TEXTS / "chat.txt").read_text(encoding="utf-8")
+    assert all(token in chat for token in SPECIAL)
+
+
+def test_a_written_sequence_begins_with_a_passage_and_repeats_all_of_them() -> None:
+    passages = json.loads((TEXTS / "ids.json").read_bytes())["chat"]["passages"]
+    period = sum(map(len, passages))
+    tokens = list(sequence("chat", 4097, 0, 201088).tokens)
+    assert any(tokens[: len(one)] == one for one in passages)
+    assert tokens[period:] == tokens[:-period]
+    assert sorted(tokens[:period]) == sorted(token for one in passages for token in one)
+    folded = sequence("chat", 4097, 0, 256).tokens
+    assert folded == tuple(token % 256 for token in tokens)
 
 
 def test_rounds_and_extra_sets_differ(tiny: ModelConfig) -> None:

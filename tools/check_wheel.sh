@@ -24,6 +24,7 @@ for table in "$checkout"/mappings/*.toml; do
     cmp "$table" "$tables/$(basename "$table")"
 done
 test -f "$(dirname "$tables")/py.typed"
+test -f "$(dirname "$tables")/verify/texts/ids.json"
 gptoss-convert synth mxfp4 --model tiny
 gptoss-convert convert mxfp4 bf16 --to hf --dtype bf16
 gptoss-convert convert bf16 back --to hf --dtype mxfp4

@@ -1,16 +1,20 @@
 """The fixed token set that checkpoints are compared on.
 
-No tokenizer travels with the weights, so the set is token ids, not text: Philox streams (Salmon et
-al. 2011) mapped to ids by integer arithmetic alone, the same on every machine and numpy version.
-Each category stresses something else; the lengths straddle the sliding window and YaRN's original
-length of the model at hand.
+Half of the categories is written: text in many scripts, code, and chat in the harmony format
+(texts/*.txt), as GPT-OSS's tokenizer encodes it (texts/ids.json), since no tokenizer travels with
+the weights. The others are generated: Philox streams (Salmon et al. 2011) mapped to ids by integer
+arithmetic alone, the same on every machine and numpy version. The lengths straddle the sliding
+window and YaRN's original length of the model at hand.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from itertools import accumulate
 
 import numpy as np
@@ -22,7 +26,7 @@ Raw = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One prompt: `name` is category, length and round, e.g. `frequent-4097-0`."""
+    """One prompt: `name` is category, length and round, e.g. `text-4097-0`."""
 
     name: str
     tokens: tuple[int, ...]
@@ -64,7 +68,7 @@ def token_set(
     while turn == 0 or total < positions:
         for index, length in enumerate(lengths):
             # Another category at each turn, so that every length meets all of them in time.
-            category = list(CATEGORIES)[(index + turn) % len(CATEGORIES)]
+            category = CATEGORIES[(index + turn) % len(CATEGORIES)]
             sequences.append(sequence(category, length, turn, config.vocab))
             total += length
         turn += 1
@@ -79,11 +83,10 @@ def extra_set(config: ModelConfig, turn: int) -> tuple[TokenSequence, ...]:
 
 def sequence(category: str, length: int, turn: int, vocab: int) -> TokenSequence:
     """The sequence of one category, length and round."""
-    key = hashlib.sha256(f"{category} {length} {turn}".encode()).digest()[:16]
-    generator = np.random.Philox(key=int.from_bytes(key, "little"))
-    # Two numbers per token: `random_raw` is the stream itself, which numpy keeps stable.
-    raw = generator.random_raw(2 * length)
-    ids = CATEGORIES[category](raw[:length], raw[length:], vocab)
+    seed = hashlib.sha256(f"{category} {length} {turn}".encode()).digest()[:16]
+    key = int.from_bytes(seed, "little")
+    cut = _generated if category in GENERATED else _written
+    ids = cut(category, key, length, vocab)
     return TokenSequence(f"{category}-{length}-{turn}", tuple(int(token) for token in ids))
 
 
@@ -96,23 +99,34 @@ def digest(sequences: Sequence[TokenSequence]) -> str:
     return content.hexdigest()
 
 
+def _written(category: str, key: int, length: int, vocab: int) -> Raw:
+    """Passages from the one that `key` chooses on, all of them again when they are used up.
+
+    The ids are those of the released models; a smaller vocabulary takes them modulo its size.
+    """
+    passages = _passages()[category]
+    first = key % len(passages)
+    ids = [token for passage in passages[first:] + passages[:first] for token in passage]
+    return np.resize(np.array(ids, dtype=np.uint64), length) % np.uint64(vocab)
+
+
+@cache
+def _passages() -> dict[str, list[list[int]]]:
+    """The ids of each passage of each written category; a passage ends with <|endoftext|>."""
+    file = resources.files("gptoss_convert.verify").joinpath("texts/ids.json")
+    texts = json.loads(file.read_text(encoding="utf-8"))
+    return {category: texts[category]["passages"] for category in WRITTEN}
+
+
+def _generated(category: str, key: int, length: int, vocab: int) -> Raw:
+    # Two numbers per token: `random_raw` is the stream itself, which numpy keeps stable.
+    raw = np.random.Philox(key=key).random_raw(2 * length)
+    return GENERATED[category](raw[:length], raw[length:], vocab)
+
+
 def _uniform(first: Raw, second: Raw, vocab: int) -> Raw:
     """Every id equally likely."""
     return first % np.uint64(vocab)
-
-
-def _frequent(first: Raw, second: Raw, vocab: int) -> Raw:
-    """Low ids more often, about as 1/id: byte-pair ids are numbered by frequency, as in text."""
-    octaves = np.uint64(max(1, vocab.bit_length() - 4))
-    size = np.maximum(np.uint64(8), np.uint64(vocab) >> (second % octaves))
-    return first % np.minimum(size, np.uint64(vocab))
-
-
-def _chat(first: Raw, second: Raw, vocab: int) -> Raw:
-    """Frequent ids in turns of about 16 tokens, framed by special ids, the last of the range."""
-    special = np.uint64(max(2, vocab // 192))
-    framed = np.uint64(vocab) - np.uint64(1) - first % special
-    return np.where(second % np.uint64(16) == 0, framed, _frequent(first, second, vocab))
 
 
 def _periodic(first: Raw, second: Raw, vocab: int) -> Raw:
@@ -128,11 +142,12 @@ def _runs(first: Raw, second: Raw, vocab: int) -> Raw:
     ]
 
 
-CATEGORIES: dict[str, Callable[[Raw, Raw, int], Raw]] = {
+WRITTEN = ("text", "code", "chat")
+GENERATED: dict[str, Callable[[Raw, Raw, int], Raw]] = {
     "uniform": _uniform,
-    "frequent": _frequent,
-    "chat": _chat,
     "periodic": _periodic,
     "runs": _runs,
 }
-"""What the sequences are made of; each maps two raw 64-bit numbers per token to ids."""
+"""Each maps two raw 64-bit numbers per token to ids."""
+CATEGORIES = tuple(name for pair in zip(WRITTEN, GENERATED, strict=True) for name in pair)
+"""What sequences are made of, by turns written and generated."""
