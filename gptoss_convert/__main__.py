@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
 import shlex
@@ -12,6 +13,8 @@ from types import FrameType
 
 import click
 
+from gptoss_convert.cli_options import complain, say
+from gptoss_convert.documents import document
 from gptoss_convert.errors import DiskError, GptossError, ResourceError
 
 _REPORT = "this is a bug in gptoss-convert: please report it with the traceback above"
@@ -64,18 +67,18 @@ def _run() -> int:
         return leave.exit_code
     except click.ClickException as error:
         error.show()
-        return error.exit_code
+        return _told(error.format_message(), error.exit_code)
     except (GptossError, OSError, MemoryError) as error:
         return _failed(error)
     except (StoppedError, KeyboardInterrupt, click.exceptions.Abort) as error:
         return _stopped(error.number if isinstance(error, StoppedError) else signal.SIGINT)
-    except Exception:
+    except Exception as error:
         import traceback
 
         traceback.print_exc()
         print(_REPORT, file=sys.stderr)
         joined().fail("a bug in gptoss-convert", _BUG)
-        return _BUG
+        return _told(f"{type(error).__name__}: {error}", _BUG)
     return result if isinstance(result, int) else 0
 
 
@@ -98,9 +101,9 @@ def _ended(error: GptossError) -> int:
     """Say why this rank ends, to its user and to the other ranks; returns the exit status."""
     from gptoss_convert.ranks import joined
 
-    print(f"error: {_printable(str(error))}", file=sys.stderr)
+    complain(f"error: {error}")
     joined().fail(str(error), error.exit_code)
-    return error.exit_code
+    return _told(str(error), error.exit_code)
 
 
 def _stopped(number: int) -> int:
@@ -115,13 +118,19 @@ def _stopped(number: int) -> int:
         return _ended(reason)
     joined().fail(how, 128 + number)
     command = shlex.join(["gptoss-convert", *sys.argv[1:]])
-    print(f"{how}: nothing was published; the same command goes on: {command}", file=sys.stderr)
-    return 128 + number
+    message = f"{how}: nothing was published; the same command goes on: {command}"
+    print(message, file=sys.stderr)
+    return _told(message, 128 + number)
 
 
-def _printable(text: str) -> str:
-    """One line that no name from an untrusted file can break or colour."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def _told(error: str, exit_code: int) -> int:
+    """Say it in JSON too, if stdout is to carry JSON; returns the exit status."""
+    from gptoss_convert.ranks import joined
+
+    words = itertools.takewhile(lambda word: word != "--", sys.argv[1:])
+    if "--json" in words and joined().rank == 0:
+        say(document("error", {"error": error, "exit_code": exit_code}))
+    return exit_code
 
 
 if __name__ == "__main__":

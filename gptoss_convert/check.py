@@ -75,11 +75,17 @@ class CheckReport:
             "notes": list(self.notes),
         }
 
+    @property
+    def verdict(self) -> str:
+        """`intact`, or the first problem and how many others there are."""
+        others = len(self.problems) - 1
+        more = f" (and {others} more)" if others > 0 else ""
+        return self.problems[0] + more if self.problems else "intact"
+
     def require_intact(self) -> None:
         """Raise IntegrityError that states the first problem."""
-        for problem in self.problems:
-            others = len(self.problems) - 1
-            raise IntegrityError(problem + (f" (and {others} more)" if others else ""))
+        if self.problems:
+            raise IntegrityError(self.verdict)
 
 
 def check(

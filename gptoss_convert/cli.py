@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -25,6 +26,7 @@ from gptoss_convert.cli_options import (
     vocab_size_option,
     workers_option,
 )
+from gptoss_convert.pages import render
 from gptoss_convert.version import VERSION
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
@@ -140,14 +142,16 @@ def convert(
         from gptoss_convert.estimate import estimate_seconds
 
         summary = conversion.summary() | {"estimated_seconds": estimate_seconds(conversion)}
-        show(summary, report.conversion(summary), as_json)
+        show("plan", summary, report.conversion(summary), as_json=as_json, quiet=quiet)
         return
     from gptoss_convert.run import run
 
     if verbose:
-        click.echo(report.conversion(conversion.summary()), err=True)
+        click.echo(
+            render(report.conversion(conversion.summary()), sys.stderr), err=True, color=True
+        )
     done = run(conversion, progress.for_terminal(quiet)).summary()
-    show(done, report.finished(done), as_json)
+    show("convert", done, report.finished(done), as_json=as_json, quiet=quiet)
 
 
 @cli.command(epilog=EPILOG)
@@ -181,7 +185,7 @@ def inspect(
 
     choices = Choices(source_format, True, iteration, config, vocab_size)
     summary = inspect(path, choices).summary()
-    show(summary, report.inspection(summary), as_json)
+    show("inspect", summary, report.inspection(summary), as_json=as_json)
 
 
 @cli.command(epilog=EPILOG)
@@ -221,7 +225,7 @@ def synth(target: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
     from gptoss_convert.synth import synth
 
     done = synth(target, progress=progress.for_terminal(quiet), **options).summary()
-    show(done, report.finished(done), as_json)
+    show("convert", done, report.finished(done), as_json=as_json, quiet=quiet)
 
 
 def _warm() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from gptoss_convert.cli_options import (
     Share,
     Size,
     as_json_flag,
+    complain,
     config_option,
     iteration_option,
     quiet_flag,
@@ -24,6 +24,8 @@ from gptoss_convert.cli_options import (
     vocab_size_option,
     workers_option,
 )
+from gptoss_convert.documents import document
+from gptoss_convert.errors import IntegrityError
 
 
 @click.command(epilog=EPILOG)
@@ -45,7 +47,9 @@ from gptoss_convert.cli_options import (
 @click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
 @as_json_flag
 @quiet_flag
+@click.pass_context
 def check(
+    context: click.Context,
     path: Path,
     *,
     read_data: bool,
@@ -74,8 +78,11 @@ def check(
     choices = Choices(source_format, False, iteration, config, vocab_size, strict)
     reading = Reading(share, seed, workers, max_memory)
     found = check(path, reading, choices, progress.for_terminal(quiet))
-    show(found.summary(), report.check(found.summary()), as_json)
-    found.require_intact()
+    summary = found.summary()
+    show("check", summary, report.check(summary), as_json=as_json, quiet=quiet)
+    if found.problems:
+        complain(f"error: {found.verdict}")
+        context.exit(IntegrityError.exit_code)
 
 
 @click.command(epilog=EPILOG)
@@ -132,7 +139,8 @@ def check(
 )
 @workers_option
 @click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
-@click.option("--json", "json_file", type=PATH, help="Write the whole result there; - is stdout.")
+@as_json_flag
+@click.option("--json-file", type=PATH, help="Write the result there as JSON.")
 @click.option("--junit", type=PATH, help="Write the levels there as JUnit test cases.")
 @quiet_flag
 @click.pass_context
@@ -141,6 +149,7 @@ def verify(
     source: Path,
     target: Path,
     *,
+    as_json: bool,
     json_file: Path | None,
     junit: Path | None,
     quiet: bool,
@@ -158,7 +167,9 @@ def verify(
     summary = done.summary()
     if junit:
         junit.write_text(report.junit(summary), encoding="utf-8")
-    if json_file and str(json_file) != "-":
-        json_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    show(summary, report.verification(summary), str(json_file) == "-")
+    if json_file:
+        json_file.write_text(document("verify", summary) + "\n", encoding="utf-8")
+    show("verify", summary, report.verification(summary), as_json=as_json, quiet=quiet)
+    if quiet and not done.same:
+        complain(done.verdict)
     context.exit(0 if done.same else 1)

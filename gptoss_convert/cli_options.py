@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from gptoss_convert.documents import document
 from gptoss_convert.errors import EXIT_CODES
+from gptoss_convert.pages import Page, is_styled, printable, render
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -53,7 +56,9 @@ class Share(click.ParamType[float]):
 
 PATH = click.Path(path_type=Path)
 as_json_flag = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-quiet_flag = click.option("--quiet", is_flag=True, help="No progress; notes and errors only.")
+quiet_flag = click.option(
+    "-q", "--quiet", is_flag=True, help="Print nothing but errors, and --json if asked for."
+)
 overwrite_flag = click.option(
     "--overwrite", is_flag=True, help="Replace TARGET, once everything is written."
 )
@@ -80,6 +85,28 @@ workers_option = click.option(
 )
 
 
-def show(summary: Mapping[str, Any], text: str, as_json: bool) -> None:
-    """Print a result as text or as JSON."""
-    click.echo(json.dumps(summary, indent=2) if as_json else text)
+def show(
+    kind: str, content: Mapping[str, Any], page: Page, *, as_json: bool, quiet: bool = False
+) -> None:
+    """Print a result as a JSON document or as a page for people, who may want it quiet."""
+    if as_json:
+        say(document(kind, content))
+    elif not quiet:
+        say(render(page, sys.stdout))
+
+
+def say(text: str) -> None:
+    """Print to stdout; that whoever read it has left is no error."""
+    try:
+        click.echo(text, color=True)
+    except BrokenPipeError:
+        # Nothing more can be said on it, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(text: str) -> None:
+    """Print a line to stderr; a terminal shows the word before its colon in red."""
+    word, colon, rest = printable(text).partition(":")
+    if is_styled(sys.stderr) and not os.environ.get("NO_COLOR"):
+        word = click.style(word, fg="red", bold=True)
+    click.echo(word + colon + rest, err=True, color=True)

@@ -14,6 +14,7 @@ from gptoss_convert.checkpoint import Checkpoint, casts
 from gptoss_convert.containers import Image
 from gptoss_convert.errors import UsageError
 from gptoss_convert.extents import Extent, extents
+from gptoss_convert.folding import fold_tensors
 from gptoss_convert.model import load_model
 from gptoss_convert.opening import open_checkpoint
 from gptoss_convert.options import Options
@@ -85,6 +86,8 @@ class Conversion:
     def summary(self) -> dict[str, Any]:
         """The conversion as plain data."""
         table = load_table(self.options.to)
+        sizes = load_model().sizes(self.source.config.numbers)
+        order = (tensor.name for tensor in table.tensors(self.variant, sizes))
         return {
             "source": {"path": str(self.source.root), "format": self.source.label},
             "target": {
@@ -92,6 +95,7 @@ class Conversion:
                 "format": self.options.to,
                 "variant": self.variant,
                 "tensors": len({chunk.tensor for chunk in self.image.chunks}),
+                "tensor_groups": [one.summary() for one in fold_tensors(self.image.chunks, order)],
                 "files": {file.name: file.size for file in self.image.files},
             },
             "model": self.source.config.size,

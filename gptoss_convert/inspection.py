@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.checkpoint import DEFAULT, Checkpoint, Choices, casts
+from gptoss_convert.folding import TensorGroup, fold_tensors
 from gptoss_convert.model import load_model
 from gptoss_convert.opening import open_checkpoint
+from gptoss_convert.tables import load_table
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Inspection:
     """Size of every weight file."""
     dtypes: dict[str, int]
     """Number of tensors by dtype."""
+    groups: tuple[TensorGroup, ...]
+    """Every tensor, layers and experts folded, in model order."""
     parameters: int
     tensor_bytes: int
 
@@ -44,6 +48,7 @@ class Inspection:
             "tensor_bytes": self.tensor_bytes,
             "tensors": len({chunk.tensor for chunk in checkpoint.chunks}),
             "dtypes": self.dtypes,
+            "tensor_groups": [group.summary() for group in self.groups],
             "files": self.files,
             "scales_sidecar": checkpoint.scales is not None,
             "carried_files": [path.name for path in checkpoint.carried],
@@ -62,11 +67,13 @@ def inspect(path: str | Path, choices: Choices = DEFAULT) -> Inspection:
     parameters = sum(
         math.prod(sizes[axis] for axis in family.axes) for family in model.families.values()
     )
+    order = load_table(checkpoint.format).tensors(checkpoint.variant, sizes)
     names = sorted({chunk.file for chunk in checkpoint.chunks})
     return Inspection(
         checkpoint,
         {name: (checkpoint.root / name).stat().st_size for name in names},
         dict(Counter(dtype for _, dtype in {(c.tensor, c.dtype) for c in checkpoint.chunks})),
+        tuple(fold_tensors(checkpoint.chunks, (tensor.name for tensor in order))),
         parameters,
         sum(chunk.nbytes for chunk in checkpoint.chunks),
     )

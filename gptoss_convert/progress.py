@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from gptoss_convert.pages import is_dumb, printable
+
 Advance = Callable[[int], None]
 _EVERY = 5.0
 """Seconds between two lines where there is no terminal."""
@@ -40,16 +42,12 @@ class _Silent:
 SILENT: Progress = _Silent()
 
 
-class Quiet(_Silent):
-    """Notes only."""
+class Lines:
+    """A line every few seconds, for logs."""
 
     def note(self, text: str) -> None:
         """Print to stderr."""
-        print(text, file=sys.stderr)
-
-
-class Lines(Quiet):
-    """A line every few seconds, for logs."""
+        print(f"note: {printable(text)}", file=sys.stderr)
 
     @contextmanager
     def phase(self, what: str, nbytes: int, steps: int) -> Iterator[Advance]:
@@ -80,7 +78,7 @@ def _line(what: str, done: int, nbytes: int, count: int, steps: int, seconds: fl
     )
 
 
-class Bar(Quiet):
+class Bar(Lines):
     """A live bar on a terminal."""
 
     @contextmanager
@@ -118,5 +116,5 @@ class Bar(Quiet):
 def for_terminal(quiet: bool) -> Progress:
     """The progress that fits stderr."""
     if quiet:
-        return Quiet()
-    return Bar() if sys.stderr.isatty() else Lines()
+        return SILENT
+    return Bar() if sys.stderr.isatty() and not is_dumb() else Lines()

@@ -1,9 +1,11 @@
-"""Results as text: short aligned lines for people; `summary()` of each result is for programs."""
+"""Results as pages for people; `summary()` of each result is for programs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from gptoss_convert.pages import Facts, Page, Table
 
 
 def size(nbytes: float) -> str:
@@ -15,40 +17,49 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
-def lines(rows: Mapping[str, str]) -> str:
-    """Keys and values in two aligned columns."""
-    width = max(map(len, rows))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+def tensors(groups: Iterable[Mapping[str, Any]]) -> Table:
+    """Folded tensors as a table."""
+    rows = [
+        (
+            group["name"],
+            f"{group['count']}",
+            group["dtype"],
+            " x ".join(map(str, group["shape"])),
+            size(group["bytes"]),
+        )
+        for group in groups
+    ]
+    columns = ("tensor", "count", "dtype", "shape", "bytes")
+    return Table(columns, rows, right=frozenset(("count", "shape", "bytes")), names=True)
 
 
-def inspection(summary: Mapping[str, Any]) -> str:
-    """The text of `inspect`."""
+def inspection(summary: Mapping[str, Any]) -> Page:
+    """The page of `inspect`."""
     config = summary["config"]
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(summary["dtypes"].items()))
     files = summary["files"]
+    encoding = {"mxfp4": "MXFP4", "bf16": "BF16"}[summary["encoding"]]
     rows = {
         "path": summary["path"],
         "format": f"{summary['format']} ({summary['variant']})",
         "model": f"gpt-oss {summary['model']}, {summary['parameters'] / 1e9:.3f} B parameters",
-        "experts": {"mxfp4": "MXFP4", "bf16": "BF16"}[summary["encoding"]],
-        "tensors": f"{summary['tensors']} ({dtypes}), {size(summary['tensor_bytes'])}",
-        "files": f"{len(files)} ({size(sum(files.values()))})",
+        "experts": f"{encoding}, {config['num_local_experts']} a layer, "
+        f"{config['num_experts_per_tok']} a token",
         "layers": f"{config['num_hidden_layers']}, window {config['sliding_window']} on even ones",
-        "experts/layer": f"{config['num_local_experts']}, {config['num_experts_per_tok']} a token",
-        "hidden, inter": f"{config['hidden_size']}, {config['intermediate_size']}",
-        "heads": f"{config['num_attention_heads']} query, {config['num_key_value_heads']} kv, "
-        f"{config['head_dim']} wide",
-        "vocabulary": f"{config['vocab_size']}",
+        "widths": f"hidden {config['hidden_size']}, inter {config['intermediate_size']}, "
+        f"{config['num_attention_heads']} query and {config['num_key_value_heads']} kv heads of "
+        f"{config['head_dim']}, vocabulary {config['vocab_size']}",
         "context": f"{config['max_position_embeddings']} (YaRN {config['rope_factor']:g} x "
         f"{config['original_max_position_embeddings']}, theta {config['rope_theta']:g})",
+        "tensors": f"{summary['tensors']} ({dtypes}), {size(summary['tensor_bytes'])}",
+        "files": f"{len(files)} ({size(sum(files.values()))})",
     }
     rows |= _details(summary["details"])
     if summary["scales_sidecar"]:
         rows["sidecar"] = "MXFP4 scales: the way back restores the original bytes"
     if summary["carried_files"]:
         rows["beside"] = ", ".join(summary["carried_files"])
-    text = lines(rows)
-    return "\n".join([text, *(f"note: {note}" for note in summary["notes"])])
+    return [Facts(rows), "", tensors(summary["tensor_groups"]), *_notes(summary)]
 
 
 _PARALLEL = {"tensor": "TP", "pipeline": "PP", "expert": "EP", "expert_tensor": "ETP"}
@@ -71,27 +82,33 @@ def _details(details: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def check(summary: Mapping[str, Any]) -> str:
-    """The text of `check`."""
+def check(summary: Mapping[str, Any]) -> Page:
+    """The page of `check`: the answer last, below what it rests on."""
     share = summary["share_read"]
     seed = f", seed {summary['seed']}" if summary["seed"] is not None else ""
-    rows = {
-        "path": summary["path"],
-        "format": f"{summary['format']}, gpt-oss {summary['model']}",
-        "manifest": summary["manifest"] or "none",
-        "read": f"{share:.0%} of the weights{seed}" if share else "headers and small files",
-        "release": summary["release"] or "none that is known",
-        "result": f"{len(summary['problems'])} problems" if summary["problems"] else "intact",
-    }
+    problems = summary["problems"]
+    facts = Facts(
+        {
+            "path": summary["path"],
+            "format": f"{summary['format']}, gpt-oss {summary['model']}",
+            "manifest": summary["manifest"] or "none",
+            "read": f"{share:.0%} of the weights{seed}" if share else "headers and small files",
+            "release": summary["release"] or "none that is known",
+            "result": f"{len(problems)} problems" if problems else "intact",
+        }
+    )
     prints = {} if summary["manifest"] else summary["parameters"]
-    listed = [f"  {weight}  {found['fingerprint']}" for weight, found in sorted(prints.items())]
-    problems = [f"problem: {problem}" for problem in summary["problems"]]
-    notes = [f"note: {note}" for note in summary["notes"]]
-    return "\n".join([lines(rows), *listed, *problems, *notes])
+    rows = [(weight, found["fingerprint"]) for weight, found in sorted(prints.items())]
+    table = ["", Table(("parameter", "fingerprint"), rows)] if rows else []
+    return [facts, *table, *(f"problem: {problem}" for problem in problems), *_notes(summary)]
 
 
-def conversion(summary: Mapping[str, Any]) -> str:
-    """The text of a plan, `convert --dry-run`."""
+_FILES = 8
+"""Files that are listed one by one."""
+
+
+def conversion(summary: Mapping[str, Any]) -> Page:
+    """The page of a plan, `convert --dry-run`."""
     target = summary["target"]
     files = target["files"]
     rows = {
@@ -106,52 +123,58 @@ def conversion(summary: Mapping[str, Any]) -> str:
     }
     if (seconds := summary.get("estimated_seconds")) is not None:
         rows["disk"] = f"about {max(seconds, 0.1):.1f} s at its speed of now"
-    listed = [f"  {name}  {size(nbytes)}" for name, nbytes in files.items()]
-    if len(listed) > 12:
-        listed = [*listed[:5], f"  ... {len(listed) - 10} more", *listed[-5:]]
-    notes = [f"note: {note}" for note in summary["notes"]]
-    return "\n".join([lines(rows), *listed, *notes])
+    listed = [(name, size(nbytes)) for name, nbytes in files.items()]
+    if len(listed) > _FILES:
+        rest = size(sum([*files.values()][3:-3]))
+        listed = [*listed[:3], (f"... {len(listed) - 6} more", rest), *listed[-3:]]
+    table = Table(("file", "bytes"), listed, right=frozenset(("bytes",)))
+    return [Facts(rows), "", tensors(target["tensor_groups"]), "", table, *_notes(summary)]
 
 
-def finished(summary: Mapping[str, Any]) -> str:
+def finished(summary: Mapping[str, Any]) -> Page:
     """The line at the end of a conversion."""
     moved = summary["read_bytes"] + summary["write_bytes"]
     seconds = max(summary["seconds"], 1e-3)
-    return (
+    return [
         f"{summary['target']['path']}: {size(summary['write_bytes'])} in {seconds:.1f} s "
         f"({moved / seconds / 1e6:.0f} MB/s read and written), "
         f"peak memory {size(summary['peak_memory_bytes'])}"
-    )
+    ]
 
 
 _MOST = 5
 """Findings of a level that are shown; `--json` has them all."""
 
 
-def verification(summary: Mapping[str, Any]) -> str:
-    """The text of `verify`: the answer first, then level by level."""
+def verification(summary: Mapping[str, Any]) -> Page:
+    """The page of `verify`: the answer first, then level by level."""
     source, target = summary["source"], summary["target"]
     sides = {
         "source": f"{source['format']:<9}  {source['path']}",
         "target": f"{target['format']:<9}  {target['path']}",
     }
-    levels = [line for level in summary["levels"] for line in _level(level)]
-    text = [summary["verdict"], "", lines(sides), *levels]
+    levels = Table(
+        ("level", "answer", "time", "what"),
+        [_level(level) for level in summary["levels"]],
+        right=frozenset(("time",)),
+    )
+    page = [summary["verdict"], "", Facts(sides), "", levels]
     for level in summary["levels"]:
         if shown := level["numbers"].get("next_tokens_text"):
-            text += ["", "next tokens: source, target", *(f"  {line}" for line in shown)]
-    return "\n".join(text)
+            page += ["", "next tokens: source, target", *(f"  {line}" for line in shown)]
+    return page
 
 
-def _level(level: Mapping[str, Any]) -> list[str]:
+def _level(level: Mapping[str, Any]) -> tuple[str, ...]:
     findings = level["findings"]
-    answer = "same" if level["same"] else "different"
-    head = f"{level['name']:<6}  {answer:<9}  {level['seconds']:8.2f} s"
-    if level["same"]:
-        return [f"{head}  {level['text']}"]
     more = [f"... {len(findings) - _MOST} more"] if len(findings) > _MOST else []
-    first, *others = [*findings[:_MOST], *more]
-    return [f"{head}  {first}", *(f"{'':31}{line}" for line in others)]
+    what = level["text"] if level["same"] else "\n".join([*findings[:_MOST], *more])
+    answer = "same" if level["same"] else "different"
+    return level["name"], answer, f"{level['seconds']:.2f} s", what
+
+
+def _notes(summary: Mapping[str, Any]) -> list[str]:
+    return [f"note: {note}" for note in summary["notes"]]
 
 
 def junit(summary: Mapping[str, Any]) -> str:

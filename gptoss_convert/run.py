@@ -75,7 +75,7 @@ def run(
     """Execute a planned conversion; `source` stands in for the files that the plan reads.
 
     Raises CodecError if a value has no MXFP4 form and `lossy` was not asked for: what would be lost
-    is stated, by weight, through `progress` first.
+    is stated, by weight, in its message.
     """
     began = time.monotonic()
     for note in conversion.notes:
@@ -244,24 +244,25 @@ def _state_losses(
     conversion: Conversion, outcomes: Mapping[str, Outcome], progress: Progress
 ) -> None:
     """Say, by weight, what rounding lost; refuse unless that was asked for."""
-    lossy = False
+    lossy: list[str] = []
     for weight, outcome in outcomes.items():
         if outcome.cast_values:
             progress.note(f"{weight}: {outcome.cast_values} values rounded to BF16")
         stats = outcome.encoded
         if stats.inexact_blocks:
-            lossy = True
             share = stats.inexact_blocks / stats.blocks
             noise = (
                 10 * math.log10(stats.squares / stats.squared_error) if stats.squared_error else 0
             )
-            progress.note(
+            lossy.append(
                 f"{weight}: {stats.inexact_blocks} of {stats.blocks} blocks ({share:.1%}) are not "
                 f"exact in MXFP4: {stats.inexact_values} values rounded, {stats.clipped} clipped, "
                 f"{stats.flushed} flushed to zero, SQNR {noise:.1f} dB"
             )
     if lossy and not conversion.options.lossy:
         raise CodecError(
-            f"{conversion.source.root}: not exactly representable in MXFP4 (see above); "
-            "pass --lossy to round, nothing was written"
+            f"{conversion.source.root}: {'; '.join(lossy)}; pass --lossy to round, nothing was "
+            "written"
         )
+    for loss in lossy:
+        progress.note(loss)

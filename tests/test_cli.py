@@ -116,7 +116,8 @@ def test_json_is_the_only_thing_on_stdout(given: Path, tmp_path: Path):
     assert not (tmp_path / "out").exists()
     done = json.loads(command(*arguments).stdout)
     common = planned.keys() & done.keys()
-    assert {"source", "target", "steps", "read_bytes", "write_bytes", "notes"} <= common
+    assert planned.keys() - common == {"estimated_seconds"}
+    common -= {"schema"}
     assert {key: done[key] for key in common} == {key: planned[key] for key in common}
     written = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
     assert done["target"]["files"] == written
@@ -125,16 +126,24 @@ def test_json_is_the_only_thing_on_stdout(given: Path, tmp_path: Path):
     assert inspected["encoding"] == "mxfp4"
 
 
-def test_quiet_leaves_the_result_alone(given: Path, tmp_path: Path):
-    (tmp_path / "tokens").mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / "tokens" / name).write_text("{}")
-    done = command(
-        *("convert", given / "mxfp4", tmp_path / "out", "--to", "hf", "--quiet"),
-        *("--tokenizer", tmp_path / "tokens"),
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(done.stdout.splitlines()) == 1
+def test_quiet_commands_print_nothing_but_errors(given: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    for words in (
+        ("convert", given / "mxfp4", out, "--to", "hf", "--dry-run"),
+        ("convert", given / "mxfp4", out, "--to", "hf"),
+        ("synth", tmp_path / "synthetic", "--layers", "1"),
+        ("check", out, "--read-data"),
+        ("verify", given / "mxfp4", out, "--level", "values"),
+    ):
+        done = command(*words, "--quiet")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = command("verify", tmp_path / "synthetic", out, "--level", "header", "-q")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("different: ")
+    (out / "config.json").unlink()
+    done = command("check", out, "-q")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert len(done.stderr.splitlines()) == 1
 
 
 USAGE = {
