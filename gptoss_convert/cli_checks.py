@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,7 @@ def check(
 @click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
 @as_json_flag
 @click.option("--json-file", type=PATH, help="Write the result there as JSON.")
+@click.option("--report", "folder", type=PATH, help="Write report.html and report.md there.")
 @click.option("--junit", type=PATH, help="Write the levels there as JUnit test cases.")
 @quiet_flag
 @click.pass_context
@@ -151,6 +154,7 @@ def verify(
     *,
     as_json: bool,
     json_file: Path | None,
+    folder: Path | None,
     junit: Path | None,
     quiet: bool,
     **options: Any,
@@ -161,9 +165,14 @@ def verify(
     gptoss-convert verify gpt-oss-20b gpt-oss-20b-bf16
     gptoss-convert verify gpt-oss-20b megatron --level values
     """
+    from gptoss_convert import report_page
     from gptoss_convert.verify.gate import Options, verify_checkpoints
 
-    done = verify_checkpoints(source, target, Options(**options), progress.for_terminal(quiet))
+    if folder:
+        # Before hours of comparing: is all there that the report needs?
+        report_page.prepare(folder)
+    choices = Options(**options, statistics=folder is not None)
+    done = verify_checkpoints(source, target, choices, progress.for_terminal(quiet))
     summary = done.summary()
     if junit:
         junit.write_text(report.junit(summary), encoding="utf-8")
@@ -172,4 +181,7 @@ def verify(
     show("verify", summary, report.verification(summary), as_json=as_json, quiet=quiet)
     if quiet and not done.same:
         complain(done.verdict)
+    if folder:
+        path = report_page.write(summary, folder, shlex.join(["gptoss-convert", *sys.argv[1:]]))
+        click.echo("" if quiet else f"report: {path}", err=True, nl=not quiet)
     context.exit(0 if done.same else 1)

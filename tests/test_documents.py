@@ -65,6 +65,7 @@ COMMANDS = {
     "check damaged --read-data": ("check", 4),
     "verify mxfp4 bf16 --sample 40": ("verify", 0),
     "verify mxfp4 other --sample 40 --prompt hello": ("verify", 1),
+    "verify mxfp4 other --level values --report pages": ("verify", 1),
 }
 
 

@@ -7,10 +7,12 @@ import torch
 
 from gptoss_convert.verify.limits import load_limits, violations
 from gptoss_convert.verify.metrics import (
+    KlRange,
     TokenScores,
+    divergence,
     joined,
+    kl_ranges,
     quantile,
-    relative_error,
     routing_agreement,
     score,
     summary,
@@ -83,14 +85,30 @@ def test_quantiles_are_values_that_occur() -> None:
     assert quantile(values[:1], 0.99) == 1
 
 
-def test_relative_error_names_the_worst_position() -> None:
+def test_divergence_names_the_worst_position() -> None:
     source = torch.ones(3, 4)
     target = source.clone()
     target[1, 2] += 0.5
-    assert relative_error(source, target) == (0.25, 1)
-    assert relative_error(source, source) == (0, 0)
+    found = divergence(source, target)
+    assert (found.worst, found.position) == (0.25, 1)
+    assert found.mean == 0.25 / 3
+    assert found.source_rms == 1
+    assert math.isclose(found.target_rms, (2 + math.sqrt((3 + 1.5**2) / 4)) / 3)
+    assert (divergence(source, source).worst, divergence(source, source).mean) == (0, 0)
     target[2, 0] = math.nan
-    assert relative_error(source, target) == (math.inf, 2)
+    found = divergence(source, target)
+    assert (found.worst, found.position, found.mean) == (math.inf, 2, math.inf)
+
+
+def test_kl_is_told_between_borders_and_every_position_counts_once() -> None:
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 9])
+    kl = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], dtype=torch.float64)
+    assert kl_ranges(kl, positions, [0, 1, 3, 5, 8]) == (
+        KlRange(0, 1, 2, 3.0, 5.0),
+        KlRange(1, 3, 3, 11 / 3, 6.0),
+        KlRange(3, 5, 1, 4.0, 4.0),
+        KlRange(8, 10, 1, 7.0, 7.0),
+    )
 
 
 def test_routing_agreement_ignores_the_order_of_experts() -> None:

@@ -44,6 +44,32 @@ def test_the_same_model_passes_without_a_single_bit_of_difference(
     assert json.loads(json.dumps(asdict(report)))["dtype"] == "float32"
 
 
+def test_every_position_counts_once_by_position_and_by_expert(
+    readers: tuple[HfReader, OpenAiReader],
+) -> None:
+    source, target = readers
+    wrong = MutantReader(target, Mutant("x", mapped("router_bias", lambda b: b + b)), target)
+    sequences = token_set(source.config, longest=129, positions=0)
+    report = compare(source, wrong, sequences, load_limits("lossless"), CPU)
+    positions = report.overall.positions
+    assert sum(one.length for one in report.sequences) == positions
+    ranges = report.kl_by_position
+    assert sum(one.positions for one in ranges) == positions
+    assert {report.window, report.original_length} <= {one.start for one in ranges}
+    assert (ranges[0].start, ranges[-1].end) == (0, 129)
+    assert max(one.kl_max for one in ranges) == report.overall.kl_max
+    chosen = positions * source.config.experts_per_token
+    for layer in report.layers:
+        assert sum(layer.source_hits) == sum(layer.target_hits) == chosen
+    assert report.layers[0].source_hits == report.layers[0].target_hits
+    assert report.layers[1].source_hits != report.layers[1].target_hits
+    for error in (error for layer in report.layers for error in layer.errors):
+        assert (error.mean == 0) == (error.error == 0)
+        assert error.mean <= error.error
+    assert report.layers[0].errors[2].source_rms == report.layers[0].errors[2].target_rms
+    assert report.layers[2].errors[2].source_rms != report.layers[2].errors[2].target_rms
+
+
 def test_rounds_are_added_until_every_expert_was_chosen(
     readers: tuple[HfReader, OpenAiReader],
 ) -> None:

@@ -203,3 +203,77 @@ def test_memory_is_bounded_and_too_little_is_said(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="one worker needs"):
         compare_values(checkpoint, checkpoint, max_memory=200_000_000)
     shutil.rmtree(tmp_path / "a")
+
+
+def test_sqnr_of_each_expert_equals_its_definition(tiny: Path, tmp_path: Path) -> None:
+    kept: dict[str, NDArray[np.uint16]] = {}
+
+    def coarser(bits: NDArray[np.uint16]) -> NDArray[np.uint16]:
+        kept["before"], kept["after"] = bits.copy(), bits & np.uint16(0xFFC0)
+        kept["after"][3] = bits[3]
+        return kept["after"]
+
+    # MXFP4 values have few bits: of other ones something is lost.
+    source = edited(tiny / "bf16", tmp_path / "a", {DOWN.format(2): lambda bits: bits + 37})
+    target = edited(source, tmp_path / "b", {DOWN.format(2): coarser})
+    report = compared(source, target, statistics=True)
+    assert report.statistics is not None
+    before, after = (
+        (kept[name].astype(np.uint32) << 16).view(np.float32).astype(np.float64).reshape(8, -1)
+        for name in ("before", "after")
+    )
+    noise = ((before - after) ** 2).sum(1)
+    rest = np.arange(8) != 3
+    expected = 10 * np.log10((before**2).sum(1)[rest] / noise[rest])
+    cells = report.statistics.sqnr["down.weight"]
+    assert cells[2][3] is None
+    assert np.allclose([cell for cell in cells[2] if cell is not None], expected, atol=1e-4)
+    assert cells[0] == cells[1] == cells[3] == [None] * 8
+    assert set(report.statistics.sqnr) == {"gate_up.weight", "down.weight"}
+    whole = 10 * np.log10((before**2).sum() / noise.sum())
+    assert only(report).sqnr == pytest.approx(whole, abs=1e-4)
+
+
+def test_infinities_are_counted_and_in_no_sqnr(tiny: Path, tmp_path: Path) -> None:
+    def change(bits: NDArray[np.uint16]) -> NDArray[np.uint16]:
+        bits[0, 0, 0] = 0x7F80
+        bits[0, 1, 1] = 0x7F7F
+        return bits
+
+    target = edited(tiny / "bf16", tmp_path / "x", {DOWN.format(0): change})
+    statistics = compared(tiny / "mxfp4", target, statistics=True).statistics
+    assert statistics is not None
+    assert statistics.nonfinite == 1
+    worst = statistics.sqnr["down.weight"][0][0]
+    # The largest number's square is beyond float32.
+    assert worst == -100
+
+
+def test_scales_are_counted_as_the_files_hold_them(tiny: Path) -> None:
+    statistics = compared(tiny / "mxfp4", tiny / "bf16", statistics=True).statistics
+    assert statistics is not None
+    assert statistics.target_scales == {}
+    counts = np.zeros(256, np.int64)
+    for chunk in open_checkpoint(tiny / "mxfp4").chunks:
+        if chunk.tensor.endswith("down_proj_scales"):
+            path = tiny / "mxfp4" / chunk.file
+            held = np.fromfile(path, np.uint8, chunk.nbytes, offset=chunk.offset)
+            counts += np.bincount(held, minlength=256)
+    assert counts.sum() > 0
+    assert statistics.source_scales["down.weight"] == counts.tolist()
+    assert set(statistics.source_scales) == {"gate_up.weight", "down.weight"}
+
+
+def test_statistics_are_left_out_unless_wanted(tiny: Path) -> None:
+    assert compared(tiny / "mxfp4", tiny / "bf16").statistics is None
+
+
+def test_both_sides_have_fingerprints(tiny: Path, tmp_path: Path) -> None:
+    target = edited(tiny / "bf16", tmp_path / "x", {DOWN.format(1): lambda bits: bits ^ 1})
+    report = compared(tiny / "mxfp4", target)
+    assert report.target_parameters == compared(target, target).parameters
+    differing = {
+        name for name, found in report.parameters.items()
+        if found != report.target_parameters[name]
+    }  # fmt: skip
+    assert differing == {"down.weight"}

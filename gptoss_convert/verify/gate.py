@@ -44,6 +44,8 @@ class Options:
     """Table of limits.toml; with any but `lossless` the logits decide, not the values."""
     workers: int | None = None
     max_memory: int = 4_000_000_000
+    statistics: bool = False
+    """Collect what only a report shows: SQNR by expert, histograms of MXFP4 scales."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def _values(ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Pr
         layers=options.layers,
         workers=options.workers,
         max_memory=options.max_memory,
+        statistics=options.statistics,
         progress=progress,
     )
     text = f"all {report.elements:,} values equal, bit by bit"

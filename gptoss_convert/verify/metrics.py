@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -133,27 +134,74 @@ def summary(scores: TokenScores, chosen: Tensor, doubt: float) -> Summary:
     )
 
 
+@dataclass(frozen=True)
+class KlRange:
+    """KL of the positions from `start` on, before `end`."""
+
+    start: int
+    end: int
+    positions: int
+    kl_mean: float
+    kl_max: float
+
+
+def kl_ranges(kl_T: Tensor, position_T: Tensor, borders: Sequence[int]) -> tuple[KlRange, ...]:
+    """KL between neighbouring borders, ascending from 0, without empty ranges."""
+    edges = [*borders, int(position_T.max()) + 1]
+    ranges = torch.bucketize(position_T, torch.tensor(borders), right=True) - 1
+    found: list[KlRange] = []
+    for n, (start, end) in enumerate(pairwise(edges)):
+        if len(chosen := kl_T[ranges == n]):
+            found.append(
+                KlRange(start, end, len(chosen), float(chosen.mean()), float(chosen.max()))
+            )
+    return tuple(found)
+
+
 def quantile(ascending: Tensor, share: float) -> float:
     """The smallest value that at least `share` of the values do not exceed."""
     return float(ascending[max(0, math.ceil(share * len(ascending)) - 1)])
 
 
-def relative_error(source_TD: Tensor, target_TD: Tensor) -> tuple[float, int]:
-    """The largest ||source - target|| / ||source|| and its position; NaN counts as inf."""
+@dataclass(frozen=True)
+class Divergence:
+    """How far the same positions are apart in source and target."""
+
+    worst: float
+    """The largest ||source - target|| / ||source||; NaN counts as inf."""
+    position: int
+    """Where that is."""
+    mean: float
+    """The mean of the same ratio."""
+    source_rms: float
+    """Root mean square of a position's elements, on average."""
+    target_rms: float
+
+
+def divergence(source_TD: Tensor, target_TD: Tensor) -> Divergence:
+    """Hold two states `[T, D]` of the same positions against each other, in float64."""
     parts = [
-        _relative_errors(source.double(), target.double())
+        _norms(source.double(), target.double())
         for source, target in zip(
             source_TD.split(POSITIONS_CHUNK), target_TD.split(POSITIONS_CHUNK), strict=True
         )
     ]
-    worst = torch.cat(parts).max(0)
-    return float(worst.values), int(worst.indices)
+    distance_T, source_T, target_T = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    ratio_T = torch.where(distance_T == 0, 0.0, distance_T / source_T)
+    ratio_T = torch.where(ratio_T.isnan(), math.inf, ratio_T)
+    worst, width = ratio_T.max(0), math.sqrt(source_TD.shape[1])
+    return Divergence(
+        worst=float(worst.values),
+        position=int(worst.indices),
+        mean=float(ratio_T.mean()),
+        source_rms=float(source_T.mean()) / width,
+        target_rms=float(target_T.mean()) / width,
+    )
 
 
-def _relative_errors(source_TD: Tensor, target_TD: Tensor) -> Tensor:
-    distance = (source_TD - target_TD).norm(dim=1)
-    ratio = distance / source_TD.norm(dim=1)
-    return torch.where(distance == 0, 0.0, ratio).nan_to_num(nan=math.inf)
+def _norms(source_TD: Tensor, target_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    distance_T = (source_TD - target_TD).norm(dim=1)
+    return distance_T, source_TD.norm(dim=1), target_TD.norm(dim=1)
 
 
 def routing_agreement(source_TA: Tensor, target_TA: Tensor) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from gptoss_convert.errors import InputError
 from gptoss_convert.verify import forward, metrics
 from gptoss_convert.verify.forward import LayerTrace, Numerics
 from gptoss_convert.verify.limits import Limits, violations
-from gptoss_convert.verify.metrics import Summary, TokenScores
+from gptoss_convert.verify.metrics import KlRange, Summary, TokenScores
 from gptoss_convert.verify.parity_report import (
     LayerReport,
     NextTokens,
     ParityReport,
     Place,
+    SequenceLength,
     SubBlockError,
 )
 from gptoss_convert.verify.readers import Reader, SubBlock
@@ -88,7 +89,7 @@ class _Round:
         self.positions = self.prompts.positions().cpu()
         self.errors: list[tuple[SubBlockError, SubBlockError, SubBlockError]] = []
         self.agreement: list[float] = []
-        self.hits: list[Tensor] = []
+        self.hits: list[tuple[Tensor, Tensor]] = []
         self.scores: TokenScores
         self.next_tokens: tuple[NextTokens, ...] = ()
 
@@ -114,9 +115,18 @@ class _Round:
 
     def _observe(self, layer: int, ours: LayerTrace, theirs: LayerTrace) -> None:
         def error(block: SubBlock, a: Tensor, b: Tensor) -> SubBlockError:
-            value, index = metrics.relative_error(a, b)
-            place = self.place(index)
-            return SubBlockError(layer, block, value, place.sequence, place.position)
+            found = metrics.divergence(a, b)
+            place = self.place(found.position)
+            return SubBlockError(
+                layer=layer,
+                block=block,
+                error=found.worst,
+                sequence=place.sequence,
+                position=place.position,
+                mean=found.mean,
+                source_rms=found.source_rms,
+                target_rms=found.target_rms,
+            )
 
         self.errors.append(
             (
@@ -126,7 +136,9 @@ class _Round:
             )
         )
         self.agreement.append(metrics.routing_agreement(ours.chosen, theirs.chosen))
-        self.hits.append(ours.chosen.flatten().bincount(minlength=self.source.config.experts).cpu())
+        experts = self.source.config.experts
+        a, b = (side.chosen.flatten().bincount(minlength=experts).cpu() for side in (ours, theirs))
+        self.hits.append((a, b))
 
     def _score(self, ours: Tensor, theirs: Tensor, size: int) -> Iterator[TokenScores]:
         """Scores of `size` positions at a time, so that logits never exist for all of them."""
@@ -178,21 +190,35 @@ class _Head:
         return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
+def _hits(rounds: Sequence[_Round], layer: int) -> tuple[Tensor, Tensor]:
+    """How many positions of all rounds chose each expert, in source and in target."""
+    ours, theirs = zip(*(one.hits[layer] for one in rounds), strict=True)
+    return torch.stack(ours).sum(0), torch.stack(theirs).sum(0)
+
+
 def _cold(rounds: Sequence[_Round], source: Reader) -> list[tuple[int, ...]]:
     """For each layer the experts that no position of any round chose."""
     layers = range(len(source.config.sliding))
-    hits = [sum((one.hits[n] for one in rounds), torch.tensor(0)) for n in layers]
-    return [tuple(torch.where(layer == 0)[0].tolist()) for layer in hits]
+    return [tuple(torch.where(_hits(rounds, n)[0] == 0)[0].tolist()) for n in layers]
 
 
 def _layer_reports(rounds: Sequence[_Round], source: Reader) -> Iterator[LayerReport]:
     for n, cold in enumerate(_cold(rounds, source)):
-        attention, router, experts = (
-            max((one.errors[n][block] for one in rounds), key=lambda found: found.error)
-            for block in range(3)
-        )
+        attention, router, experts = (_over_rounds(rounds, n, block) for block in range(3))
         agreement = min(one.agreement[n] for one in rounds)
-        yield LayerReport((attention, router, experts), agreement, cold)
+        ours, theirs = (tuple(side.tolist()) for side in _hits(rounds, n))
+        yield LayerReport((attention, router, experts), agreement, cold, ours, theirs)
+
+
+def _over_rounds(rounds: Sequence[_Round], layer: int, block: int) -> SubBlockError:
+    """The worst position of all rounds, with means over all positions."""
+    found = [one.errors[layer][block] for one in rounds]
+    shares = [len(one.positions) / sum(len(r.positions) for r in rounds) for one in rounds]
+    means = {
+        name: sum(getattr(e, name) * share for e, share in zip(found, shares, strict=True))
+        for name in ("mean", "source_rms", "target_rms")
+    }
+    return replace(max(found, key=lambda error: error.error), **means)
 
 
 def _report(
@@ -226,6 +252,12 @@ def _report(
         config_differences=_config_differences(source, target),
         overall=overall,
         buckets=dict(_buckets(rounds, scores, source, limits)),
+        window=source.config.window,
+        original_length=source.config.rope_original_length,
+        kl_by_position=_kl_by_position(rounds, scores, source),
+        sequences=tuple(
+            SequenceLength(one.name, len(one.tokens)) for r in rounds for one in r.sequences
+        ),
         worst_kl=_place(rounds, int(scores.kl.argmax())),
         worst_delta=_place(rounds, int(scores.max_delta.argmax())),
         layers=layers,
@@ -249,6 +281,17 @@ def _buckets(
     ):
         if chosen.any():
             yield label, metrics.summary(scores, chosen, limits.max_delta)
+
+
+def _kl_by_position(
+    rounds: Sequence[_Round], scores: TokenScores, source: Reader
+) -> tuple[KlRange, ...]:
+    positions = torch.cat([one.positions for one in rounds])
+    last = int(positions.max())
+    octaves = {round(2 ** (n / 2)) for n in range(2 * last.bit_length())}
+    marks = {source.config.window, source.config.rope_original_length}
+    borders = sorted(n for n in {0} | octaves | marks if n <= last)
+    return metrics.kl_ranges(scores.kl, positions, borders)
 
 
 def _place(rounds: Sequence[_Round], index: int) -> Place:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gptoss_convert.verify.limits import Limits
-from gptoss_convert.verify.metrics import Summary
+from gptoss_convert.verify.metrics import KlRange, Summary
 from gptoss_convert.verify.readers import SubBlock
 
 
@@ -18,6 +18,11 @@ class SubBlockError:
     error: float
     sequence: str
     position: int
+    mean: float
+    """The mean relative error of all positions."""
+    source_rms: float
+    """Root mean square of the source's elements, on average over positions."""
+    target_rms: float
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,9 @@ class LayerReport:
     """The lowest share, of all rounds, of positions that chose the same experts in both."""
     cold_experts: tuple[int, ...]
     """Experts of the source that no position chose."""
+    source_hits: tuple[int, ...]
+    """For each expert, how many positions chose it."""
+    target_hits: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,14 @@ class Place:
 
     sequence: str
     position: int
+
+
+@dataclass(frozen=True)
+class SequenceLength:
+    """A sequence of the token set, by name."""
+
+    name: str
+    length: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,12 @@ class ParityReport:
     overall: Summary
     buckets: dict[str, Summary]
     """The same by position, e.g. `<128`, `128-4095`, `>=4096`."""
+    window: int
+    original_length: int
+    """YaRN's, before scaling; both numbers as the source has them."""
+    kl_by_position: tuple[KlRange, ...]
+    """In ranges of half an octave, cut at the window and at the original length."""
+    sequences: tuple[SequenceLength, ...]
     worst_kl: Place
     worst_delta: Place
     layers: tuple[LayerReport, ...]

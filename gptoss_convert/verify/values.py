@@ -7,7 +7,7 @@ table: the logits level can. Memory is bounded as in a conversion, and each byte
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -24,10 +24,17 @@ from gptoss_convert.fingerprint import fingerprint
 from gptoss_convert.layout import Box
 from gptoss_convert.manifest import fingerprints
 from gptoss_convert.model import load_model
-from gptoss_convert.parts import Part, lay_out, read
+from gptoss_convert.parts import Part, Parts, lay_out, read
 from gptoss_convert.progress import SILENT, Progress
 from gptoss_convert.steps import Plan, Step, make_plan, member_box
 from gptoss_convert.verify.looks import Bits, Homes, Piece, homes, looks, misplaced, pieces
+from gptoss_convert.verify.value_statistics import (
+    StepStatistics,
+    ValueStatistics,
+    gathered,
+    sqnr,
+    step_statistics,
+)
 from gptoss_convert.workers import run_all
 
 _AT_ONCE = 1 << 18
@@ -59,6 +66,8 @@ class Difference:
     worst: Element
     looks: str | None
     """A known mistake that explains the first tile that differs: `transposed`, ..."""
+    sqnr: float | None = None
+    """Signal to noise of the target in dB, where statistics are wanted."""
 
 
 @dataclass
@@ -70,6 +79,10 @@ class ValuesReport:
     differences: list[Difference] = field(default_factory=list)
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Fingerprints of the source, by parameter."""
+    target_parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Fingerprints of the target, by parameter."""
+    statistics: ValueStatistics | None = None
+    """What only a report shows, where it is wanted."""
 
     @property
     def same(self) -> bool:
@@ -90,6 +103,8 @@ class _Compared:
     looks: str | None
     pieces: tuple[Piece, ...]
     fingerprint: int
+    target_fingerprint: int
+    statistics: StepStatistics | None = None
 
 
 def compare_values(
@@ -99,9 +114,12 @@ def compare_values(
     layers: int | None = None,
     workers: int | None = None,
     max_memory: int = 4_000_000_000,
+    statistics: bool = False,
     progress: Progress = SILENT,
 ) -> ValuesReport:
     """Compare every element, or those of the first `layers` layers and of no layer.
+
+    With `statistics`, collect what a report shows beside the differences.
 
     Raises InputError if the two models have different sizes.
     """
@@ -123,7 +141,7 @@ def compare_values(
         advance = stack.enter_context(progress.phase("comparing", total, len(numbers)))
         run_all(
             numbers,
-            lambda: _Worker(plan, files, room).run,
+            lambda: _Worker(plan, files, room, statistics).run,
             workers=count,
             finished=compared.extend,
             advance=advance,
@@ -149,7 +167,8 @@ def _stored(checkpoint: Checkpoint) -> list[Extent]:
 
 
 class _Worker:
-    def __init__(self, plan: Plan, files: SourceFiles, room: int) -> None:
+    def __init__(self, plan: Plan, files: SourceFiles, room: int, statistics: bool) -> None:
+        self._statistics = statistics
         self._plan = plan
         self._files = files
         self._arena = Arena(room)
@@ -160,13 +179,18 @@ class _Worker:
         self._arena.reset(self._room)
         nbytes = 0
         sides: list[Bits] = []
+        parts_held: list[Parts] = []
         for extents in (step.sources, step.targets):
             held: dict[str, list[Part]] = defaultdict(list)
             for part in lay_out(step, extents, self._arena):
                 nbytes += read(part, self._files, self._arena)
                 held[part.extent.param].append(part)
             sides.append(self._values(step, held))
-        return _compare(number, step, *sides), nbytes
+            parts_held.append(held)
+        result = _compare(number, step, *sides)
+        if self._statistics:
+            result = replace(result, statistics=step_statistics(step, *sides, held=parts_held))
+        return result, nbytes
 
     def _values(self, step: Step, held: Mapping[str, Sequence[Part]]) -> Bits:
         """The step's weight as BF16 bits, contiguous, in the order of its axes."""
@@ -223,10 +247,11 @@ def _compare(number: int, step: Step, ours: Bits, theirs: Bits) -> _Compared:
         if worst is None or int(distance[furthest]) > worst.ulps:
             worst = _element(step, start + int(places[furthest]), a, b, int(distance[furthest]))
     if not differing:
-        return _Compared(number, 0, None, None, None, (), share)
+        return _Compared(number, 0, None, None, None, (), share, share)
     explained = looks(step, ours, theirs)
     found = pieces(step, ours, theirs)
-    return _Compared(number, differing, first, worst, explained, found, share)
+    other = fingerprint(theirs, step.box, step.lengths, step.layer_axis)
+    return _Compared(number, differing, first, worst, explained, found, share, other)
 
 
 def _ordered(bits: Bits) -> npt.NDArray[np.int32]:
@@ -249,15 +274,16 @@ def _value(bits: np.uint16) -> float:
 def _report(plan: Plan, compared: Sequence[_Compared]) -> ValuesReport:
     report = ValuesReport()
     groups: dict[tuple[str, int | None], list[_Compared]] = defaultdict(list)
-    shares: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for result in compared:
         step = plan.steps[result.step]
         layer = step.layer if step.layer_axis >= 0 else None
         groups[step.family.weight, layer].append(result)
-        weights = shares[step.family.weight]
-        weights[step.layer] = (weights[step.layer] + result.fingerprint) & _MASK
-    report.parameters = {weight: fingerprints(layers) for weight, layers in shares.items()}
-    known = {weight: homes(_pieces(compared, plan, weight)) for weight in shares}
+    ours = ((plan.steps[one.step], one.fingerprint) for one in compared)
+    theirs = ((plan.steps[one.step], one.target_fingerprint) for one in compared)
+    report.parameters, report.target_parameters = _fingerprints(ours), _fingerprints(theirs)
+    told = [(plan.steps[one.step], one.statistics) for one in compared if one.statistics]
+    report.statistics = gathered(told) if told else None
+    known = {weight: homes(_pieces(compared, plan, weight)) for weight in report.parameters}
     for (weight, layer), results in groups.items():
         steps = [plan.steps[result.step] for result in results]
         report.elements += sum(volume(step.box) for step in steps)
@@ -265,6 +291,15 @@ def _report(plan: Plan, compared: Sequence[_Compared]) -> ValuesReport:
             report.differences.append(_difference(weight, layer, steps, results, known[weight]))
     report.differing = sum(difference.differing for difference in report.differences)
     return report
+
+
+def _fingerprints(found: Iterable[tuple[Step, int]]) -> dict[str, dict[str, Any]]:
+    """By parameter, from the shares of its steps."""
+    shares: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for step, share in found:
+        layers = shares[step.family.weight]
+        layers[step.layer] = (layers[step.layer] + share) & _MASK
+    return {weight: fingerprints(layers) for weight, layers in shares.items()}
 
 
 def _pieces(compared: Sequence[_Compared], plan: Plan, weight: str) -> Iterator[Piece]:
@@ -293,4 +328,5 @@ def _difference(
         min(firsts, key=lambda element: element.index),
         max(worsts, key=lambda element: element.ulps),
         moved or next((result.looks for result in results if result.looks), None),
+        sqnr(result.statistics for result in results if result.statistics),
     )
