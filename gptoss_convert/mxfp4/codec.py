@@ -86,12 +86,12 @@ def _encode_piece(
     stats = _measured(module, values, blocks, scales, status)
     for index, flat in _batches(status == module.REDO):
         stats = _with(stats, _redo(index, flat, values, blocks, scales, hints))
-    kept = scales[(status & (module.REDO | module.ZERO)) == 0]
+    left_out = (status & (module.REDO | module.ZERO)) != 0
     return stats + EncodeStats(
         blocks=scales.size,
         zero_blocks=int(np.count_nonzero(status & module.ZERO)),
-        min_scale=int(kept.min(initial=255)),
-        max_scale=int(kept.max(initial=0)),
+        min_scale=int(np.where(left_out, 255, scales).min()),
+        max_scale=int(np.where(left_out, 0, scales).max()),
         hinted_blocks=int(np.count_nonzero(status & module.HINTED)),
     )
 

@@ -13,12 +13,15 @@ import numpy as np
 from numba import float64, int64, njit, uint8, uint16, uint32
 
 from gptoss_convert.mxfp4.jit import compiled
-from gptoss_convert.mxfp4.reference import GRID
 from gptoss_convert.mxfp4.vectors import (
     SIDE,
+    WIDE,
     decode_block,
+    decode_columns,
     encode_block,
+    encode_columns,
     largest,
+    largest_of_columns,
     prefetch,
     transpose,
 )
@@ -33,8 +36,8 @@ HINTED = 4
 INEXACT = 8
 """Status of a block whose values were rounded: `measure` says how far."""
 
-TILE = 64
-"""Rows that are transposed at once: their values fill whole cache lines on both sides."""
+STRIP = 256
+"""Rows that are treated together: long runs for the memory, and all they touch fits in a cache."""
 
 AHEAD = 1024
 """Elements to prefetch ahead of a straight read: the block that depends on it takes long."""
@@ -63,11 +66,14 @@ def _bias(scale):
 
 
 @njit(inline="always")
-def _prefetch_rows(array, index, step, rows):
-    """Prefetch TILE elements from each of some rows: they are too many for the hardware."""
-    for k in range(rows):
-        for line in range(0, TILE, 32):
-            prefetch(array, index + k * step + line)
+def _prefetch_ahead(array, start, step, width, k, p):
+    """Prefetch the next 32 cache lines of rows `step` apart, from element `p` of row `k` on."""
+    for _ in range(32):
+        prefetch(array, start + k * step + p)
+        p += 32
+        if p >= width:
+            k, p = k + 1, 0
+    return k, p
 
 
 @compiled(DECODE)
@@ -84,26 +90,25 @@ def decode_straight(values, blocks, scales, start, size, row, group, step):
 @compiled(DECODE)
 def decode_across(values, blocks, scales, start, size, row, group, step):
     """Values of any stride, fast if 1 along rows."""
-    tile = np.empty(TILE * 32, np.uint16)
-    for g in range(size[1]):
-        for first in range(0, size[0], TILE):
-            rows = min(TILE, size[0] - first)
+    tile = np.empty(32, np.uint16)
+    biases = np.empty(STRIP, np.uint16)
+    for first in range(0, size[0], STRIP):
+        rows = min(STRIP, size[0] - first)
+        wide = rows // WIDE * WIDE if row[0] == 1 else 0
+        for g in range(size[1]):
             v = start[0] + first * row[0] + g * group[0]
+            b = start[1] + first * row[1] + g * group[1]
+            s = start[2] + first * row[2] + g * group[2]
             for r in range(rows):
-                b = start[1] + (first + r) * row[1] + g * group[1]
-                s = start[2] + (first + r) * row[2] + g * group[2]
-                decode_block(blocks, b, tile, r * 32, _bias(scales[s]))
-            if rows == TILE and row[0] == 1:
-                _prefetch_rows(values, v + TILE, step, 32)
-                for k in range(0, 32, SIDE):
-                    for r in range(0, TILE, SIDE):
-                        transpose(
-                            tile, r * 32 + k, 64, 32, values, v + k * step + r, 2 * step, step
-                        )
-            else:
+                biases[r] = _bias(scales[s + r * row[2]])
+            k, p = 0, 0
+            for r in range(0, wide, WIDE):
+                k, p = _prefetch_ahead(values, v + group[0], step, wide, k, p)
+                decode_columns(blocks, b + r * row[1], row[1], biases, r, values, v + r, step)
+            for r in range(wide, rows):
+                decode_block(blocks, b + r * row[1], tile, 0, biases[r])
                 for k in range(32):
-                    for r in range(rows):
-                        values[v + k * step + r * row[0]] = tile[r * 32 + k]
+                    values[v + r * row[0] + k * step] = tile[k]
 
 
 @njit(inline="always")
@@ -123,12 +128,22 @@ def _choose(amax, hint):
 
 
 @njit(inline="always")
+def _usable_bias(scale):
+    """Zeros have the scale byte 0 but code 0 under any scale in the kernel's range."""
+    return _bias(max(scale, uint8(3)))
+
+
+@njit(inline="always")
+def _not_exact(status):
+    return uint8(REDO) if status else uint8(INEXACT)
+
+
+@njit(inline="always")
 def _encode(values, v, blocks, b, hint):
     """Encode one block; returns (scale byte, status)."""
     scale, status = _choose(largest(values, v), hint)
-    # Zeros have the scale byte 0 but code 0 under any scale in the kernel's range.
-    if not encode_block(values, v, blocks, b, _bias(max(scale, uint8(3)))):
-        status = uint8(REDO) if status else uint8(INEXACT)
+    if not encode_block(values, v, blocks, b, _usable_bias(scale)):
+        status = _not_exact(status)
     return scale, status
 
 
@@ -149,52 +164,74 @@ def encode_straight(values, blocks, scales, hints, status, start, size, row, gro
 @compiled(ENCODE)
 def encode_across(values, blocks, scales, hints, status, start, size, row, group, step):
     """Values of any stride, fast if 1 along rows."""
-    tile = np.empty(TILE * 32, np.uint16)
-    for g in range(size[1]):
-        for first in range(0, size[0], TILE):
-            rows = min(TILE, size[0] - first)
+    tile = np.empty(32, np.uint16)
+    largest_of, biases = np.empty(STRIP, np.uint16), np.empty(STRIP, np.uint16)
+    differ = np.empty(STRIP, np.uint16)
+    for first in range(0, size[0], STRIP):
+        rows = min(STRIP, size[0] - first)
+        wide = rows // WIDE * WIDE if row[0] == 1 else 0
+        for g in range(size[1]):
             v = start[0] + first * row[0] + g * group[0]
-            if rows == TILE and row[0] == 1:
-                _prefetch_rows(values, v + TILE, step, 32)
-                for k in range(0, 32, SIDE):
-                    for r in range(0, TILE, SIDE):
-                        transpose(
-                            values, v + k * step + r, 2 * step, step, tile, r * 32 + k, 64, 32
-                        )
-            else:
+            b = start[1] + first * row[1] + g * group[1]
+            s = start[2] + first * row[2] + g * group[2]
+            h = start[3] + first * row[3] + g * group[3]
+            t = start[4] + first * row[4] + g * group[4]
+            k, p = 0, 0
+            for r in range(0, wide, WIDE):
+                k, p = _prefetch_ahead(values, v + group[0], step, wide, k, p)
+                largest_of_columns(values, v + r, step, largest_of, r)
+            for r in range(wide):
+                scale, seen = _choose(largest_of[r], hints[h + r * row[3]])
+                scales[s + r * row[2]], status[t + r * row[4]] = scale, seen
+                biases[r] = _usable_bias(scale)
+            for r in range(0, wide, WIDE):
+                encode_columns(
+                    values, v + r, step, biases, r, blocks, b + r * row[1], row[1], differ, r
+                )
+            for r in range(wide):
+                if differ[r]:
+                    status[t + r * row[4]] = _not_exact(status[t + r * row[4]])
+            for r in range(wide, rows):
                 for k in range(32):
-                    for r in range(rows):
-                        tile[r * 32 + k] = values[v + k * step + r * row[0]]
-            for r in range(rows):
-                b = start[1] + (first + r) * row[1] + g * group[1]
-                s = start[2] + (first + r) * row[2] + g * group[2]
-                h = start[3] + (first + r) * row[3] + g * group[3]
-                t = start[4] + (first + r) * row[4] + g * group[4]
-                scales[s], status[t] = _encode(tile, r * 32, blocks, b, hints[h])
+                    tile[k] = values[v + r * row[0] + k * step]
+                scales[s + r * row[2]], status[t + r * row[4]] = _encode(
+                    tile, 0, blocks, b + r * row[1], hints[h + r * row[3]]
+                )
 
 
 @compiled(MEASURE)
 def measure(values, blocks, scales, status, counts, sums, start, size, row, group, step):
     """Add up the inexact blocks' values: counts (changed, clipped, flushed) and, as float64,
     sums (squares, squared errors, largest absolute error)."""
+    decoded = np.empty(32, np.uint16)
+    # A sum per lane, so that the lanes of a vector need not wait for each other.
+    wide = np.empty((2, 32), np.uint32)
+    exact, rounded = wide.view(np.float32)
+    changed, clipped, flushed = np.zeros((3, 32), np.int64)
+    squares, errors, largest_error = np.zeros((3, 32))
     for r in range(size[0]):
         for g in range(size[1]):
             if status[start[3] + r * row[3] + g * group[3]] != INEXACT:
                 continue
             v = start[0] + r * row[0] + g * group[0]
             b = start[1] + r * row[1] + g * group[1]
-            unit = math.ldexp(1.0, int64(scales[start[2] + r * row[2] + g * group[2]]) - 127)
+            scale = scales[start[2] + r * row[2] + g * group[2]]
+            decode_block(blocks, b, decoded, 0, _bias(scale))
             for k in range(32):
-                bits = np.uint32(uint32(values[v + k * step] & 0x7FFF) << 16)
-                value = float64(np.uint32(bits).view(np.float32))
-                code = (blocks[b + k // 2] >> (k % 2 * 4)) & 7
-                error = abs(value - GRID[code] * unit)
-                counts[0] += error != 0
-                counts[1] += value > 6 * unit
-                counts[2] += code == 0 and value > 0
-                sums[0] += value * value
-                sums[1] += error * error
-                sums[2] = max(sums[2], error)
+                wide[0, k] = uint32(values[v + k * step] & 0x7FFF) << uint32(16)
+                wide[1, k] = uint32(decoded[k] & 0x7FFF) << uint32(16)
+            most = np.float32(math.ldexp(6.0, int64(scale) - 127))
+            for k in range(32):
+                value, error = exact[k], abs(exact[k] - rounded[k])
+                changed[k] += error != 0
+                clipped[k] += value > most
+                flushed[k] += (rounded[k] == 0) & (value > 0)
+                squares[k] += float64(value) * float64(value)
+                errors[k] += float64(error) * float64(error)
+                largest_error[k] = max(largest_error[k], float64(error))
+    counts += np.array([changed.sum(), clipped.sum(), flushed.sum()])
+    sums[:2] += np.array([squares.sum(), errors.sum()])
+    sums[2] = max(sums[2], largest_error.max())
 
 
 @compiled(COPY)
@@ -206,24 +243,22 @@ def copy_across(source, target, start, size, source_steps, target_steps):
     source_pair, source_step = source_steps
     target_pair, target_step = target_steps
     for q0 in range(0, size[1], 32):
-        for p0 in range(0, size[0], TILE):
-            q1, p1 = min(q0 + 32, size[1]), min(p0 + TILE, size[0])
-            q8, p8 = q0 + (q1 - q0) // SIDE * SIDE, p0 + (p1 - p0) // SIDE * SIDE
-            for p in range(p0 + TILE, p0 + 2 * TILE):
+        for p0 in range(0, size[0], WIDE):
+            q1, p1 = min(q0 + 32, size[1]), min(p0 + WIDE, size[0])
+            q8 = q0 + (q1 - q0) // SIDE * SIDE if p1 - p0 == WIDE else q0
+            for p in range(p0 + WIDE, p0 + 2 * WIDE):
                 prefetch(source, start[0] + p // 2 * source_pair + p % 2 * source_step + q0)
             for q in range(q0, q0 + 32):
-                t = start[1] + q // 2 * target_pair + q % 2 * target_step + p0 + TILE
-                for line in range(0, TILE, 32):
-                    prefetch(target, t + line)
-            for p in range(p0, p8, SIDE):
-                for q in range(q0, q8, SIDE):
-                    s = start[0] + p // 2 * source_pair + q
-                    t = start[1] + q // 2 * target_pair + p
-                    transpose(
-                        source, s, source_pair, source_step, target, t, target_pair, target_step
-                    )
-            for q in range(q0, q1):
-                for p in range(p0 if q >= q8 else p8, p1):
+                t = start[1] + q // 2 * target_pair + q % 2 * target_step
+                prefetch(target, t + p0 + WIDE)
+            s = start[0] + p0 // 2 * source_pair
+            for q in range(q0, q8, SIDE):
+                t = start[1] + q // 2 * target_pair + p0
+                transpose(
+                    source, s + q, source_pair, source_step, target, t, target_pair, target_step
+                )
+            for q in range(q8, q1):
+                for p in range(p0, p1):
                     s = start[0] + p // 2 * source_pair + p % 2 * source_step + q
                     t = start[1] + q // 2 * target_pair + q % 2 * target_step + p
                     target[t] = source[s]
