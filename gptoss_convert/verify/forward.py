@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gptoss_convert.verify.first_calls import settle_kernels
 from gptoss_convert.verify.fp4 import Packed
 from gptoss_convert.verify.model import ExpertMatrices, LayerWeights, ModelConfig
 
@@ -55,6 +56,7 @@ class Numerics:
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Switch off TF32 and reduced bf16 accumulation inside the block, and autograd with them."""
+    settle_kernels()
     precision = torch.get_float32_matmul_precision()
     reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     torch.set_float32_matmul_precision("highest")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.errors import UsageError
+from gptoss_convert.verify.first_calls import settle_kernels
 from gptoss_convert.verify.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def oracle_logits(
 
     Raises UsageError if its library is not installed.
     """
+    settle_kernels()
     try:
         if checkpoint.format == "hf":
             layers = len(config.sliding)
