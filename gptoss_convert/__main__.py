@@ -65,6 +65,11 @@ def _run() -> int:
         sys.stdout.flush()
     except click.exceptions.Exit as leave:
         return leave.exit_code
+    except SystemExit:
+        # If whoever read the help has left, click puts another stdout in place: no error.
+        if sys.stdout is not sys.__stdout__:
+            return 0
+        raise
     except click.ClickException as error:
         error.show()
         return _told(error.format_message(), error.exit_code)

@@ -15,12 +15,14 @@ from gptoss_convert.cli_options import (
     EPILOG,
     FORMATS,
     PATH,
+    Choice,
     Size,
     as_json_flag,
     config_option,
     iteration_option,
     overwrite_flag,
     quiet_flag,
+    say,
     show,
     strict_flag,
     vocab_size_option,
@@ -29,11 +31,14 @@ from gptoss_convert.cli_options import (
 from gptoss_convert.pages import render
 from gptoss_convert.version import VERSION
 
+PROGRAM = "gptoss-convert"
+COMPLETE = "_GPTOSS_CONVERT_COMPLETE"
+"""The variable with which a shell's script asks for completions; its name follows the program's."""
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 
 
 @click.group(context_settings=_SETTINGS, epilog=EPILOG)
-@click.version_option(VERSION, "-V", "--version", prog_name="gptoss-convert")
+@click.version_option(VERSION, "-V", "--version", prog_name=PROGRAM)
 def cli() -> None:
     """Convert GPT-OSS checkpoints: Hugging Face (MXFP4, BF16), OpenAI's layout, Megatron-Core.
 
@@ -44,22 +49,22 @@ def cli() -> None:
 @cli.command(epilog=EPILOG)
 @click.argument("source", type=PATH)
 @click.argument("target", type=PATH)
-@click.option("--to", required=True, type=click.Choice(FORMATS), help="Format of TARGET.")
+@click.option("--to", required=True, type=Choice(FORMATS), help="Format of TARGET.")
 @click.option(
     "--dtype",
-    type=click.Choice(["keep", "mxfp4", "bf16"]),
+    type=Choice(["keep", "mxfp4", "bf16"]),
     default="keep",
     help="Encoding of the expert weights in TARGET.",
 )
 @click.option(
     "--from",
     "source_format",
-    type=click.Choice(FORMATS),
+    type=Choice(FORMATS),
     help="Format to read, where SOURCE holds several.",
 )
 @click.option(
     "--shards",
-    type=click.Choice(["auto", "size", "published"]),
+    type=Choice(["auto", "size", "published"]),
     default="auto",
     help="Files of TARGET: as the MXFP4 original's where a sidecar remembers them, else by size; "
     "always by size; or OpenAI's own names, order and boundaries.",
@@ -82,7 +87,7 @@ def cli() -> None:
 @strict_flag
 @click.option(
     "--layout",
-    type=click.Choice(["stacked", "per-layer"]),
+    type=Choice(["stacked", "per-layer"]),
     default="stacked",
     help="Megatron TARGET: all layers in one tensor, or a tensor a layer (120b loads faster).",
 )
@@ -93,7 +98,7 @@ def cli() -> None:
 )
 @click.option(
     "--bridge",
-    type=click.Choice(["modern", "legacy"]),
+    type=Choice(["modern", "legacy"]),
     default="modern",
     help="Megatron TARGET: run_config.yaml for Megatron-Bridge from 0.4.0 on, or before.",
 )
@@ -126,10 +131,11 @@ def convert(
     """Convert SOURCE, a checkpoint directory, to a new directory TARGET.
 
     \b
-    gptoss-convert convert gpt-oss-20b out --to hf --dtype bf16
-    gptoss-convert convert out back --to hf --dtype mxfp4
-    gptoss-convert convert gpt-oss-20b/original out --to hf --tokenizer gpt-oss-20b
-    gptoss-convert convert gpt-oss-20b out --to megatron
+    Examples:
+      gptoss-convert convert gpt-oss-20b out --to hf --dtype bf16
+      gptoss-convert convert out back --to hf --dtype mxfp4
+      gptoss-convert convert gpt-oss-20b/original out --to hf --tokenizer gpt-oss-20b
+      gptoss-convert convert gpt-oss-20b out --to megatron
     """
     from gptoss_convert.conversion import plan
     from gptoss_convert.options import Options
@@ -159,7 +165,7 @@ def convert(
 @click.option(
     "--from",
     "source_format",
-    type=click.Choice(FORMATS),
+    type=Choice(FORMATS),
     help="Format to read, where PATH holds several.",
 )
 @iteration_option
@@ -178,7 +184,8 @@ def inspect(
     """Tell what the checkpoint in PATH is: format, size, encoding, anything odd. Headers only.
 
     \b
-    gptoss-convert inspect gpt-oss-20b
+    Examples:
+      gptoss-convert inspect gpt-oss-20b
     """
     from gptoss_convert.checkpoint import Choices
     from gptoss_convert.inspection import inspect
@@ -192,21 +199,21 @@ def inspect(
 @click.argument("target", type=PATH)
 @click.option(
     "--model",
-    type=click.Choice(["tiny", "20b", "120b"]),
+    type=Choice(["tiny", "20b", "120b"]),
     default="tiny",
     help="Which model's shapes.",
 )
 @click.option("--layers", type=click.IntRange(1), help="Fewer layers than the model has.")
-@click.option("--format", type=click.Choice(FORMATS), default="hf", help="Format of TARGET.")
+@click.option("--format", type=Choice(FORMATS), default="hf", help="Format of TARGET.")
 @click.option(
     "--dtype",
-    type=click.Choice(["keep", "mxfp4", "bf16"]),
+    type=Choice(["keep", "mxfp4", "bf16"]),
     default="keep",
     help="Encoding of the expert weights; keep is MXFP4.",
 )
 @click.option(
     "--shards",
-    type=click.Choice(["auto", "size", "published"]),
+    type=Choice(["auto", "size", "published"]),
     default="auto",
     help="Files of TARGET: as published for a whole 20b or 120b, else by size.",
 )
@@ -219,13 +226,32 @@ def synth(target: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write a synthetic checkpoint: published names, shapes and files, realistic random values.
 
     \b
-    gptoss-convert synth tiny
-    gptoss-convert synth gpt-oss-20b --model 20b
+    Examples:
+      gptoss-convert synth tiny
+      gptoss-convert synth gpt-oss-20b --model 20b
     """
     from gptoss_convert.synth import synth
 
     done = synth(target, progress=progress.for_terminal(quiet), **options).summary()
     show("convert", done, report.finished(done), as_json=as_json, quiet=quiet)
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("shell", type=Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script with which SHELL completes commands, options, choices and paths.
+
+    \b
+    Examples:
+      gptoss-convert completion bash > ~/.local/share/bash-completion/completions/gptoss-convert
+      gptoss-convert completion zsh > "${fpath[1]}/_gptoss-convert"
+      gptoss-convert completion fish > ~/.config/fish/completions/gptoss-convert.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    say(kind(cli, {}, PROGRAM, COMPLETE).source())
 
 
 def _warm() -> None:

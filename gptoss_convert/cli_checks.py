@@ -14,6 +14,7 @@ from gptoss_convert.cli_options import (
     EPILOG,
     FORMATS,
     PATH,
+    Choice,
     Share,
     Size,
     as_json_flag,
@@ -38,7 +39,7 @@ from gptoss_convert.errors import IntegrityError
 @click.option(
     "--from",
     "source_format",
-    type=click.Choice(FORMATS),
+    type=Choice(FORMATS),
     help="Format to read, where PATH holds several.",
 )
 @iteration_option
@@ -70,8 +71,9 @@ def check(
     """Check the checkpoint in PATH, with its manifest if it has one; name what is damaged.
 
     \b
-    gptoss-convert check gpt-oss-20b
-    gptoss-convert check gpt-oss-20b --read-data
+    Examples:
+      gptoss-convert check gpt-oss-20b
+      gptoss-convert check gpt-oss-20b --read-data
     """
     from gptoss_convert.check import Reading, check
     from gptoss_convert.checkpoint import Choices
@@ -92,31 +94,31 @@ def check(
 @click.argument("target", type=PATH)
 @click.option(
     "--level",
-    type=click.Choice(["header", "values", "logits", "oracle"]),
+    type=Choice(["header", "values", "logits", "oracle"]),
     default="logits",
     help="How deep to look; each level includes those before it.",
 )
 @click.option(
     "--from-source",
     "source_format",
-    type=click.Choice(FORMATS),
+    type=Choice(FORMATS),
     help="Format to read, where SOURCE holds several.",
 )
 @click.option(
     "--from-target",
     "target_format",
-    type=click.Choice(FORMATS),
+    type=Choice(FORMATS),
     help="Format to read, where TARGET holds several.",
 )
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=Choice(["auto", "cpu", "cuda"]),
     default="auto",
     help="Where to compute logits; auto takes a GPU if there is one.",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bf16"]),
+    type=Choice(["float32", "bf16"]),
     default="float32",
     help="What to compute logits in; bf16 is faster and coarser.",
 )
@@ -135,7 +137,7 @@ def check(
 @click.option("--layers", type=click.IntRange(1), help="Compare only so many layers.")
 @click.option(
     "--limits",
-    type=click.Choice(["lossless", "float32", "bfloat16"]),
+    type=Choice(["lossless", "float32", "bfloat16"]),
     default="lossless",
     help="What still counts as the same; beyond lossless the logits decide, not the values.",
 )
@@ -162,8 +164,9 @@ def verify(
     """Tell whether SOURCE and TARGET, checkpoints in any formats, are the same model.
 
     \b
-    gptoss-convert verify gpt-oss-20b gpt-oss-20b-bf16
-    gptoss-convert verify gpt-oss-20b megatron --level values
+    Examples:
+      gptoss-convert verify gpt-oss-20b gpt-oss-20b-bf16
+      gptoss-convert verify gpt-oss-20b megatron --level values
     """
     from gptoss_convert import report_page
     from gptoss_convert.verify.gate import Options, verify_checkpoints

@@ -6,6 +6,8 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,16 @@ class Share(click.ParamType[float]):
         if match is None or not 0 < float(match[1]) <= 100:
             self.fail(f"{value!r} is no share; write for example 5%", param, ctx)
         return float(match[1]) / 100
+
+
+class Choice(click.Choice[str]):
+    """One of a few words."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """Lists the words, and names the one that was probably meant."""
+        message = super().get_invalid_choice_message(value, ctx)
+        near = get_close_matches(str(value), self.choices, n=1)
+        return f"{message} Did you mean {near[0]!r}?" if near else message
 
 
 PATH = click.Path(path_type=Path)
@@ -109,4 +121,5 @@ def complain(text: str) -> None:
     word, colon, rest = printable(text).partition(":")
     if is_styled(sys.stderr) and not os.environ.get("NO_COLOR"):
         word = click.style(word, fg="red", bold=True)
-    click.echo(word + colon + rest, err=True, color=True)
+    with suppress(BrokenPipeError):
+        click.echo(word + colon + rest, err=True, color=True)

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from gptoss_convert.pages import is_dumb, printable
@@ -47,7 +47,7 @@ class Lines:
 
     def note(self, text: str) -> None:
         """Print to stderr."""
-        print(f"note: {printable(text)}", file=sys.stderr)
+        _log(f"note: {printable(text)}")
 
     @contextmanager
     def phase(self, what: str, nbytes: int, steps: int) -> Iterator[Advance]:
@@ -64,9 +64,15 @@ class Lines:
                 now = time.monotonic()
                 if now - last >= _EVERY:
                     last = now
-                    print(_line(what, done, nbytes, count, steps, now - began), file=sys.stderr)
+                    _log(_line(what, done, nbytes, count, steps, now - began))
 
         yield advance
+
+
+def _log(line: str) -> None:
+    """Print to stderr; that whoever read it has left does not end the work."""
+    with suppress(BrokenPipeError):
+        print(line, file=sys.stderr)
 
 
 def _line(what: str, done: int, nbytes: int, count: int, steps: int, seconds: float) -> str:

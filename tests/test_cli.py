@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import click
 import pytest
 
 from gptoss_convert.cli import cli
-from gptoss_convert.cli_options import Size
+from gptoss_convert.cli_options import Choice, Size
 from gptoss_convert.errors import EXIT_CODES, GptossError
+from gptoss_convert.synth import synth
+from tests.test_docs import parse_line
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4
 from tests.tiny_models import SQUARE, random_weights
 
@@ -54,6 +57,38 @@ def test_every_option_has_a_text_and_shows_its_default(name: str):
             record = parameter.get_help_record(click.Context(cli.commands[name]))
             assert record is not None
             assert record[1].strip(), f"{name} {parameter.opts[0]} has no text"
+
+
+@pytest.mark.parametrize("name", cli.commands)
+def test_help_shows_examples_that_parse(name: str):
+    text = command(name, "--help").stdout
+    examples = text.partition("\n  Examples:\n")[2].partition("\n\n")[0].splitlines()
+    assert examples
+    for line in examples:
+        assert parse_line(line)
+        assert line.startswith(f"    gptoss-convert {name} ")
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("inspct x", "inspect"),
+        ("convert a b --to hf --overwite", "--overwrite"),
+        ("convert a b --to hf --dtype bfloat16", "bf16"),
+        ("verify a b --level value", "values"),
+        ("completion fsh", "fish"),
+    ],
+)
+def test_a_slip_is_answered_with_what_was_meant(line: str, meant: str):
+    done = command(*line.split())
+    assert done.returncode == 2
+    assert re.search(f"Did you mean (one of: )?'{meant}'", done.stderr)
+
+
+@pytest.mark.parametrize("name", cli.commands)
+def test_every_choice_knows_what_was_meant(name: str):
+    for parameter in cli.commands[name].params:
+        assert not isinstance(parameter.type, click.Choice) or isinstance(parameter.type, Choice)
 
 
 def test_help_lists_every_exit_status():
@@ -236,11 +271,26 @@ def test_wrong_usage_is_status_2_with_a_hint(line: str):
     assert "Error: " in done.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error(given: Path):
-    line = f"{sys.executable} -m gptoss_convert inspect {given / 'mxfp4'} --json | head -1"
-    shell = ["bash", "-o", "pipefail", "-c", line]
+LEAVING = {
+    "inspect {mxfp4} --json | head -1": (0, "{\n", ""),
+    "convert --help | true": (0, "", ""),
+    "verify {mxfp4} {bf16} --level header --json | true": (0, "", ""),
+    "verify {mxfp4} {other} --level header | true": (1, "", ""),
+    "inspect {root} --json | true": (3, "", "error: {root}: not a GPT-OSS checkpoint: "),
+}
+
+
+@pytest.mark.parametrize("command", LEAVING)
+def test_a_reader_that_leaves_early_changes_no_status(given: Path, tmp_path: Path, command: str):
+    synth(tmp_path / "other", layers=1)
+    places = {"mxfp4": given / "mxfp4", "bf16": given / "bf16", "root": given}
+    line = command.format(**places, other=tmp_path / "other")
+    shell = ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m gptoss_convert {line}"]
     done = subprocess.run(shell, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+    status, out, error = LEAVING[command]
+    assert (done.returncode, done.stdout) == (status, out)
+    assert done.stderr.startswith(error.format(**places))
+    assert len(done.stderr.splitlines()) == bool(error)
 
 
 def test_names_of_others_cannot_break_the_line(tmp_path: Path):

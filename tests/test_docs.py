@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,16 @@ def test_commands_that_are_only_shown_parse(page: Path) -> None:
     for block in blocks_of(page):
         assert block.language in {"console", "python", "sh", "text", "toml", ""}, (page, block)
         for line in block.text.splitlines() if block.language == "sh" else ():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["gptoss-convert"]:
-                parse(words[1:])
+            parse_line(line)
+
+
+def parse_line(line: str) -> bool:
+    """Parse a shell's line that runs this program, up to a redirection; whether it is one."""
+    words = takewhile(lambda word: word not in {">", "|"}, shlex.split(line, comments=True))
+    program, *words = [*words, ""]
+    if program == "gptoss-convert":
+        parse(words[:-1])
+    return program == "gptoss-convert"
 
 
 def parse(words: list[str]) -> None:
