@@ -11,6 +11,7 @@ from gptoss_convert import sidecar
 from gptoss_convert.config import Config
 from gptoss_convert.containers import Chunk, safetensors
 from gptoss_convert.extents import Extent, extents
+from gptoss_convert.hub.names import Repository
 from gptoss_convert.model import load_model
 from gptoss_convert.sidecar import Origin
 from gptoss_convert.tables import load_table
@@ -46,6 +47,13 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     """What only this format can tell, for people."""
+    repository: Repository | None = None
+    """Where it is from, pinned to a commit, if not from a directory."""
+
+    @property
+    def place(self) -> str:
+        """What people call it: the repository's name, or the directory."""
+        return str(self.repository or self.root)
 
     @property
     def encoding(self) -> str:

@@ -22,6 +22,7 @@ from gptoss_convert.cli_options import (
     iteration_option,
     overwrite_flag,
     quiet_flag,
+    revision_option,
     say,
     show,
     strict_flag,
@@ -47,7 +48,7 @@ def cli() -> None:
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("source", type=PATH)
+@click.argument("source")
 @click.argument("target", type=PATH)
 @click.option("--to", required=True, type=Choice(FORMATS), help="Format of TARGET.")
 @click.option(
@@ -61,6 +62,12 @@ def cli() -> None:
     "source_format",
     type=Choice(FORMATS),
     help="Format to read, where SOURCE holds several.",
+)
+@revision_option
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="SOURCE on the Hub: convert each shard as it arrives, then drop it.",
 )
 @click.option(
     "--shards",
@@ -118,7 +125,7 @@ def cli() -> None:
 @quiet_flag
 @click.option("-v", "--verbose", is_flag=True, help="Show the plan before it runs.")
 def convert(
-    source: Path,
+    source: str,
     target: Path,
     *,
     no_scales: bool,
@@ -128,10 +135,11 @@ def convert(
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Convert SOURCE, a checkpoint directory, to a new directory TARGET.
+    """Convert SOURCE, a checkpoint directory or a repository on the Hub, to a new directory TARGET.
 
     \b
     Examples:
+      gptoss-convert convert openai/gpt-oss-20b out --to hf --dtype bf16
       gptoss-convert convert gpt-oss-20b out --to hf --dtype bf16
       gptoss-convert convert out back --to hf --dtype mxfp4
       gptoss-convert convert gpt-oss-20b/original out --to hf --tokenizer gpt-oss-20b
@@ -161,37 +169,42 @@ def convert(
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("path", type=PATH)
+@click.argument("source")
 @click.option(
     "--from",
     "source_format",
     type=Choice(FORMATS),
-    help="Format to read, where PATH holds several.",
+    help="Format to read, where SOURCE holds several.",
 )
+@revision_option
 @iteration_option
 @config_option
 @vocab_size_option
 @as_json_flag
 def inspect(
-    path: Path,
+    source: str,
     *,
     source_format: str | None,
+    revision: str | None,
     iteration: int | None,
     config: Path | None,
     vocab_size: int | None,
     as_json: bool,
 ) -> None:
-    """Tell what the checkpoint in PATH is: format, size, encoding, anything odd. Headers only.
+    """Tell what the checkpoint SOURCE is: format, size, encoding, anything odd. Headers only.
+
+    SOURCE is a directory, or a repository on the Hub, of which a few MB are read.
 
     \b
     Examples:
       gptoss-convert inspect gpt-oss-20b
+      gptoss-convert inspect openai/gpt-oss-120b
     """
     from gptoss_convert.checkpoint import Choices
     from gptoss_convert.inspection import inspect
 
     choices = Choices(source_format, True, iteration, config, vocab_size)
-    summary = inspect(path, choices).summary()
+    summary = inspect(source, choices, revision).summary()
     show("inspect", summary, report.inspection(summary), as_json=as_json)
 
 

@@ -67,6 +67,9 @@ class Choice(click.Choice[str]):
 
 
 PATH = click.Path(path_type=Path)
+revision_option = click.option(
+    "--revision", help="SOURCE on the Hub: a branch, tag or commit.  [default: its main branch]"
+)
 as_json_flag = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 quiet_flag = click.option(
     "-q", "--quiet", is_flag=True, help="Print nothing but errors, and --json if asked for."

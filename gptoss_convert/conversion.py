@@ -19,6 +19,7 @@ from gptoss_convert.model import load_model
 from gptoss_convert.opening import open_checkpoint
 from gptoss_convert.options import Options
 from gptoss_convert.publish import check_target
+from gptoss_convert.sources import locate, opening
 from gptoss_convert.steps import Plan, make_plan
 from gptoss_convert.tables import load_table
 from gptoss_convert.targets import make_image
@@ -63,20 +64,29 @@ class Conversion:
         for name, content in self.image.closing:
             digest.update(f"{name} {len(content)}\n".encode() + content)
         digest.update(f"{len(self.plan.steps)} steps".encode())
-        source = self.source
         names = sorted({extent.file for step in self.plan.steps for extent in step.sources})
         return {
             "tool": f"gptoss-convert {VERSION}",
             "options": self.options.decisive,
             "source": {name: self._identity(name) for name in names},
             "plan": digest.hexdigest(),
-            "from": {"path": str(source.root), "format": source.label},
+            "from": self._from(),
             "to": {"format": self.options.to, "variant": self.variant},
         }
+
+    def _from(self) -> dict[str, str]:
+        source = self.source
+        found = {"path": source.place, "format": source.label}
+        if source.repository is not None:
+            found["revision"] = str(source.repository.commit)
+        return found
 
     def _identity(self, name: str) -> list[int]:
         """Size and time of change of a source file, empty for one that lies nowhere."""
         prefix, colon, plain = name.rpartition(":")
+        if self.source.repository is not None and prefix + colon != _REFERENCE:
+            # The commit says more than the time of a download.
+            return []
         path = self.roots[prefix + colon] / plain
         if not path.exists():
             return []
@@ -89,7 +99,7 @@ class Conversion:
         sizes = load_model().sizes(self.source.config.numbers)
         order = (tensor.name for tensor in table.tensors(self.variant, sizes))
         return {
-            "source": {"path": str(self.source.root), "format": self.source.label},
+            "source": self._from(),
             "target": {
                 "path": str(self.target),
                 "format": self.options.to,
@@ -111,10 +121,10 @@ class Conversion:
 
 def plan(source: str | Path, target: str | Path, options: Options) -> Conversion:
     """Everything that is decided before the first byte: opens and checks, reads headers only."""
-    source, target = Path(source), Path(target)
-    check_target(source, target)
-    opened = open_checkpoint(source, options.choices)
-    return plan_opened(opened, target, options)
+    place, target = locate(source, options.revision), Path(target)
+    check_target(place, target)
+    with opening(place, options.choices) as opened:
+        return plan_opened(opened, target, options)
 
 
 def plan_opened(opened: Checkpoint, target: Path, options: Options) -> Conversion:

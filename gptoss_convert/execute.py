@@ -64,6 +64,8 @@ def execute(
     workers: int,
     finished: Callable[[list[Done]], None],
     advance: Callable[[int], None],
+    interrupt: Callable[[], None] = lambda: None,
+    every: float = 2.0,
 ) -> None:
     """Run the steps of these numbers on `workers` threads; see `run_all`."""
     run_all(
@@ -72,6 +74,8 @@ def execute(
         workers=workers,
         finished=finished,
         advance=advance,
+        interrupt=interrupt,
+        every=every,
     )
 
 

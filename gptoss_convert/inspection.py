@@ -11,7 +11,7 @@ from typing import Any
 from gptoss_convert.checkpoint import DEFAULT, Checkpoint, Choices, casts
 from gptoss_convert.folding import TensorGroup, fold_tensors
 from gptoss_convert.model import load_model
-from gptoss_convert.opening import open_checkpoint
+from gptoss_convert.sources import locate, opening
 from gptoss_convert.tables import load_table
 
 
@@ -39,7 +39,8 @@ class Inspection:
         checkpoint = self.checkpoint
         config = {k: v for k, v in vars(checkpoint.config).items() if k != "notes"}
         return {
-            "path": str(checkpoint.root),
+            "path": checkpoint.place,
+            "revision": checkpoint.repository.commit if checkpoint.repository else None,
             "format": checkpoint.label,
             "variant": checkpoint.variant,
             "model": checkpoint.config.size,
@@ -58,9 +59,18 @@ class Inspection:
         }
 
 
-def inspect(path: str | Path, choices: Choices = DEFAULT) -> Inspection:
-    """Open a checkpoint and check every header; raises what `convert` would refuse it for."""
-    checkpoint = open_checkpoint(Path(path), replace(choices, repair=True))
+def inspect(
+    path: str | Path, choices: Choices = DEFAULT, revision: str | None = None
+) -> Inspection:
+    """Open a checkpoint and check every header; raises what `convert` would refuse it for.
+
+    Of a repository on the Hub nothing but headers and configuration is downloaded.
+    """
+    with opening(locate(path, revision), replace(choices, repair=True)) as checkpoint:
+        return _inspected(checkpoint)
+
+
+def _inspected(checkpoint: Checkpoint) -> Inspection:
     checkpoint.extents(casts(True))
     model = load_model()
     sizes = model.sizes(checkpoint.config.numbers)

@@ -16,6 +16,10 @@ class Options:
     to: str
     dtype: str = "keep"
     source_format: str | None = None
+    revision: str | None = None
+    """Of a repository on the Hub: a branch, a tag or a commit."""
+    stream: bool = False
+    """Of a repository on the Hub: convert each shard as it arrives, then drop it."""
     shards: str = "auto"
     """`auto`: as the MXFP4 source was, where a sidecar remembers it, else by size."""
     max_shard_size: int = 5_000_000_000
@@ -65,6 +69,8 @@ class Options:
     def decisive(self) -> dict[str, Any]:
         """The options that decide what is written, as plain data."""
         free = {"workers", "max_memory", "overwrite", "restart", "trust_journal"}
+        # The commit that a revision named, and nothing else about it, stands among the facts.
+        free |= {"revision", "stream"}
         return {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(self).items()

@@ -20,13 +20,14 @@ from gptoss_convert.errors import (
     UsageError,
 )
 from gptoss_convert.files import sync_directory
+from gptoss_convert.hub.names import Repository
 
 _USELESS = (CodecError, InputError, IntegrityError)
 """Errors after which the work is of no use; after any other the same command can go on."""
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
-def check_target(source: Path, target: Path) -> None:
+def check_target(source: Path | Repository, target: Path) -> None:
     """Refuse a TARGET that lies in SOURCE or holds it, or has no writable parent."""
     parent = target.parent.resolve()
     if not parent.is_dir():
@@ -35,11 +36,14 @@ def check_target(source: Path, target: Path) -> None:
         raise DiskError(f"{target}: its parent directory is not writable")
     if target.name in {"", ".."}:
         raise UsageError(f"{target}: TARGET needs a name of its own")
-    inner, outer = parent / target.name, source.resolve()
-    if inner == outer or inner.is_relative_to(outer) or outer.is_relative_to(inner.resolve()):
+    if isinstance(source, Path) and _nested(parent / target.name, source.resolve()):
         raise UsageError(f"{target}: SOURCE and TARGET lie in each other")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise TargetError(f"{target}: exists and is not a directory")
+
+
+def _nested(inner: Path, outer: Path) -> bool:
+    return inner == outer or inner.is_relative_to(outer) or outer.is_relative_to(inner.resolve())
 
 
 def check_absent(target: Path) -> None:

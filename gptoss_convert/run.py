@@ -7,7 +7,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from gptoss_convert.execute import Done, Region, execute, places
 from gptoss_convert.files import Arena, ByteSource, SourceFiles, TargetFiles, write_file
 from gptoss_convert.fingerprint import ScaleStatistics
 from gptoss_convert.folding import fold
+from gptoss_convert.hub.stream import ShardStream
 from gptoss_convert.journal import Journal
 from gptoss_convert.mxfp4 import EncodeStats
 from gptoss_convert.options import Options
@@ -77,6 +78,15 @@ def run(
     Raises CodecError if a value has no MXFP4 form and `lossy` was not asked for: what would be lost
     is stated, by weight, in its message.
     """
+    if source is None and conversion.source.repository is not None:
+        from gptoss_convert.hub.fetch import fetched
+
+        with fetched(conversion, progress) as (ready, stream):
+            return _run(ready, progress, stream)
+    return _run(conversion, progress, source)
+
+
+def _run(conversion: Conversion, progress: Progress, source: ByteSource | None) -> Report:
     began = time.monotonic()
     for note in conversion.notes:
         progress.note(note)
@@ -132,10 +142,11 @@ def _execute(
     left = [number for number in range(len(plan.steps)) if number not in done]
     total = plan.read_bytes + plan.write_bytes
     with (
-        nullcontext(source) if source else SourceFiles(conversion.roots) as sources,
+        _reading(conversion, source) as sources,
         TargetFiles(space.work) as files,
         progress.phase("converting", total, len(plan.steps)) as advance,
     ):
+        stream = sources if isinstance(sources, ShardStream) else None
         for file in conversion.image.files:
             files.create(file.name, file.size)
             for offset, content in file.fixed:
@@ -147,15 +158,19 @@ def _execute(
             files.sync()
             journal.append(batch)
             done.update((result.step, result) for result in batch)
+            if stream:
+                stream.finished(result.step for result in batch)
 
         execute(
             plan,
-            left,
+            stream.begin(plan, left) if stream else left,
             sources,
             files,
             workers=conversion.workers,
             finished=finished,
             advance=advance,
+            interrupt=stream.interrupt if stream else lambda: None,
+            every=0.25 if stream else 2.0,
         )
         files.sync()
         if isinstance(sources, SourceFiles):
@@ -164,11 +179,20 @@ def _execute(
     return done
 
 
+def _reading(
+    conversion: Conversion, source: ByteSource | None
+) -> AbstractContextManager[ByteSource]:
+    """What the workers read from, for as long as they do."""
+    if source is None:
+        return SourceFiles(conversion.roots)
+    return source if isinstance(source, ShardStream) else nullcontext(source)
+
+
 def _refuse_nonfinite(conversion: Conversion, batch: Iterable[Done]) -> None:
     for result in batch:
         if result.oddities.nonfinite and not conversion.options.allow_nonfinite:
             raise IntegrityError(
-                f"{conversion.source.root}: {result.oddities.first}; "
+                f"{conversion.source.place}: {result.oddities.first}; "
                 "pass --allow-nonfinite to keep such values"
             )
 
@@ -179,7 +203,7 @@ def _refuse_zeros(conversion: Conversion, done: Mapping[int, Done]) -> None:
     weights = [matrix for matrix in zeros if not oddities.is_vector(matrix[0])]
     if weights and not conversion.options.allow_zero:
         raise IntegrityError(
-            f"{conversion.source.root}: {len(weights)} weight matrices are zero throughout, in "
+            f"{conversion.source.place}: {len(weights)} weight matrices are zero throughout, in "
             f"{fold(oddities.tensors_of(conversion.plan, weights))}; "
             "pass --allow-zero to keep them"
         )
@@ -261,7 +285,7 @@ def _state_losses(
             )
     if lossy and not conversion.options.lossy:
         raise CodecError(
-            f"{conversion.source.root}: {'; '.join(lossy)}; pass --lossy to round, nothing was "
+            f"{conversion.source.place}: {'; '.join(lossy)}; pass --lossy to round, nothing was "
             "written"
         )
     for loss in lossy:

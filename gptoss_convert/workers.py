@@ -18,12 +18,14 @@ def run_all(
     workers: int,
     finished: Callable[[list[Result]], None],
     advance: Callable[[int], None],
+    interrupt: Callable[[], None] = lambda: None,
     every: float = 2.0,
 ) -> None:
     """Do every number once; `finished` gets the results of about `every` seconds, in this thread.
 
     The first error stops all workers after their current step and is raised here, when everything
     done has been handed over. `advance` is called from the workers with the bytes moved.
+    `interrupt` frees workers that wait for anything, once no further step is to begin.
     """
     queue = iter(numbers)
     lock = threading.Lock()
@@ -46,6 +48,7 @@ def run_all(
         except BaseException as error:
             errors.append(error)
             stop.set()
+            interrupt()
 
     def hand_over() -> None:
         with lock:
@@ -67,6 +70,7 @@ def run_all(
                     hand_over()
     finally:
         stop.set()
+        interrupt()
         for thread in started:
             if thread.ident is not None:
                 thread.join()

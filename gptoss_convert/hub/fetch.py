@@ -1,0 +1,119 @@
+"""What a planned conversion of a repository reads from: a snapshot in the cache, or a stream."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from gptoss_convert import resources
+from gptoss_convert.checkpoint import Checkpoint
+from gptoss_convert.conversion import Conversion, plan_opened
+from gptoss_convert.errors import UsageError
+from gptoss_convert.hub.bars import PIECE, bar_type
+from gptoss_convert.hub.client import Listing, cached, download, resolve
+from gptoss_convert.hub.outline import files_of, is_weights, opened, outline
+from gptoss_convert.hub.stream import ShardStream
+from gptoss_convert.progress import Advance, Progress
+
+_AT_ONCE = 4
+
+
+@contextmanager
+def fetched(
+    conversion: Conversion, progress: Progress
+) -> Iterator[tuple[Conversion, ShardStream | None]]:
+    """The same conversion with SOURCE's files at hand: all of them, or shard by shard."""
+    source, options = conversion.source, conversion.options
+    if source.repository is None:
+        raise UsageError(f"{source.place}: not a repository on the Hub")
+    listing = resolve(source.repository)
+    choices = replace(options.choices, format=source.format)
+    if not options.stream:
+        root = snapshot(listing, source, progress)
+        checkpoint = opened(listing, root, choices)
+        yield plan_opened(checkpoint, conversion.target, options), None
+        return
+    with outline(listing, source.format, whole=True) as root:
+        ready = plan_opened(opened(listing, root, choices), conversion.target, options)
+        folder = conversion.target.parent / f".{conversion.target.name}.gptoss-convert.shards"
+        yield ready, ShardStream(listing, ready, root, folder)
+
+
+def snapshot(listing: Listing, source: Checkpoint, progress: Progress) -> Path:
+    """The cache's directory of the pinned commit, with every file of the checkpoint in it."""
+    weights = weight_files(source)
+    names = [n for n in files_of(listing, source.format) if n in weights or not is_weights(n)]
+    missing = [name for name in names if cached(listing, name) is None]
+    folder = _cache_folder(listing)
+    if missing:
+        total = sum(listing.files[name] for name in missing)
+        resources.check_disk(next(place for place in folder.parents if place.exists()), total)
+        pieces = sum(-(-listing.files[name] // PIECE) for name in missing)
+        with progress.phase("downloading", total, pieces) as advance:
+            _download_all(listing, missing, advance)
+        _remember(listing, folder)
+    return folder / "snapshots" / str(listing.repository.commit)
+
+
+def _cache_folder(listing: Listing) -> Path:
+    """Where the client's cache keeps a repository."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    name = repo_folder_name(repo_id=listing.repository.name, repo_type="model")
+    return Path(constants.HF_HUB_CACHE, name)
+
+
+def _remember(listing: Listing, folder: Path) -> None:
+    """Note which commit the revision named, as the client does: it is found offline by that."""
+    repository = listing.repository
+    if repository.revision != repository.commit:
+        path = folder / "refs" / (repository.revision or "main")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(repository.commit), encoding="ascii")
+
+
+def weight_files(source: Checkpoint) -> frozenset[str]:
+    """The files of the repository that hold the checkpoint's tensors."""
+    folder = "original/" if source.format == "openai" and source.root.name == "original" else ""
+    names = {folder + chunk.file for chunk in source.chunks}
+    if source.scales is not None:
+        names |= {chunk.file for chunk in source.scales.chunks}
+    return frozenset(names)
+
+
+def _download_all(listing: Listing, names: list[str], advance: Advance) -> None:
+    """Download in a few threads; the first error stops all, and so does leaving."""
+    queue: SimpleQueue[str] = SimpleQueue()
+    for name in names:
+        queue.put(name)
+    stop = threading.Event()
+    errors: list[BaseException] = []
+    bar = bar_type(advance, stop)
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                download(listing, queue.get_nowait(), bar)
+        except Empty:
+            return
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    # Daemons: a download that does not notice the stop must not keep the program from leaving.
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(_AT_ONCE)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)
+    finally:
+        stop.set()
+    if errors:
+        raise errors[0]

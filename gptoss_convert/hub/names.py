@@ -1,0 +1,71 @@
+"""Which SOURCE is a repository on the Hub, and which a directory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from gptoss_convert.errors import UsageError
+
+RELEASED = (
+    "openai/gpt-oss-20b",
+    "openai/gpt-oss-120b",
+    "openai/gpt-oss-safeguard-20b",
+    "openai/gpt-oss-safeguard-120b",
+)
+_ID = re.compile(r"(?!.*(?:--|\.\.))[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
+_SCHEME = "hf://"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model repository `owner/name` at a revision: a branch, a tag or a commit."""
+
+    name: str
+    revision: str | None = None
+    """As it was asked for; None is the main branch."""
+    commit: str | None = None
+    """What the revision named when it was resolved, once."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def repository(source: str | Path, revision: str | None = None) -> Repository | None:
+    """The repository that SOURCE names, None where it is a directory.
+
+    An existing path always wins, and a `Path` is one. Raises UsageError where the two could be
+    mixed up, with the way to say which is meant.
+    """
+    if isinstance(source, str) and source.startswith(_SCHEME):
+        name, _, at = source.removeprefix(_SCHEME).partition("@")
+        if not _ID.fullmatch(name) or (at and revision):
+            raise UsageError(f"{source}: expects hf://owner/name, or hf://owner/name@revision")
+        return Repository(name, at or revision)
+    if isinstance(source, str) and not Path(source).exists() and _ID.fullmatch(source):
+        owner = source.partition("/")[0]
+        if Path(owner).exists():
+            raise UsageError(
+                f"{source}: no such directory in {owner}; for the repository write hf://{source}"
+            )
+        return Repository(source, revision)
+    if meant := _released(str(source)):
+        raise UsageError(f"{source}: no such directory; did you mean {meant}, on the Hub?")
+    if revision is not None:
+        raise UsageError(f"--revision {revision}: {source} is not a repository on the Hub")
+    return None
+
+
+def _released(source: str) -> str | None:
+    """The released model that a name without its owner stands for, if no such path exists."""
+    names = {name.partition("/")[2]: name for name in RELEASED}
+    return None if Path(source).exists() else names.get(source.lower())
+
+
+def similar(name: str) -> str:
+    """`; did you mean ...?`, where a released repository has nearly this name."""
+    plain = name.lower().replace("_", "-")
+    found = get_close_matches(plain, RELEASED, 1, cutoff=0.9)
+    return f"; did you mean {found[0]}?" if found and found[0] != name else ""

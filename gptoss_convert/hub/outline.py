@@ -1,0 +1,141 @@
+"""A repository as whoever reads headers sees it: a directory of sparse files, fetched by ranges.
+
+The headers are parsed by the same code, with the same checks, as those of a directory on disk.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from gptoss_convert import megatron, sidecar
+from gptoss_convert.checkpoint import CONFIG, MANIFEST, Checkpoint, Choices
+from gptoss_convert.containers import safetensors
+from gptoss_convert.containers.paths import safe_name
+from gptoss_convert.errors import GptossError, InputError, NetworkError, UsageError
+from gptoss_convert.hub.client import Listing, beginning
+from gptoss_convert.opening import open_checkpoint
+from gptoss_convert.strict_json import parse_object
+
+_FIRST = 1 << 16
+"""Bytes of a shard asked for at once: the headers of the released models fit."""
+_AT_ONCE = 8
+_WHOLE = frozenset((CONFIG, MANIFEST, safetensors.INDEX, "dtypes.json", sidecar.ORIGIN))
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".distcp")
+_ORIGINAL = "original/"
+_TORCH_DIST = frozenset((megatron.TRACKER, ".metadata", "metadata.json"))
+
+
+def files_of(listing: Listing, format: str | None) -> tuple[str, ...]:
+    """The files of one checkpoint format: those beside config.json, or those in `original/`.
+
+    Raises UsageError for torch_dist, whose headers lie between its data, InputError for a path
+    that leads out of the repository.
+    """
+    names = listing.files.keys()
+    beside = {name for name in names if "/" not in name}
+    if format == "megatron" or beside & _TORCH_DIST or any(n.startswith("iter_") for n in names):
+        raise UsageError(
+            f"{listing.repository}: torch_dist is read from a directory only; run: hf download "
+            f"{listing.repository} --local-dir DIR"
+        )
+    original = {name for name in names if name.startswith(_ORIGINAL)}
+    inside = f"{_ORIGINAL}{CONFIG}" in original and (format == "openai" or CONFIG not in beside)
+    scales = {name for name in names if name.startswith(f"{sidecar.FOLDER}/")}
+    chosen = sorted(original if inside else beside | scales)
+    for name in chosen:
+        if not safe_name(name, folders=True):
+            raise InputError(f"{listing.repository}: file name {name!r:.80} is not acceptable")
+    return tuple(chosen)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, of this format or another."""
+    return name.endswith(_WEIGHTS)
+
+
+@contextmanager
+def outline(listing: Listing, format: str | None, whole: bool = False) -> Iterator[Path]:
+    """A temporary directory with a file for each of the format's, of its true size.
+
+    Headers and configuration are real, all else is a hole; with `whole`, the files beside the
+    weights are real, too. Errors that are raised inside name the repository.
+    """
+    chosen = files_of(listing, format)
+    with TemporaryDirectory(prefix="gptoss-convert-") as place:
+        root = Path(place, *listing.repository.name.split("/"))
+        with _named(f"{place}/"):
+            root.mkdir(parents=True)
+            _fill(listing, root, [name for name in chosen if not is_weights(name)], whole)
+            read = _indexed(listing, root, chosen)
+            _fill(listing, root, [name for name in chosen if is_weights(name)], read)
+            yield root
+
+
+def opened(listing: Listing, root: Path, choices: Choices) -> Checkpoint:
+    """The checkpoint in an outline or snapshot of a repository, named after it."""
+    found = open_checkpoint(root, choices)
+    short = f"{root}".removesuffix(str(listing.repository))
+    notes = tuple(note.replace(short, "") for note in found.notes)
+    return replace(found, repository=listing.repository, notes=notes)
+
+
+def _fill(listing: Listing, root: Path, names: Iterable[str], real: bool | Set[str]) -> None:
+    """Write files of their true size; what is not `real` is a hole, but for configuration."""
+
+    def write(name: str) -> None:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(_content(listing, name, real if isinstance(real, bool) else name in real))
+            file.truncate(listing.files[name])
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(write, names))
+
+
+def _content(listing: Listing, name: str, real: bool) -> bytes:
+    """What an outline holds of a file: a shard's header, a small file, or nothing."""
+    size = min(listing.files[name], 8 + safetensors.MAX_HEADER)
+    if real and is_weights(name):
+        head = beginning(listing, name, min(size, _FIRST))
+        length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
+        return beginning(listing, name, 8 + length) if len(head) < 8 + length <= size else head
+    if real or name.rpartition("/")[2] in _WHOLE:
+        return beginning(listing, name, size)
+    return b""
+
+
+def _indexed(listing: Listing, root: Path, chosen: Sequence[str]) -> frozenset[str]:
+    """The files whose headers will be read: the scales, and the shards of the index, else all.
+
+    Shards that the cache lacks raise NetworkError where nothing may be downloaded.
+    """
+    shards = [name for name in chosen if name.endswith(".safetensors")]
+    index = next((name for name in chosen if name.endswith(safetensors.INDEX)), None)
+    if index is None:
+        return frozenset(shards)
+    content = parse_object(index, (root / index).read_text(encoding="utf-8", errors="replace"))
+    stated = content.get("weight_map")
+    folder = index.removesuffix(safetensors.INDEX)
+    named = {f"{folder}{name}" for name in stated.values()} if isinstance(stated, dict) else set()
+    missing = sorted(named - listing.files.keys())
+    if missing and listing.cached_only:
+        raise NetworkError(
+            f"{listing.repository}: the cache lacks {', '.join(missing)}, and HF_HUB_OFFLINE is set"
+        )
+    return frozenset(n for n in shards if n in named or n.startswith(f"{sidecar.FOLDER}/"))
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Messages speak of the repository, not of the temporary directory that stands for it."""
+    try:
+        yield
+    except GptossError as error:
+        raise type(error)(str(error).replace(place, "")) from None

@@ -1,0 +1,33 @@
+"""SOURCE: a directory, or a repository on the Hub of which the headers are fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gptoss_convert.checkpoint import Checkpoint, Choices
+from gptoss_convert.hub.names import Repository, repository
+from gptoss_convert.opening import open_checkpoint
+
+
+def locate(source: str | Path, revision: str | None = None) -> Path | Repository:
+    """The directory or repository that SOURCE names; an existing path always wins."""
+    return repository(source, revision) or Path(source)
+
+
+@contextmanager
+def opening(source: Path | Repository, choices: Choices) -> Iterator[Checkpoint]:
+    """Open SOURCE header by header; the files of a repository are there inside the context only.
+
+    Raises what `open_checkpoint` raises, and NetworkError.
+    """
+    if isinstance(source, Path):
+        yield open_checkpoint(source, choices)
+        return
+    from gptoss_convert.hub.client import resolve
+    from gptoss_convert.hub.outline import opened, outline
+
+    listing = resolve(source)
+    with outline(listing, choices.format) as root:
+        yield opened(listing, root, choices)

@@ -1,0 +1,281 @@
+"""Repositories on the Hub as SOURCE: the real client against a small server on 127.0.0.1."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from gptoss_convert import Options, convert, inspect, plan
+from gptoss_convert.errors import IntegrityError, NetworkError
+from gptoss_convert.run import run
+from tests.hub_server import Fault, Hub, serving
+from tests.stopping import At, HaltError, halt
+from tests.test_golden import inventory, published_config, write_header_only
+from tests.tiny_files import write_hf_mxfp4, write_openai
+from tests.tiny_models import SQUARE, random_weights
+
+NAME = "openai/gpt-oss-20b"
+BF16 = Options(to="hf", dtype="bf16")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository as OpenAI's: Hugging Face's files, `original/` and `metal/` beside them."""
+    root = tmp_path_factory.mktemp("published") / "repo"
+    weights = random_weights(SQUARE, seed=5)
+    whole = write_hf_mxfp4(root.parent / "whole", SQUARE, weights)
+    convert(whole, root, Options(to="hf", max_shard_size=250_000))
+    (root / "gptoss-convert.json").unlink()
+    (root / "tokenizer.json").write_text('{"model": {}}')
+    (root / "tokenizer_config.json").write_text("{}")
+    write_openai(root / "original", SQUARE, weights)
+    (root / "metal").mkdir()
+    (root / "metal" / "model.bin").write_bytes(bytes(1000))
+    return root
+
+
+@pytest.fixture
+def hub(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A running server that the client of this process talks to, with an empty cache."""
+    with serving(Hub()) as running:
+        running.add(NAME, published)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", SECRET)
+        yield running
+
+
+SECRET = "hf_" + "s3cret" * 6
+
+
+def files(folder: Path) -> set[str]:
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return set(found)
+
+
+def same_files(one: Path, other: Path) -> bool:
+    names = sorted(files(one))
+    return files(other) == {*names} and not any(filecmp.cmpfiles(one, other, names, False)[1:])
+
+
+def test_inspect_reads_headers_alone(hub: Hub, published: Path, tmp_path: Path):
+    found = inspect(NAME).summary()
+    assert (found["path"], found["format"]) == (NAME, "hf-mxfp4")
+    assert found["revision"] == hub.repos[NAME].refs["main"]
+    shards = {path.name: path.stat().st_size for path in published.glob("*.safetensors")}
+    assert found["files"] == shards and len(shards) > 4
+    assert not hub.asked("GET", "original") and not hub.asked("GET", "metal")
+    ranges = {asked for _, path, asked, _ in hub.requests if path.startswith("/cdn/")}
+    assert all(int((asked or "").removeprefix("bytes=0-")) < 1 << 16 for asked in ranges)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_headers_of_120b_take_little(hub: Hub, tmp_path: Path):
+    folder = tmp_path / "120b"
+    folder.mkdir()
+    write_header_only(folder / "model.safetensors", inventory("120b", "hf-mxfp4"))
+    (folder / "config.json").write_text(json.dumps(published_config("120b")))
+    (folder / "tokenizer.json").write_bytes(bytes(28 << 20))
+    hub.add("openai/gpt-oss-120b", folder)
+    planned = plan("openai/gpt-oss-120b", tmp_path / "out", BF16)
+    assert planned.write_bytes > 230e9
+    assert hub.sent < 1 << 20
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_convert_takes_the_files_of_one_format(hub: Hub, published: Path, tmp_path: Path):
+    convert(NAME, tmp_path / "hub", BF16)
+    convert(published, tmp_path / "local", Options(to="hf", dtype="bf16", source_format="hf"))
+    hub_files = files(tmp_path / "hub") - {"gptoss-convert.json"}
+    assert hub_files == files(tmp_path / "local") - {"gptoss-convert.json"}
+    assert not filecmp.cmpfiles(tmp_path / "hub", tmp_path / "local", hub_files, False)[1]
+    manifest = json.loads((tmp_path / "hub" / "gptoss-convert.json").read_text())
+    commit = hub.repos[NAME].refs["main"]
+    assert manifest["from"] == {"path": NAME, "format": "hf-mxfp4", "revision": commit}
+    assert not hub.asked("GET", "original/") and not hub.asked("GET", "metal/")
+
+
+def test_from_openai_takes_original_alone(hub: Hub, tmp_path: Path):
+    convert(NAME, tmp_path / "out", Options(to="openai", source_format="openai"))
+    got = {path.rpartition("/resolve/")[2] for path in hub.asked("GET", "/resolve/")}
+    assert got and all(path.partition("/")[2].startswith("original/") for path in got)
+
+
+def test_a_branch_that_moves_changes_nothing(hub: Hub, published: Path, tmp_path: Path):
+    first = hub.repos[NAME].refs["main"]
+    planned = plan(NAME, tmp_path / "out", BF16)
+    hub.add(NAME, published / "original")
+    run(planned)
+    manifest = json.loads((tmp_path / "out" / "gptoss-convert.json").read_text())
+    assert manifest["from"]["revision"] == first != hub.repos[NAME].refs["main"]
+
+
+def test_a_revision_may_be_a_branch_a_tag_or_a_commit(hub: Hub, published: Path):
+    commit = hub.repos[NAME].refs["main"]
+    hub.add(NAME, published / "original", ref="refs/pr/4")
+    assert inspect(NAME, revision=commit).summary()["revision"] == commit
+    found = inspect(f"hf://{NAME}@refs/pr/4").summary()
+    assert (found["format"], found["revision"]) == ("openai", hub.repos[NAME].refs["refs/pr/4"])
+    with pytest.raises(NetworkError, match="no revision 'v2'"):
+        inspect(NAME, revision="v2")
+
+
+def test_what_the_cache_holds_is_enough_offline(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    convert(NAME, tmp_path / "online", BF16)
+    asked = len(hub.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    convert(NAME, tmp_path / "offline", BF16)
+    assert same_files(tmp_path / "online", tmp_path / "offline")
+    assert len(hub.requests) == asked
+    with pytest.raises(NetworkError, match=r"openai/other: not in the cache .*HF_HUB_OFFLINE"):
+        inspect("openai/other")
+    next((tmp_path / "cache").glob("models--*/snapshots/*/model-00002-of-*")).unlink()
+    with pytest.raises(NetworkError, match=r"cache lacks model-00002-of-.*HF_HUB_OFFLINE"):
+        inspect(NAME)
+
+
+def test_broken_downloads_are_continued(hub: Hub, tmp_path: Path, published: Path):
+    """Also by a proxy that ignores ranges, where the file starts anew."""
+    planned = plan(NAME, tmp_path / "out", BF16)
+    hub.faults += [
+        Fault("GET", "/cdn/.*model-00001", cut=20_000),
+        Fault("GET", "/cdn/.*model-00001", cut=30_000, ranges=False, times=1),
+    ]
+    hub.faults[0].times = 2
+    run(planned)
+    starts = [asked for _, path, asked, _ in hub.requests if "/cdn/" in path and "00001" in path]
+    print(hub.requests)
+    assert starts[-4:] == [None, "bytes=20000-", "bytes=40000-", "bytes=30000-"]
+    convert(published, tmp_path / "local", Options(to="hf", dtype="bf16", source_format="hf"))
+    for name in files(tmp_path / "local") - {"gptoss-convert.json"}:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+def test_a_proxy_that_ignores_ranges_sends_a_little_more(hub: Hub, tmp_path: Path):
+    folder = tmp_path / "120b"
+    folder.mkdir()
+    write_header_only(folder / "model.safetensors", inventory("120b", "hf-mxfp4"))
+    (folder / "config.json").write_text(json.dumps(published_config("120b")))
+    hub.add("openai/gpt-oss-120b", folder)
+    hub.faults.append(Fault("GET", "/cdn/", ranges=False))
+    assert inspect("openai/gpt-oss-120b").tensor_bytes > 60e9
+    assert hub.sent < 64 << 20
+
+
+def test_too_many_requests_are_repeated_after_a_while(hub: Hub):
+    hub.faults.append(Fault("GET", "/api/models", 429, {"Retry-After": "0"}, times=1))
+    assert inspect(NAME).encoding == "mxfp4"
+    assert len(hub.asked("GET", "/api/models")) == 2
+
+
+def test_tokens_go_to_the_hub_alone(hub: Hub, tmp_path: Path):
+    convert(NAME, tmp_path / "out", BF16)
+    sent = {path.startswith("/cdn/"): token for _, path, _, token in hub.requests}
+    assert sent == {False: f"Bearer {SECRET}", True: None}
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (Fault("GET", "/api", 401, {"X-Error-Code": "GatedRepo"}), "gated: accept its conditions"),
+        (Fault("GET", "/api", 403, {"X-Error-Code": "GatedRepo"}), "hf auth login"),
+        (Fault("GET", "/api", 401), "not authorised (401)"),
+        (Fault("GET", "/api", 403), "access refused (403)"),
+        (Fault("GET", "/api", 404, {"X-Error-Code": "RepoNotFound"}), "no such repository at"),
+        (Fault("GET", "/api", 400), "the server answered 400"),
+        (Fault("GET", "/api", body=b"<html>a proxy</html>"), "no list of files"),
+        (Fault("GET", "/api", body=b'{"sha": "main", "siblings": []}'), "no list of files"),
+        (Fault("GET", "/cdn/", 403), "access refused (403)"),
+        (
+            Fault("GET", "/cdn/", body=b"version https://git-lfs.github.com/spec/v1\noid x\n"),
+            "a Git LFS pointer, not the file",
+        ),
+        (Fault("GET", "/cdn/", cut=100), "connection broke 3 times"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_failing_network_is_one_line_and_a_status(fault: Fault, expected: str, hub: Hub):
+    hub.faults.append(fault)
+    with pytest.raises(NetworkError) as caught:
+        inspect(NAME)
+    text = str(caught.value)
+    assert caught.value.exit_code == 6
+    assert text.startswith(NAME) and expected in text and "\n" not in text
+    assert SECRET not in text and "signature" not in text
+
+
+def test_a_failing_download_is_one_line_and_a_status(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    planned = plan(NAME, tmp_path / "out", BF16)
+    hub.faults.append(Fault("GET", "/cdn/.*model-00003", 403))
+    with pytest.raises(NetworkError, match=r"model-00003-of-.*: access refused \(403\)"):
+        run(planned)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_headers_get_the_message_that_a_directory_gets(
+    hub: Hub, published: Path, tmp_path: Path
+):
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for path in published.glob("*.*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    shard = folder / "model-00002-of-00005.safetensors"
+    shard = next(folder.glob("model-00002-of-*"))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    hub.add("someone/damaged", folder)
+    with pytest.raises(IntegrityError) as local:
+        inspect(folder)
+    with pytest.raises(IntegrityError) as remote:
+        inspect("someone/damaged")
+    assert str(remote.value) == str(local.value).replace(str(folder), "someone/damaged")
+
+
+def test_a_stream_keeps_two_shards_and_writes_the_same_bytes(
+    hub: Hub, published: Path, tmp_path: Path
+):
+    counts: list[int] = []
+    folder = tmp_path / ".streamed.gptoss-convert.shards"
+    hub.watch = lambda path: counts.append(
+        sum(1 for _ in folder.rglob("*.safetensors")) + ("/cdn/" in path)
+    )
+    convert(NAME, tmp_path / "streamed", Options(to="hf", dtype="bf16", stream=True))
+    assert len(list(published.glob("model-*.safetensors"))) > 4
+    assert 1 <= max(counts) <= 2
+    assert not folder.exists() and not any((tmp_path / "cache").rglob("*.safetensors"))
+    convert(NAME, tmp_path / "whole", BF16)
+    assert same_files(tmp_path / "streamed", tmp_path / "whole")
+
+
+def test_a_stream_goes_on_with_the_shards_it_still_needs(hub: Hub, tmp_path: Path):
+    options = Options(to="hf", dtype="bf16", stream=True, workers=1)
+    with pytest.raises(HaltError):
+        convert(NAME, tmp_path / "out", options, At(40, halt))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.gptoss-convert.shards").exists()
+    before = len(hub.asked("GET", "/cdn/"))
+    report = convert(NAME, tmp_path / "out", options)
+    assert report.resumed_steps > 0
+    convert(NAME, tmp_path / "whole", BF16)
+    assert same_files(tmp_path / "out", tmp_path / "whole")
+    assert before
+
+
+def test_a_stream_that_breaks_ends_with_one_line(hub: Hub, tmp_path: Path):
+    hub.faults.append(Fault("GET", "/cdn/.*model-00003", 404, whole=True))
+    options = Options(to="hf", dtype="bf16", stream=True)
+    with pytest.raises(NetworkError, match="model-00003"):
+        convert(NAME, tmp_path / "out", options)
