@@ -56,6 +56,11 @@ class Checkpoint:
         return str(self.repository or self.root)
 
     @property
+    def commit(self) -> str | None:
+        """The repository's commit, None for a directory."""
+        return self.repository.commit if self.repository else None
+
+    @property
     def encoding(self) -> str:
         """`mxfp4` or `bf16`: how the experts are stored."""
         held = load_table(self.format).holds(self.variant)

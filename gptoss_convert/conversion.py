@@ -77,9 +77,7 @@ class Conversion:
     def _from(self) -> dict[str, str]:
         source = self.source
         found = {"path": source.place, "format": source.label}
-        if source.repository is not None:
-            found["revision"] = str(source.repository.commit)
-        return found
+        return found | ({"revision": source.commit} if source.commit else {})
 
     def _identity(self, name: str) -> list[int]:
         """Size and time of change of a source file, empty for one that lies nowhere."""
@@ -99,7 +97,7 @@ class Conversion:
         sizes = load_model().sizes(self.source.config.numbers)
         order = (tensor.name for tensor in table.tensors(self.variant, sizes))
         return {
-            "source": self._from(),
+            "source": {**self._from(), "revision": self.source.commit},
             "target": {
                 "path": str(self.target),
                 "format": self.options.to,

@@ -40,7 +40,7 @@ class Inspection:
         config = {k: v for k, v in vars(checkpoint.config).items() if k != "notes"}
         return {
             "path": checkpoint.place,
-            "revision": checkpoint.repository.commit if checkpoint.repository else None,
+            "revision": checkpoint.commit,
             "format": checkpoint.label,
             "variant": checkpoint.variant,
             "model": checkpoint.config.size,
