@@ -1,0 +1,68 @@
+"""Prompts of one's own: encoded by the checkpoint's tokenizer, and what both sides expect next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from gptoss_convert.checkpoint import Checkpoint
+from gptoss_convert.errors import UsageError
+from gptoss_convert.opening import open_checkpoint
+from gptoss_convert.synth import synth
+from gptoss_convert.verify.gate import Options, verify_checkpoints
+from gptoss_convert.verify.parity_report import NextTokens
+from gptoss_convert.verify.prompts import own_sequences, shown_tokens
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "tiny"
+    synth(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def opened(tiny: Path) -> Checkpoint:
+    return open_checkpoint(tiny)
+
+
+def test_a_text_is_encoded_by_the_tokenizer_beside_the_checkpoint(
+    tiny: Path, opened: Checkpoint
+) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    text = "<|start|>user<|message|>Grüße, 東京"
+    (one,) = own_sequences(None, text, (opened,), 288)
+    assert one.shown
+    assert tokenizer.decode(one.tokens, skip_special_tokens=False) == text
+    assert one.tokens[0] == tokenizer.token_to_id("<|start|>")
+
+
+def test_without_a_tokenizer_a_text_is_refused(tiny: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).hardlink_to(tiny / name)
+    with pytest.raises(UsageError, match=r"text needs a tokenizer\.json beside SOURCE or TARGET"):
+        own_sequences(None, "hello", (open_checkpoint(tmp_path),), 288)
+
+
+def test_both_sides_stand_beside_each_other_by_rank(opened: Checkpoint) -> None:
+    found = NextTokens("prompt", ((104, 0.75), (105, 0.25)), ((105, 0.5), (33, 0.125)))
+    first, second = shown_tokens([found], opened)
+    assert first.split() == ["0.7500", "'h'", "0.5000", "'i'"]
+    assert second.split() == ["0.2500", "'i'", "0.1250", "'!'"]
+
+
+def test_models_that_differ_expect_different_tokens(tiny: Path, tmp_path: Path) -> None:
+    synth(tmp_path / "other", seed=1)
+    options = Options(device="cpu", prompt="hello", max_length=1, sample=1)
+    found = verify_checkpoints(tiny, tmp_path / "other", options)
+    (shown,) = found.levels[-1].numbers["next_tokens"]
+    for side in ("source", "target"):
+        chances = [chance for _, chance in shown[side]]
+        assert chances == sorted(chances, reverse=True)
+        assert len(chances) == 5
+    assert shown["source"] != shown["target"]
+    lines = found.levels[-1].numbers["next_tokens_text"]
+    assert f"{shown['source'][0][1]:7.4f}" in lines[0]
+    assert f"{shown['target'][0][1]:7.4f}" in lines[0]
