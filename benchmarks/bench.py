@@ -12,15 +12,19 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import measure, remove
+from gptoss_convert.synth import plan_synth
 
 FORMATS = {
     "hf-mxfp4": ("hf", "mxfp4"),
@@ -54,6 +58,8 @@ def main() -> None:
         print(scaling_table(scaling))
     if not options.keep:
         remove(work)
+        if options.ram_disk:
+            remove(options.ram_disk / "hf-mxfp4")
 
 
 def _arguments() -> argparse.Namespace:
@@ -62,6 +68,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=5, help="layers of 20b")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", action="store_true", help="transformers and DCP too (2 layers)")
+    parser.add_argument(
+        "--ram-disk", type=Path, help="a folder in memory, to measure writing alone"
+    )
     parser.add_argument("--scaling", action="store_true", help="1 to 8 layers, and 2 of 120b")
     parser.add_argument("--full", action="store_true", help="with --scaling: all 24 layers too")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints in --work")
@@ -80,13 +89,34 @@ def _synth(path: Path, model: str, layers: int) -> Path:
     return path
 
 
+def _headers_of(path: Path, model: str) -> Path:
+    """A full-size checkpoint without its weights: enough for plans."""
+    if not path.exists():
+        image = plan_synth(path, model=model).image
+        for file in image.files:
+            path.mkdir(parents=True, exist_ok=True)
+            with (path / file.name).open("wb") as stream:
+                for offset, content in file.fixed:
+                    stream.seek(offset)
+                    stream.write(content)
+                stream.truncate(file.size)
+        for name, content in image.closing:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    return path
+
+
 def _sources(work: Path, options: argparse.Namespace) -> dict[str, Path]:
-    """The same model in all four formats."""
+    """The same model in all four formats, and what some cases need besides."""
     sources = {"hf-mxfp4": _synth(work / "hf-mxfp4", "20b", options.layers)}
     for name in ("hf-bf16", "openai", "megatron"):
         sources[name] = work / name
         if not sources[name].exists():
             measure("convert", str(sources["hf-mxfp4"]), str(sources[name]), *FORMATS[name])
+    sources["120b"] = _headers_of(work / "120b", "120b")
+    if options.ram_disk:
+        sources["ram disk"] = options.ram_disk / "hf-mxfp4"
+        shutil.copytree(sources["hf-mxfp4"], sources["ram disk"], dirs_exist_ok=True)
     if options.peers:
         sources["peers"] = _synth(work / "peers", "20b", 2)
     return sources
@@ -104,25 +134,40 @@ def _cases(
                 arguments = (str(sources[source]), target, to, dtype)
                 cases[pair] = ("convert", *arguments)
                 cases[f"{pair}, I/O alone"] = ("convert", *arguments, "kernels")
-    main_pair = (str(sources["hf-mxfp4"]), target, "hf", "bf16")
-    cases["hf-mxfp4 -> hf-bf16, no digests"] = ("convert", *main_pair, "digests")
-    bf16 = sum(p.stat().st_size for p in sources["hf-bf16"].rglob("*") if p.is_file())
-    cases["dd direct, write the BF16 bytes"] = ("write_limit", target, str(bf16))
-    cases["dd direct, read the MXFP4 bytes"] = ("read_limit", str(sources["hf-mxfp4"]))
-    cases["cp + fsync of the BF16 output"] = ("copy", str(sources["hf-bf16"]), target)
-    both = (str(sources["hf-mxfp4"]), str(sources["hf-bf16"]))
-    cases["verify values, hf-mxfp4 and hf-bf16"] = ("verify", *both)
-    cases["verify values, reading alone"] = ("verify", *both, "kernels")
-    cases["--help"] = ("command", "--help")
-    cases["inspect"] = ("command", "inspect", both[0])
-    dry = ("convert", both[0], target, "--to", "hf", "--dtype", "bf16", "--dry-run")
-    cases["convert --dry-run"] = ("command", *dry)
+    mxfp4, bf16 = str(sources["hf-mxfp4"]), str(sources["hf-bf16"])
+    nbytes = _size(sources["hf-bf16"])
+    cases[f"{MAIN}, no digests"] = ("convert", mxfp4, target, "hf", "bf16", "digests")
+    cases[DD_WRITE] = ("write_limit", target, nbytes)
+    cases["dd direct, read the MXFP4 bytes"] = ("read_limit", mxfp4)
+    cases[DD_BOTH] = ("both_limits", mxfp4, target, nbytes)
+    cases[CP] = ("copy", bf16, target)
+    cases[VALUES] = ("verify", mxfp4, bf16)
+    cases[f"{VALUES}, reading alone"] = ("verify", mxfp4, bf16, "kernels")
+    cases |= _start_up(str(sources["120b"]), target)
+    if "ram disk" in sources:
+        cases[FROM_RAM] = ("convert", str(sources["ram disk"]), target, "megatron", "keep")
+        cases[DD_DISTCP] = ("write_limit", target, _size(sources["megatron"]))
     if options.peers:
         peer = str(sources["peers"])
-        cases["2 layers: transformers load + save"] = ("transformers", peer, target)
-        cases["2 layers: hf-mxfp4 -> hf-bf16"] = ("convert", peer, target, "hf", "bf16")
-        cases["DCP, default writer"] = ("dcp", target, "4")
+        cases[PEER] = ("transformers", peer, target)
+        cases[f"2 layers: {MAIN}"] = ("convert", peer, target, "hf", "bf16")
+        cases[DCP] = ("dcp", target, "4")
     return cases
+
+
+def _start_up(checkpoint: str, target: str) -> dict[str, tuple[str, ...]]:
+    """What passes before the first byte is read, on a checkpoint of full size."""
+    warm = "from gptoss_convert import execute, run; execute.warm()"
+    return {
+        "--help": ("python", "-m", "gptoss_convert", "--help"),
+        "inspect 120b": ("python", "-m", "gptoss_convert", "inspect", checkpoint),
+        "plan 120b": ("planning", checkpoint, target),
+        "import what convert needs": ("python", "-c", warm),
+    }
+
+
+def _size(folder: Path) -> str:
+    return str(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
 
 
 def _scaling(work: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -139,28 +184,69 @@ def _scaling(work: Path, options: argparse.Namespace) -> dict[str, dict[str, Any
     return found
 
 
+MAIN = "hf-mxfp4 -> hf-bf16"
+DD_WRITE = "dd direct, write the BF16 bytes"
+DD_BOTH = "dd direct, read MXFP4 and write BF16 at once"
+CP = "cp + fsync of the BF16 output"
+VALUES = "verify values, hf-mxfp4 and hf-bf16"
+FROM_RAM = "hf-mxfp4 on a RAM disk -> megatron"
+DD_DISTCP = "dd direct, write the Megatron bytes"
+PEER = "2 layers: transformers load + save"
+DCP = "DCP, default writer"
+
+
+def _seconds(result: dict[str, Any]) -> float:
+    return result["seconds"]
+
+
+def _pace(result: dict[str, Any]) -> float:
+    return result["seconds"] / result["written"]
+
+
+def _memory(result: dict[str, Any]) -> float:
+    return result["peak_rss"]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One case's figure over another's, within a round, and what it should come to."""
+
+    what: str
+    over: str
+    under: str
+    goal: str
+    figure: Callable[[dict[str, Any]], float] = _seconds
+
+    def row(self, rounds: Rounds) -> str:
+        pairs = zip(rounds[self.over], rounds[self.under], strict=True)
+        ratios = sorted(self.figure(a) / self.figure(b) for a, b in pairs)
+        middle = statistics.median(ratios)
+        met = (
+            middle >= float(self.goal[2:])
+            if self.goal[0] == ">"
+            else middle <= float(self.goal[2:])
+        )
+        spread = f"{middle:>8.2f}{ratios[0]:>7.2f}{ratios[-1]:>7.2f}"
+        return f"{self.what:<52}{spread}  {self.goal:>7}  {'met' if met else 'missed'}"
+
+
 RATIOS = (
     *(
-        (f"{a} -> {b}: speed of I/O alone", f"{a} -> {b}, I/O alone", f"{a} -> {b}")
+        Ratio(f"{a} -> {b}: speed of I/O alone", f"{a} -> {b}, I/O alone", f"{a} -> {b}", ">=0.9")
         for a in FORMATS
         for b in FORMATS
         if a != b
     ),
-    ("time of dd for the same bytes", "dd direct, write the BF16 bytes", "hf-mxfp4 -> hf-bf16"),
-    ("time against cp + fsync", "hf-mxfp4 -> hf-bf16", "cp + fsync of the BF16 output"),
-    ("time without digests", "hf-mxfp4 -> hf-bf16, no digests", "hf-mxfp4 -> hf-bf16"),
-    (
-        "values-verify: speed of reading alone",
-        "verify values, reading alone",
-        "verify values, hf-mxfp4 and hf-bf16",
-    ),
-    (
-        "times as fast as transformers",
-        "2 layers: transformers load + save",
-        "2 layers: hf-mxfp4 -> hf-bf16",
-    ),
+    Ratio("speed of dd that writes the same bytes", DD_WRITE, MAIN, ">=0.95"),
+    Ratio("speed of dd that reads and writes the same", DD_BOTH, MAIN, ">=0.95"),
+    Ratio("time of cp + fsync", MAIN, CP, "<=0.7"),
+    Ratio("speed without digests", f"{MAIN}, no digests", MAIN, ">=0.92"),
+    Ratio("values-verify: speed of reading alone", f"{VALUES}, reading alone", VALUES, ">=0.9"),
+    Ratio(".distcp: speed of dd", DD_DISTCP, FROM_RAM, ">=0.9"),
+    Ratio(".distcp: times as fast as DCP", DCP, FROM_RAM, ">=2.5", _pace),
+    Ratio("2 layers: times as fast as transformers", PEER, f"2 layers: {MAIN}", ">=20"),
+    Ratio("2 layers: memory of transformers", f"2 layers: {MAIN}", PEER, "<=0.05", _memory),
 )
-"""(what it says, numerator, denominator): ratios of seconds within one round."""
 
 
 def table(rounds: Rounds) -> str:
@@ -176,13 +262,8 @@ def table(rounds: Rounds) -> str:
             f"{name:<44}{middle:>9.2f}{seconds[0]:>8.2f}{seconds[-1]:>8.2f}{moved:>7.2f}"
             f"{peak:>9.0f}{cpu:>7.1f}"
         )
-    rows += ["", f"{'ratio, within each round':<52}{'median':>8}{'min':>7}{'max':>7}"]
-    for what, top, bottom in RATIOS:
-        if top in rounds and bottom in rounds:
-            pairs = zip(rounds[top], rounds[bottom], strict=True)
-            ratios = sorted(a["seconds"] / b["seconds"] for a, b in pairs)
-            middle = statistics.median(ratios)
-            rows.append(f"{what:<52}{middle:>8.2f}{ratios[0]:>7.2f}{ratios[-1]:>7.2f}")
+    rows += ["", f"{'ratio, within each round':<52}{'median':>8}{'min':>7}{'max':>7}  goal"]
+    rows += [one.row(rounds) for one in RATIOS if one.over in rounds and one.under in rounds]
     return "\n".join(rows)
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def verify(source: str, target: str, leave_out: str = "nothing") -> Result:
     if leave_out == "kernels":
         compared = values._Compared  # pyright: ignore[reportPrivateUsage]
         values._Worker._values = lambda *_: None  # pyright: ignore
-        values._compare = lambda number, *_: compared(number, 0, None, None, None, (), 0)  # pyright: ignore
+        values._compare = lambda number, *_: compared(number, 0, None, None, None, (), 0, 0)  # pyright: ignore
     began = time.monotonic()
     ours, theirs = open_checkpoint(Path(source)), open_checkpoint(Path(target))
     values.compare_values(ours, theirs)
@@ -82,6 +83,16 @@ def read_limit(source: str) -> Result:
         subprocess.run(["dd", f"if={path}", "of=/dev/null", *options], check=True)
     total = sum(path.stat().st_size for path in files)
     return {"seconds": time.monotonic() - began, "read": total, "written": 0}
+
+
+def both_limits(source: str, target: str, nbytes: str) -> Result:
+    """What two `dd` take that read a checkpoint and write `nbytes` at once, both directly."""
+    began = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(read_limit, source)
+        writing = pool.submit(write_limit, target, nbytes)
+        read, written = reading.result()["read"], writing.result()["written"]
+    return {"seconds": time.monotonic() - began, "read": read, "written": written}
 
 
 def copy(source: str, target: str) -> Result:
@@ -134,19 +145,30 @@ def dcp(target: str, layers: str) -> Result:
     return {"seconds": time.monotonic() - began, "read": 0, "written": total}
 
 
-def command(*arguments: str) -> Result:
-    """The command line itself, interpreter and imports included."""
+def python(*arguments: str) -> Result:
+    """A Python program, interpreter and imports included."""
     began = time.monotonic()
-    run = [sys.executable, "-m", "gptoss_convert", *arguments]
+    run = [sys.executable, *arguments]
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return {"seconds": time.monotonic() - began, "read": 0, "written": 0}
 
 
+def planning(source: str, target: str) -> Result:
+    """From a directory to a plan of its conversion to BF16, imports not counted."""
+    from gptoss_convert import Options, plan
+
+    began = time.monotonic()
+    plan(source, target, Options(to="hf", dtype="bf16"))
+    return {"seconds": time.monotonic() - began, "read": 0, "written": 0}
+
+
 CASES: dict[str, Callable[..., Result]] = {
-    "command": command,
+    "both_limits": both_limits,
     "convert": convert,
     "copy": copy,
     "dcp": dcp,
+    "planning": planning,
+    "python": python,
     "read_limit": read_limit,
     "transformers": transformers,
     "verify": verify,
