@@ -96,8 +96,9 @@ def make_plan(
     sources: Sequence[Extent],
     targets: Sequence[Extent],
     tile_bytes: int = TILE_BYTES,
+    partial: bool = False,
 ) -> Plan:
-    """Join source and target extents, parameter by parameter.
+    """Join source and target extents, parameter by parameter; `partial` allows layers without any.
 
     Checks that every element a step needs lies in the source exactly once and that every target
     element is written exactly once; raises IntegrityError that names the parameter and the box.
@@ -112,7 +113,7 @@ def make_plan(
         need = needed(family, have, want)
         held = [extent for member in need for extent in source_of[member]]
         taken = [extent for member in want for extent in target_of[member]]
-        steps.extend(_family_steps(family, sizes, held, taken, tile_bytes))
+        steps.extend(_family_steps(family, sizes, held, taken, tile_bytes, partial))
     order = {name: i for i, name in enumerate(dict.fromkeys(e.file for e in targets))}
     steps.sort(key=lambda step: _position(step, order))
     return Plan(tuple(steps), *_totals(steps))
@@ -124,6 +125,7 @@ def _family_steps(
     sources: Sequence[Extent],
     targets: Sequence[Extent],
     tile_bytes: int,
+    partial: bool,
 ) -> Iterator[Step]:
     lengths = tuple(sizes[axis] for axis in family.axes)
     if family.blocks is None:
@@ -133,6 +135,8 @@ def _family_steps(
     target_cells = _cells(lengths, tile, targets)
     held, taken = {e.param for e in sources}, {e.param for e in targets}
     for index in product(*(range(-(-n // t)) for n, t in zip(lengths, tile, strict=True))):
+        if partial and index not in source_cells and index not in target_cells:
+            continue
         box = tuple(
             (i * t, min(i * t + t, n)) for i, t, n in zip(index, tile, lengths, strict=True)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from gptoss_convert.config import Config
 from gptoss_convert.errors import UsageError
 from gptoss_convert.opening import open_checkpoint
 from gptoss_convert.progress import SILENT, Progress
+from gptoss_convert.verify.config_diff import numbers_that_differ
 from gptoss_convert.verify.values import Difference, ValuesReport, compare_values
 
 LEVELS = ("header", "values", "logits", "oracle")
@@ -148,9 +149,8 @@ def _header(ours: Checkpoint, theirs: Checkpoint, began: float) -> Level:
 
 def config_differences(ours: Config, theirs: Config) -> list[str]:
     """Each number of the two models that differs, in words."""
-    names = [one.name for one in fields(Config) if one.name != "notes"]
-    pairs = ((name, getattr(ours, name), getattr(theirs, name)) for name in names)
-    return [f"{name} is {a} in SOURCE, {b} in TARGET" for name, a, b in pairs if a != b]
+    found = numbers_that_differ(ours, theirs)
+    return [f"{name} is {a} in SOURCE, {b} in TARGET" for name, (a, b) in found.items()]
 
 
 def _values(ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress) -> Level:

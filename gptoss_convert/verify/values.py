@@ -7,27 +7,23 @@ table: the logits level can. Memory is bounded as in a conversion, and each byte
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gptoss_convert import mxfp4, resources
 from gptoss_convert.checkpoint import Checkpoint
 from gptoss_convert.errors import InputError
-from gptoss_convert.extents import Extent, overlap, volume
-from gptoss_convert.files import Arena, SourceFiles
+from gptoss_convert.extents import Extent, volume
 from gptoss_convert.fingerprint import fingerprint
-from gptoss_convert.layout import Box
 from gptoss_convert.manifest import fingerprints
 from gptoss_convert.model import load_model
-from gptoss_convert.parts import Part, Parts, lay_out, read
 from gptoss_convert.progress import SILENT, Progress
-from gptoss_convert.steps import Plan, Step, make_plan, member_box
+from gptoss_convert.steps import Plan, Step, make_plan
 from gptoss_convert.verify.looks import Bits, Homes, Piece, homes, looks, misplaced, pieces
+from gptoss_convert.verify.pairs import Side, judge_steps, second
 from gptoss_convert.verify.value_statistics import (
     StepStatistics,
     ValueStatistics,
@@ -35,7 +31,6 @@ from gptoss_convert.verify.value_statistics import (
     sqnr,
     step_statistics,
 )
-from gptoss_convert.workers import run_all
 
 _AT_ONCE = 1 << 18
 """Elements compared at once: both sides stay in the cache."""
@@ -128,30 +123,29 @@ def compare_values(
         if key != "max_position_embeddings" and ours[key] != theirs[key]:
             raise InputError(f"{target.root}: {key} is {theirs[key]}, SOURCE has {ours[key]}")
     model = load_model()
-    theirs_stored = [replace(extent, file=_TARGET + extent.file) for extent in _stored(target)]
-    plan = make_plan(model, model.sizes(ours), _stored(source), theirs_stored)
+    plan = make_plan(model, model.sizes(ours), _stored(source), second(_stored(target)))
     numbers = [n for n, step in enumerate(plan.steps) if layers is None or step.layer < layers]
-    room = plan.buffer_bytes + 2 * max(2 * volume(step.box) + 4096 for step in plan.steps)
-    count = resources.choose_workers(room, max_memory, workers)
-    roots = {"": source.root, _TARGET: target.root}
-    compared: list[_Compared] = []
-    with ExitStack() as stack:
-        files = stack.enter_context(SourceFiles(roots))
-        total = plan.read_bytes + plan.write_bytes
-        advance = stack.enter_context(progress.phase("comparing", total, len(numbers)))
-        run_all(
-            numbers,
-            lambda: _Worker(plan, files, room, statistics).run,
-            workers=count,
-            finished=compared.extend,
-            advance=advance,
+
+    def judge(number: int, step: Step, ours: Side, theirs: Side) -> _Compared:
+        found = _compare(number, step, ours.values, theirs.values)
+        if not statistics:
+            return found
+        held = [ours.parts, theirs.parts]
+        return replace(
+            found, statistics=step_statistics(step, ours.values, theirs.values, held=held)
         )
-        files.require_unchanged()
+
+    compared = judge_steps(
+        source,
+        target,
+        plan,
+        numbers,
+        judge,
+        workers=workers,
+        max_memory=max_memory,
+        progress=progress,
+    )
     return _report(plan, sorted(compared, key=lambda result: result.step))
-
-
-_TARGET = "target:"
-"""Prefix of the target's files."""
 
 
 def _stored(checkpoint: Checkpoint) -> list[Extent]:
@@ -164,68 +158,6 @@ def _stored(checkpoint: Checkpoint) -> list[Extent]:
         if family.blocks is not None and family.blocks not in held
     }
     return [extent for extent in found if extent.param not in lone]
-
-
-class _Worker:
-    def __init__(self, plan: Plan, files: SourceFiles, room: int, statistics: bool) -> None:
-        self._statistics = statistics
-        self._plan = plan
-        self._files = files
-        self._arena = Arena(room)
-        self._room = room
-
-    def run(self, number: int) -> tuple[_Compared, int]:
-        step = self._plan.steps[number]
-        self._arena.reset(self._room)
-        nbytes = 0
-        sides: list[Bits] = []
-        parts_held: list[Parts] = []
-        for extents in (step.sources, step.targets):
-            held: dict[str, list[Part]] = defaultdict(list)
-            for part in lay_out(step, extents, self._arena):
-                nbytes += read(part, self._files, self._arena)
-                held[part.extent.param].append(part)
-            sides.append(self._values(step, held))
-            parts_held.append(held)
-        result = _compare(number, step, *sides)
-        if self._statistics:
-            result = replace(result, statistics=step_statistics(step, *sides, held=parts_held))
-        return result, nbytes
-
-    def _values(self, step: Step, held: Mapping[str, Sequence[Part]]) -> Bits:
-        """The step's weight as BF16 bits, contiguous, in the order of its axes."""
-        family = step.family
-        shape = tuple(hi - lo for lo, hi in step.box)
-        position = self._arena.take(2 * volume(step.box), 0)
-        values = np.ndarray(shape, np.uint16, self._arena.memory, position)
-        if family.weight in held:
-            for part in held[family.weight]:
-                if part.box == step.box and part.array.flags.c_contiguous:
-                    return part.array
-                _copy_into(values, step.box, part)
-            return values
-        blocks, scales = family.blocks or "", family.scales or ""
-        mxfp4.decode(
-            _whole(held[blocks], member_box(family, blocks, step.box)),
-            _whole(held[scales], member_box(family, scales, step.box)),
-            values,
-        )
-        return values
-
-
-def _copy_into(values: npt.NDArray[Any], box: Box, part: Part) -> None:
-    if common := overlap(box, part.box):
-        inside = tuple(slice(lo - b, hi - b) for (lo, hi), (b, _) in zip(common, box, strict=True))
-        mxfp4.copy(part.view(common), values[inside])
-
-
-def _whole(parts: Sequence[Part], box: Box) -> npt.NDArray[Any]:
-    if len(parts) == 1:
-        return parts[0].view(box)
-    values = np.empty(tuple(hi - lo for lo, hi in box), parts[0].array.dtype)
-    for part in parts:
-        _copy_into(values, box, part)
-    return values
 
 
 def _compare(number: int, step: Step, ours: Bits, theirs: Bits) -> _Compared:
