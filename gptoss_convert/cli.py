@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from gptoss_convert import progress, report
-from gptoss_convert.cli_checks import check, verify
+from gptoss_convert.cli_checks import check, diff, verify
 from gptoss_convert.cli_options import (
     EPILOG,
     FORMATS,
@@ -274,4 +274,5 @@ def _warm() -> None:
 
 
 cli.add_command(check)
+cli.add_command(diff)
 cli.add_command(verify)

@@ -1,4 +1,4 @@
-"""The commands that answer a question about checkpoints: check, verify."""
+"""The commands that answer a question about checkpoints: check, verify, diff."""
 
 from __future__ import annotations
 
@@ -188,3 +188,50 @@ def verify(
         path = report_page.write(summary, folder, shlex.join(["gptoss-convert", *sys.argv[1:]]))
         click.echo("" if quiet else f"report: {path}", err=True, nl=not quiet)
     context.exit(0 if done.same else 1)
+
+
+@click.command(epilog=EPILOG)
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.option(
+    "--from-a",
+    "format_a",
+    type=click.Choice(FORMATS),
+    help="Format to read, where A holds several.",
+)
+@click.option(
+    "--from-b",
+    "format_b",
+    type=click.Choice(FORMATS),
+    help="Format to read, where B holds several.",
+)
+@workers_option
+@click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
+@as_json_flag
+@quiet_flag
+@click.pass_context
+def diff(
+    context: click.Context,
+    a: Path,
+    b: Path,
+    *,
+    format_a: str | None,
+    format_b: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Tell what differs between A and B, checkpoints in any formats: configuration and weights.
+
+    \b
+    gptoss-convert diff gpt-oss-20b fine-tuned
+    gptoss-convert diff gpt-oss-20b fine-tuned --json
+    """
+    from gptoss_convert.checkpoint import Choices
+    from gptoss_convert.verify.diff import diff
+
+    choices = (Choices(format_a), Choices(format_b))
+    found = diff(a, b, choices, progress=progress.for_terminal(quiet), **options)
+    summary = found.summary()
+    show("diff", summary, report.diff(summary), as_json=as_json, quiet=quiet)
+    context.exit(0 if found.same else 1)

@@ -13,6 +13,7 @@ VERSIONS: Mapping[str, int] = {
     "convert": 1,
     "check": 1,
     "verify": 1,
+    "diff": 1,
     "error": 1,
 }
 """By kind of document; a key that leaves or changes its meaning makes a new version, a key that

@@ -29,8 +29,6 @@ from gptoss_convert.verify.config_diff import (
 from gptoss_convert.verify.contents import Contents, Place, contents_of, encoding_of, in_words
 from gptoss_convert.verify.pairs import Side, judge_steps, second
 
-SCHEMA = "gptoss-convert/diff/1"
-
 
 @dataclass(frozen=True)
 class ParameterDiff:
@@ -86,11 +84,26 @@ class Diff:
         apart = self.numbers or self.shapes or self.only_in_a or self.only_in_b
         return not (apart or (self.keys and self.keys.tells) or self.total.changed)
 
+    @property
+    def verdict(self) -> str:
+        """The answer in one line."""
+        total, parts = self.total, [one for one in self.parameters if one.total.changed]
+        if self.same:
+            return f"same: all {total.elements:,} values equal, bit by bit"
+        if not parts:
+            return f"different: not in the {total.elements:,} values that both have"
+        norm = total.relative_norm
+        return (
+            f"different: {total.changed:,} of {total.elements:,} values ({100 * total.share:.3g} %)"
+            f" in {len(parts)} of {len(self.parameters)} parameters"
+            + (f", relative norm {norm:.2e}" if norm is not None else "")
+        )
+
     def summary(self) -> dict[str, Any]:
         """The diff as plain data."""
         return {
-            "schema": SCHEMA,
             "same": self.same,
+            "verdict": self.verdict,
             "a": _side(self.a),
             "b": _side(self.b),
             "numbers": {key: list(pair) for key, pair in self.numbers.items()},
