@@ -15,6 +15,7 @@ from gptoss_convert.cli_options import (
     EPILOG,
     FORMATS,
     PATH,
+    SOURCE,
     Choice,
     Size,
     as_json_flag,
@@ -48,7 +49,7 @@ def cli() -> None:
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("source")
+@click.argument("source", type=SOURCE)
 @click.argument("target", type=PATH)
 @click.option("--to", required=True, type=Choice(FORMATS), help="Format of TARGET.")
 @click.option(
@@ -120,6 +121,8 @@ def cli() -> None:
     help="Go on without reading back what an interrupted run wrote.",
 )
 @overwrite_flag
+@click.option("--push-to", help="Upload TARGET to this repository on the Hub when it is complete.")
+@click.option("--public", is_flag=True, help="A repository that --push-to makes is public.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
 @as_json_flag
 @quiet_flag
@@ -129,6 +132,8 @@ def convert(
     target: Path,
     *,
     no_scales: bool,
+    push_to: str | None,
+    public: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -158,7 +163,10 @@ def convert(
         summary = conversion.summary() | {"estimated_seconds": estimate_seconds(conversion)}
         show("plan", summary, report.conversion(summary), as_json=as_json, quiet=quiet)
         return
+    from gptoss_convert.hub.push import destination, push
     from gptoss_convert.run import run
+
+    repository = destination(push_to) if push_to else None
 
     if verbose:
         click.echo(
@@ -166,10 +174,13 @@ def convert(
         )
     done = run(conversion, progress.for_terminal(quiet)).summary()
     show("convert", done, report.finished(done), as_json=as_json, quiet=quiet)
+    if repository:
+        place = push(target, repository, public)
+        click.echo("" if quiet else f"pushed: {place}", err=True, nl=not quiet)
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("source")
+@click.argument("source", type=SOURCE)
 @click.option(
     "--from",
     "source_format",

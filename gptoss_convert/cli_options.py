@@ -67,6 +67,8 @@ class Choice(click.Choice[str]):
 
 
 PATH = click.Path(path_type=Path)
+SOURCE = click.Path()
+"""A directory or a repository on the Hub, as it was written; shells complete it as a path."""
 revision_option = click.option(
     "--revision", help="SOURCE on the Hub: a branch, tag or commit.  [default: its main branch]"
 )

@@ -252,7 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             asked = json.loads(self.content)
             name = f"{asked.get('organization') or 'someone'}/{asked['name']}"
-            created = Repo({}, {}, private=bool(asked.get("private")))
+            created = Repo({}, {}, private=asked.get("visibility") == "private")
             known = name in state.repos
             state.repos.setdefault(name, created)
             self._json({"url": f"{state.url}/{name}"}, 409 if known else 200)

@@ -11,7 +11,9 @@ import pytest
 from huggingface_hub import constants
 
 from gptoss_convert import Options, convert, inspect, plan
-from gptoss_convert.errors import IntegrityError, NetworkError
+from gptoss_convert.errors import IntegrityError, NetworkError, UsageError
+from gptoss_convert.hub.names import Repository
+from gptoss_convert.hub.push import destination, push
 from gptoss_convert.run import run
 from tests.hub_server import Fault, Hub, serving
 from tests.stopping import At, HaltError, halt
@@ -21,6 +23,7 @@ from tests.tiny_models import SQUARE, random_weights
 
 NAME = "openai/gpt-oss-20b"
 BF16 = Options(to="hf", dtype="bf16")
+OPENAI_MXFP4 = Options(to="hf", source_format="openai")
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +284,41 @@ def test_a_stream_that_breaks_ends_with_one_line(hub: Hub, tmp_path: Path):
     options = Options(to="hf", dtype="bf16", stream=True)
     with pytest.raises(NetworkError, match="model-00003"):
         convert(NAME, tmp_path / "out", options)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_finished_target_is_pushed(hub: Hub, published: Path, tmp_path: Path):
+    hub.add("store", tmp_path / "store")
+    hub.token = SECRET
+    target = convert(published, tmp_path / "out", OPENAI_MXFP4) and tmp_path / "out"
+    address = push(target, destination("lab/mine"), public=False)
+    assert address == f"{hub.url}/lab/mine"
+    repo = hub.repos["lab/mine"]
+    assert repo.private
+    assert same_files(repo.commits[repo.refs["main"]], target)
+    assert inspect("lab/mine").encoding == "mxfp4"
+    with pytest.raises(UsageError, match=r"--push-to lab/mine: holds weights already \(model-"):
+        destination("lab/mine")
+
+
+def test_pushing_needs_a_login_and_an_owner(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    hub.token = "another"
+    with pytest.raises(NetworkError, match=r"lab/mine: not authorised \(401\): log in"):
+        destination("lab/mine")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(NetworkError, match="lab/mine: not logged in: log in"):
+        destination("lab/mine")
+    with pytest.raises(UsageError, match="expects hf://owner/name"):
+        destination("mine")
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_an_upload_that_fails_says_how_to_go_on(hub: Hub, published: Path, tmp_path: Path):
+    hub.faults.append(Fault("POST", "/commit/", 403))
+    with pytest.raises(NetworkError) as caught:
+        push(published / "original", Repository("lab/mine"), public=True)
+    assert not hub.repos["lab/mine"].private
+    assert str(caught.value) == (
+        f"lab/mine: access refused (403): the token lacks the permission; {published}/original is "
+        f"complete, upload it with: hf upload lab/mine {published}/original"
+    )

@@ -232,8 +232,8 @@ def translated(repository: Repository, path: str | None = None) -> Iterator[None
         yield
     except (_http_error(), OfflineModeIsEnabled, HFValidationError) as error:
         raise NetworkError(f"{where}: {_meaning(repository, error)}") from None
-    except OSError as error:
-        if error.errno is not None:
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         cause = error.__cause__ or error
         raise NetworkError(f"{where}: {_meaning(repository, cause)}") from None
@@ -266,6 +266,7 @@ def _meaning(repository: Repository, error: BaseException) -> str:
         ),
         errors.RevisionNotFoundError: lambda: f"no revision {repository.revision!r}",
         errors.EntryNotFoundError: lambda: "no such file",
+        errors.LocalTokenNotFoundError: lambda: f"not logged in: {LOGIN}",
         errors.OfflineModeIsEnabled: lambda: "not in the cache, and HF_HUB_OFFLINE is set",
     }
     for kind, text in kinds.items():
@@ -278,7 +279,7 @@ def _meaning(repository: Repository, error: BaseException) -> str:
         what = "cannot reach" if kind.startswith(("Connect", "Proxy")) else "connection broke:"
         return f"{what} {place} ({kind}); run the same command again"
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"download failed: {first:.200}"
+    return f"failed: {first:.200}"
 
 
 def _status(code: int) -> str:
