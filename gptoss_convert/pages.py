@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import groupby
 from typing import TYPE_CHECKING, TextIO
@@ -25,6 +25,9 @@ _STYLES = {
 """Of cells that are such a word, and of lines that begin with one and a colon."""
 
 
+Row = tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Facts:
     """Keys and values."""
@@ -37,11 +40,13 @@ class Table:
     """Rows under column titles; only cells of the last column may have several lines."""
 
     columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
+    rows: Sequence[Row]
     right: frozenset[str] = frozenset()
     """Columns of numbers, which end flush."""
     names: bool = False
     """The first column holds tensor names: a terminal shows what they begin with once."""
+    spare: tuple[str, ...] = ()
+    """Columns that a narrow terminal leaves out, the first ones first."""
 
 
 Page = Sequence[str | Facts | Table]
@@ -82,7 +87,7 @@ def _plain(block: str | Facts | Table) -> list[str]:
     return _aligned([block.columns, *_single_lines(block.rows)], right)
 
 
-def _single_lines(rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+def _single_lines(rows: Iterable[Row]) -> Iterator[Row]:
     """The rows, further lines of a last cell in rows of their own."""
     for *firsts, last in rows:
         line, *others = last.split("\n")
@@ -90,7 +95,7 @@ def _single_lines(rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
         yield from ((*("" for _ in firsts), other) for other in others)
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], right: Sequence[bool]) -> list[str]:
+def _aligned(rows: Sequence[Row], right: Sequence[bool]) -> list[str]:
     rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = [">" if flush else "<" for flush in right]
@@ -109,15 +114,17 @@ def styled(page: Page) -> str:
     text = StringIO()
     console = Console(file=text, force_terminal=True, width=width, highlight=False)
     for block in page:
-        console.print(_rich(block))
+        console.print(_rich(block, width))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def _rich(block: str | Facts | Table) -> RenderableType:
+def _rich(block: str | Facts | Table, width: int) -> RenderableType:
     from rich.table import Table as RichTable
 
     if isinstance(block, str):
         return _rich_line(block)
+    if isinstance(block, Table) and block.names:
+        block = _fitted(block, width)
     grid = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     if isinstance(block, Facts):
         grid.show_header = False
@@ -130,9 +137,9 @@ def _rich(block: str | Facts | Table) -> RenderableType:
             grid.add_column(
                 name, justify="right" if flush else "left", no_wrap=flush, overflow="fold"
             )
-        rows = _outline(block.rows) if block.names else _single_lines(block.rows)
+        rows = _single_lines(block.rows)
     for row in rows:
-        grid.add_row(*(_rich_cell(cell) for cell in row))
+        grid.add_row(*map(_rich_cell, row), style="bold" if row[0].endswith(".") else "")
     return grid
 
 
@@ -153,18 +160,49 @@ def _rich_cell(cell: str) -> Text:
 
 _LAYERS = re.compile(r"(.*?\{[^}]*\}|\w+\.\w+(?=\.\w+\.))\.")
 """What a tensor's name begins with: up to its layers, or the first two of four words or more."""
+_MODULE = re.compile(r"\w+\.(?=\w)")
+"""The module that a tensor's name within a layer begins with."""
 
 
-def _outline(rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    """The rows, names that begin alike indented below that beginning."""
+def _fitted(table: Table, width: int) -> Table:
+    """A table of tensors as an outline: of two levels, then of fewer columns if it is too wide."""
+    outlines = [
+        replace(table, rows=_outline(table.rows, levels))
+        for levels in ((_LAYERS,), (_LAYERS, _MODULE))
+    ]
+    for count in range(1, len(table.spare) + 1):
+        outlines.append(_without(outlines[1], table.spare[:count]))
+    return next((one for one in outlines if _width(one) <= width), outlines[-1])
 
-    def beginning(row: tuple[str, ...]) -> str:
-        match = _LAYERS.match(row[0])
+
+def _outline(rows: Sequence[Row], beginnings: Sequence[re.Pattern[str]]) -> list[Row]:
+    """The rows, names that begin alike indented below that beginning, level by level."""
+
+    def beginning(row: Row) -> str:
+        match = beginnings[0].match(row[0])
         return match[0] if match else ""
 
+    if not beginnings:
+        return list(rows)
+    found: list[Row] = []
     for start, group in groupby(rows, beginning):
         members = list(group)
-        if start and len(members) > 1:
-            yield (start, *("" for _ in members[0][1:]))
-            members = [(f"  {name.removeprefix(start)}", *cells) for name, *cells in members]
-        yield from members
+        if not start or len(members) == 1:
+            found += members
+            continue
+        inside = [(name.removeprefix(start), *cells) for name, *cells in members]
+        found.append((start, *("" for _ in members[0][1:])))
+        found += [(f"  {name}", *cells) for name, *cells in _outline(inside, beginnings[1:])]
+    return found
+
+
+def _without(table: Table, names: Sequence[str]) -> Table:
+    """The table without these columns."""
+    kept = [place for place, name in enumerate(table.columns) if name not in names]
+    rows = [tuple(row[place] for place in kept) for row in table.rows]
+    return replace(table, columns=tuple(table.columns[place] for place in kept), rows=rows)
+
+
+def _width(table: Table) -> int:
+    columns = zip(table.columns, *table.rows, strict=True)
+    return sum(max(map(len, column)) + 2 for column in columns) - 2

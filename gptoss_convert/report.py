@@ -32,7 +32,8 @@ def tensors(groups: Iterable[Mapping[str, Any]]) -> Table:
         for group in groups
     ]
     columns = ("tensor", "count", "dtype", "shape", "bytes")
-    return Table(columns, rows, right=frozenset(("count", "shape", "bytes")), names=True)
+    right = frozenset(("count", "shape", "bytes"))
+    return Table(columns, rows, right, names=True, spare=("count", "shape"))
 
 
 def inspection(summary: Mapping[str, Any]) -> Page:
@@ -49,8 +50,9 @@ def inspection(summary: Mapping[str, Any]) -> Page:
         f"{config['num_experts_per_tok']} a token",
         "layers": f"{config['num_hidden_layers']}, window {config['sliding_window']} on even ones",
         "widths": f"hidden {config['hidden_size']}, inter {config['intermediate_size']}, "
-        f"{config['num_attention_heads']} query and {config['num_key_value_heads']} kv heads of "
-        f"{config['head_dim']}, vocabulary {config['vocab_size']}",
+        f"vocabulary {config['vocab_size']}",
+        "heads": f"{config['num_attention_heads']} query, {config['num_key_value_heads']} kv, "
+        f"{config['head_dim']} wide",
         "context": f"{config['max_position_embeddings']} (YaRN {config['rope_factor']:g} x "
         f"{config['original_max_position_embeddings']}, theta {config['rope_theta']:g})",
         "tensors": f"{summary['tensors']} ({dtypes}), {size(summary['tensor_bytes'])}",
