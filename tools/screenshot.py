@@ -22,11 +22,10 @@ sys.path.insert(0, str(ROOT))
 
 from tests.test_golden import inventory, published_config, write_header_only  # noqa: E402
 
-WIDTH = 84
+WIDTH = 80
 COMMANDS = (
     "gptoss-convert inspect gpt-oss-20b",
-    "gptoss-convert convert tiny tiny-bf16 --to hf --dtype bf16",
-    "gptoss-convert verify tiny tiny-bf16",
+    "gptoss-convert verify tiny tiny-bf16 --level values",
 )
 # Rich's own frame without its web font: a picture in a repository must load nothing.
 _FRAME = """\
@@ -62,6 +61,7 @@ def main() -> None:
         write_header_only(source / "model.safetensors", inventory("20b", "hf-mxfp4"))
         (source / "config.json").write_text(json.dumps(published_config("20b")))
         printed_by("gptoss-convert synth tiny", place)
+        printed_by("gptoss-convert convert tiny tiny-bf16 --to hf --dtype bf16", place)
         for command in COMMANDS:
             console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
             console.print(Text.from_ansi(printed_by(command, place)), "")
