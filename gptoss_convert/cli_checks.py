@@ -14,6 +14,7 @@ from gptoss_convert.cli_options import (
     EPILOG,
     FORMATS,
     PATH,
+    SOURCE,
     Choice,
     Share,
     Size,
@@ -22,6 +23,7 @@ from gptoss_convert.cli_options import (
     config_option,
     iteration_option,
     quiet_flag,
+    revision_option,
     show,
     strict_flag,
     vocab_size_option,
@@ -90,8 +92,8 @@ def check(
 
 
 @click.command(epilog=EPILOG)
-@click.argument("source", type=PATH)
-@click.argument("target", type=PATH)
+@click.argument("source", type=SOURCE)
+@click.argument("target", type=SOURCE)
 @click.option(
     "--level",
     type=Choice(["header", "values", "logits", "oracle"]),
@@ -110,6 +112,7 @@ def check(
     type=Choice(FORMATS),
     help="Format to read, where TARGET holds several.",
 )
+@revision_option
 @click.option(
     "--device",
     type=Choice(["auto", "cpu", "cuda"]),
@@ -151,8 +154,8 @@ def check(
 @click.pass_context
 def verify(
     context: click.Context,
-    source: Path,
-    target: Path,
+    source: str,
+    target: str,
     *,
     as_json: bool,
     json_file: Path | None,
@@ -191,8 +194,8 @@ def verify(
 
 
 @click.command(epilog=EPILOG)
-@click.argument("a", type=PATH)
-@click.argument("b", type=PATH)
+@click.argument("a", type=SOURCE)
+@click.argument("b", type=SOURCE)
 @click.option(
     "--from-a",
     "format_a",
@@ -212,8 +215,8 @@ def verify(
 @click.pass_context
 def diff(
     context: click.Context,
-    a: Path,
-    b: Path,
+    a: str,
+    b: str,
     *,
     format_a: str | None,
     format_b: str | None,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from gptoss_convert.checkpoint import Checkpoint, Choices
 from gptoss_convert.hub.names import Repository, repository
 from gptoss_convert.opening import open_checkpoint
+from gptoss_convert.progress import Progress
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path | Repository:
@@ -17,10 +19,13 @@ def locate(source: str | Path, revision: str | None = None) -> Path | Repository
 
 
 @contextmanager
-def opening(source: Path | Repository, choices: Choices) -> Iterator[Checkpoint]:
-    """Open SOURCE header by header; the files of a repository are there inside the context only.
+def opening(
+    source: Path | Repository, choices: Choices, weights: Progress | None = None
+) -> Iterator[Checkpoint]:
+    """Open SOURCE header by header; a repository's headers are there inside the context only.
 
-    Raises what `open_checkpoint` raises, and NetworkError.
+    With `weights`, which is told of the download, its weights are there, too, and stay in the
+    cache. Raises what `open_checkpoint` raises, and NetworkError.
     """
     if isinstance(source, Path):
         yield open_checkpoint(source, choices)
@@ -30,4 +35,24 @@ def opening(source: Path | Repository, choices: Choices) -> Iterator[Checkpoint]
 
     listing = resolve(source)
     with outline(listing, choices.format) as root:
-        yield opened(listing, root, choices)
+        found = opened(listing, root, choices)
+        if weights is not None:
+            from gptoss_convert.hub.fetch import snapshot
+
+            place = snapshot(listing, found, weights)
+            found = opened(listing, place, replace(choices, format=found.format))
+        yield found
+
+
+def open_source(
+    source: str | Path,
+    choices: Choices,
+    weights: Progress | None = None,
+    revision: str | None = None,
+) -> Checkpoint:
+    """The checkpoint that SOURCE names; of a repository only headers, unless `weights` are needed.
+
+    See `opening`.
+    """
+    with opening(locate(source, revision), choices, weights) as found:
+        return found

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from gptoss_convert import Options, convert, inspect, plan
+from gptoss_convert import Options, convert, inspect, plan, verify_checkpoints
 from gptoss_convert.errors import IntegrityError, NetworkError, UsageError
 from gptoss_convert.hub.names import Repository
 from gptoss_convert.hub.push import destination, push
 from gptoss_convert.run import run
+from gptoss_convert.verify.diff import diff
+from gptoss_convert.verify.gate import Options as VerifyOptions
 from tests.hub_server import Fault, Hub, serving
 from tests.stopping import At, HaltError, halt
 from tests.test_golden import inventory, published_config, write_header_only
@@ -286,6 +288,16 @@ def test_a_stream_that_breaks_ends_with_one_line(hub: Hub, tmp_path: Path):
         convert(NAME, tmp_path / "out", options)
 
 
+def test_repositories_are_compared_with_directories(hub: Hub, published: Path, tmp_path: Path):
+    convert(published, tmp_path / "bf16", Options(to="hf", dtype="bf16", source_format="hf"))
+    found = verify_checkpoints(NAME, tmp_path / "bf16", VerifyOptions(level="header"))
+    assert found.same and found.source["path"] == NAME
+    assert not (tmp_path / "cache").exists()
+    found = verify_checkpoints(NAME, tmp_path / "bf16", VerifyOptions(level="values"))
+    assert found.same, found.verdict
+    assert diff(tmp_path / "bf16", NAME).same
+
+
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 def test_a_finished_target_is_pushed(hub: Hub, published: Path, tmp_path: Path):
     hub.add("store", tmp_path / "store")
@@ -297,7 +309,7 @@ def test_a_finished_target_is_pushed(hub: Hub, published: Path, tmp_path: Path):
     assert repo.private
     assert same_files(repo.commits[repo.refs["main"]], target)
     assert inspect("lab/mine").encoding == "mxfp4"
-    with pytest.raises(UsageError, match=r"--push-to lab/mine: holds weights already \(model-"):
+    with pytest.raises(UsageError, match=r"holds weights already: model.safetensors;"):
         destination("lab/mine")
 
 

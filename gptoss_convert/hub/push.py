@@ -32,8 +32,8 @@ def destination(name: str) -> Repository:
             held = []
     if weights := sorted(filter(is_weights, held)):
         raise UsageError(
-            f"--push-to {found}: holds weights already ({weights[0]}, {len(weights)} files); name "
-            "another repository"
+            f"--push-to {found}: holds weights already: {', '.join(weights[:3])}; name another "
+            "repository"
         )
     return found
 

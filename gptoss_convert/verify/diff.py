@@ -16,8 +16,8 @@ from gptoss_convert.config import Config
 from gptoss_convert.extents import Extent, overlap
 from gptoss_convert.layout import Box
 from gptoss_convert.model import load_model
-from gptoss_convert.opening import open_checkpoint
 from gptoss_convert.progress import SILENT, Progress
+from gptoss_convert.sources import open_source
 from gptoss_convert.steps import Plan, Step, make_plan
 from gptoss_convert.verify.changes import Change, change, sum_of
 from gptoss_convert.verify.config_diff import (
@@ -129,7 +129,7 @@ def diff(
 
     Raises what opening them raises; a difference is no error but the result.
     """
-    ours, theirs = (open_checkpoint(Path(p), c) for p, c in zip((a, b), choices, strict=True))
+    ours, theirs = (open_source(p, c, progress) for p, c in zip((a, b), choices, strict=True))
     ours_at, our_others = contents_of(ours)
     theirs_at, their_others = contents_of(theirs)
     common = ours_at.keys() & theirs_at.keys()
@@ -249,7 +249,7 @@ def _modules_summary(parameters: Sequence[ParameterDiff]) -> list[dict[str, Any]
 
 def _side(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
-        "path": str(checkpoint.root),
+        "path": checkpoint.place,
         "format": checkpoint.label,
         "model": checkpoint.config.size,
         "notes": list(checkpoint.notes),

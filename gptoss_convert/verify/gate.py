@@ -11,8 +11,8 @@ from typing import Any
 from gptoss_convert.checkpoint import Checkpoint, Choices
 from gptoss_convert.config import Config
 from gptoss_convert.errors import UsageError
-from gptoss_convert.opening import open_checkpoint
 from gptoss_convert.progress import SILENT, Progress
+from gptoss_convert.sources import open_source
 from gptoss_convert.verify.config_diff import numbers_that_differ
 from gptoss_convert.verify.values import Difference, ValuesReport, compare_values
 
@@ -27,6 +27,8 @@ class Options:
     level: str = "logits"
     source_format: str | None = None
     target_format: str | None = None
+    revision: str | None = None
+    """Of a SOURCE on the Hub: a branch, a tag or a commit."""
     device: str = "auto"
     """`auto` takes a GPU if there is one."""
     dtype: str = "float32"
@@ -103,7 +105,7 @@ def verify_checkpoints(
     options: Options | None = None,
     progress: Progress = SILENT,
 ) -> Verification:
-    """Compare two checkpoint directories of any formats.
+    """Compare two checkpoints of any formats: directories, or repositories on the Hub.
 
     Raises what opening them raises, UsageError where a level lacks its libraries, ResourceError
     where memory is too small; a difference is no error but the result.
@@ -112,8 +114,9 @@ def verify_checkpoints(
     if options.level not in LEVELS:
         raise UsageError(f"--level {options.level}: choose {', '.join(LEVELS)}")
     began = time.monotonic()
-    ours = open_checkpoint(Path(source), Choices(options.source_format))
-    theirs = open_checkpoint(Path(target), Choices(options.target_format))
+    weights = None if options.level == "header" else progress
+    ours = open_source(source, Choices(options.source_format), weights, options.revision)
+    theirs = open_source(target, Choices(options.target_format), weights)
     levels = [_header(ours, theirs, began)]
     later: dict[str, Callable[[], Level]] = {
         "values": lambda: _values(ours, theirs, options, progress),
@@ -130,7 +133,7 @@ def verify_checkpoints(
 
 def _side(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
-        "path": str(checkpoint.root),
+        "path": checkpoint.place,
         "format": checkpoint.label,
         "model": checkpoint.config.size,
         "bytes": sum(chunk.nbytes for chunk in checkpoint.chunks),
