@@ -17,11 +17,13 @@ import pytest
 import torch
 
 from gptoss_convert import convert, tables, verify_checkpoints
+from gptoss_convert.documents import document
 from gptoss_convert.errors import InputError, ResourceError, UsageError
 from gptoss_convert.options import Options as ConvertOptions
 from gptoss_convert.synth import synth
 from gptoss_convert.verify import forward_levels, oracle_level, oracles
 from gptoss_convert.verify.gate import Options, Verification
+from tests.test_documents import follows_its_schema
 
 FORMATS = ("mxfp4", "bf16", "openai", "megatron")
 NAMES = {"mxfp4": "hf-mxfp4", "bf16": "hf-bf16", "openai": "openai", "megatron": "megatron"}
@@ -67,9 +69,11 @@ def test_every_pair_of_formats_is_the_same_model(tiny: Path, source: str, target
     assert json.loads(json.dumps(found.summary()))["same"] is True
 
 
-def test_the_ecosystems_own_models_agree(tiny: Path) -> None:
+def test_the_ecosystems_own_models_agree(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = verified(tiny / "bf16", tiny / "megatron", level="oracle", sample=140)
     assert found.same, found.verdict
+    assert capfd.readouterr() == ("", "")
+    follows_its_schema(document("verify", found.summary()))
     for side in found.levels[3].numbers.values():
         assert side["positions"] == side["settled"] >= 128
         assert 0 < side["max_delta"] < side["limit"] < 2e-4

@@ -5,7 +5,8 @@ They load the directory by themselves and share no line with readers, forward pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,8 @@ def oracle_logits(
     try:
         if checkpoint.format == "hf":
             layers = len(config.sliding)
-            return transformers_logits(checkpoint.root, sequences, device, layers)
+            with _silence():
+                return transformers_logits(checkpoint.root, sequences, device, layers)
         if checkpoint.format == "openai":
             return "(OpenAI's own code is on no package index)"
         if len(config.sliding) < checkpoint.config.num_hidden_layers:
@@ -47,6 +49,22 @@ def oracle_logits(
             f"--level oracle of {checkpoint.label} needs {error.name}: "
             "pip install 'gptoss-convert[oracles]'"
         ) from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Within it transformers shows neither bars nor warnings: stderr belongs to the command."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def transformers_logits(
