@@ -164,6 +164,7 @@ def convert(
         show("plan", summary, report.conversion(summary), as_json=as_json, quiet=quiet)
         return
     from gptoss_convert.hub.push import destination, push
+    from gptoss_convert.megatron_launch import arguments
     from gptoss_convert.run import run
 
     repository = destination(push_to) if push_to else None
@@ -173,7 +174,8 @@ def convert(
             render(report.conversion(conversion.summary()), sys.stderr), err=True, color=True
         )
     done = run(conversion, progress.for_terminal(quiet)).summary()
-    show("convert", done, report.finished(done), as_json=as_json, quiet=quiet)
+    launch = arguments(conversion.source.config) if options["to"] == "megatron" else ()
+    show("convert", done, report.finished(done, launch), as_json=as_json, quiet=quiet)
     if repository:
         place = push(target, repository, public)
         click.echo("" if quiet else f"pushed: {place}", err=True, nl=not quiet)
@@ -191,6 +193,7 @@ def convert(
 @iteration_option
 @config_option
 @vocab_size_option
+@click.option("--launch", is_flag=True, help="Print how to load it in Megatron, as Markdown.")
 @as_json_flag
 def inspect(
     source: str,
@@ -200,6 +203,7 @@ def inspect(
     iteration: int | None,
     config: Path | None,
     vocab_size: int | None,
+    launch: bool,
     as_json: bool,
 ) -> None:
     """Tell what the checkpoint SOURCE is: format, size, encoding, anything odd. Headers only.
@@ -215,7 +219,13 @@ def inspect(
     from gptoss_convert.inspection import inspect
 
     choices = Choices(source_format, True, iteration, config, vocab_size)
-    summary = inspect(source, choices, revision).summary()
+    found = inspect(source, choices, revision)
+    if launch:
+        from gptoss_convert.megatron_launch import launch_page_of
+
+        say(launch_page_of(found.checkpoint))
+        return
+    summary = found.summary()
     show("inspect", summary, report.inspection(summary), as_json=as_json)
 
 

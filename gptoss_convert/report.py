@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gptoss_convert.folding import ranges
@@ -135,15 +136,23 @@ def conversion(summary: Mapping[str, Any]) -> Page:
     return [Facts(rows), "", tensors(target["tensor_groups"]), "", table, *_notes(summary)]
 
 
-def finished(summary: Mapping[str, Any]) -> Page:
-    """The line at the end of a conversion."""
+def finished(summary: Mapping[str, Any], launch: Sequence[str] = ()) -> Page:
+    """The line at the end of a conversion; for Megatron the arguments that load TARGET."""
     moved = summary["read_bytes"] + summary["write_bytes"]
     seconds = max(summary["seconds"], 1e-3)
-    return [
-        f"{summary['target']['path']}: {size(summary['write_bytes'])} in {seconds:.1f} s "
+    target = summary["target"]
+    done = (
+        f"{target['path']}: {size(summary['write_bytes'])} in {seconds:.1f} s "
         f"({moved / seconds / 1e6:.0f} MB/s read and written), "
         f"peak memory {size(summary['peak_memory_bytes'])}"
-    ]
+    )
+    if not launch:
+        return [done]
+    from gptoss_convert.megatron_launch import LAUNCH
+
+    lines = textwrap.wrap(" ".join(launch), 98, break_on_hyphens=False, break_long_words=False)
+    head = f"Megatron-LM's arguments for it, explained in {target['path']}/{LAUNCH}:"
+    return [done, "", head, *(f"  {line}" for line in lines)]
 
 
 _MOST = 5

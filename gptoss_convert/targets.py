@@ -14,6 +14,7 @@ from gptoss_convert.checkpoint import CONFIG, Checkpoint, carried_files
 from gptoss_convert.containers import Image, safetensors, torch_dist
 from gptoss_convert.containers.paths import open_inside
 from gptoss_convert.errors import UsageError
+from gptoss_convert.megatron_launch import LAUNCH, launch_page
 from gptoss_convert.model import load_model
 from gptoss_convert.strict_json import parse_object
 from gptoss_convert.tables import load_table
@@ -77,6 +78,7 @@ def _megatron_image(source: Checkpoint, variant: str, options: Options) -> tuple
         *((f"{megatron.HF_FOLDER}/{name}", content) for name, content in carried),
         (f"{megatron.HF_FOLDER}/{CONFIG}", text),
         *side.closing,
+        (LAUNCH, launch_page(config, options.bridge).encode()),
         (folder + megatron.RUN_CONFIG, megatron_state.run_config_yaml(config, options.bridge)),
         *state,
         (megatron.TRACKER, str(megatron.ITERATION).encode()),
