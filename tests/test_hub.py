@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -286,6 +289,26 @@ def test_a_stream_that_breaks_ends_with_one_line(hub: Hub, tmp_path: Path):
     options = Options(to="hf", dtype="bf16", stream=True)
     with pytest.raises(NetworkError, match="model-00003"):
         convert(NAME, tmp_path / "out", options)
+
+
+def test_the_command_honours_the_environment_and_hides_what_is_signed(hub: Hub, tmp_path: Path):
+    """A whole run, by variables alone: HF_ENDPOINT, HF_HOME, HF_TOKEN."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": SECRET}
+    hub.faults.append(Fault("GET", "/cdn/.*model-00001", whole=True, cut=0, times=1))
+    done = subprocess.run(
+        [sys.executable, "-m", "gptoss_convert", "convert", NAME, "out", "--to", "hf"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=known | variables | {"HF_HUB_DISABLE_XET": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Trying to resume" in done.stderr
+    assert "signature" not in done.stderr and SECRET not in done.stderr
+    assert any((tmp_path / "home" / "hub").rglob("model-00001-of-*"))
+    assert ("GET", f"Bearer {SECRET}") in {(method, token) for method, _, _, token in hub.requests}
 
 
 def test_repositories_are_compared_with_directories(hub: Hub, published: Path, tmp_path: Path):
