@@ -47,7 +47,8 @@ def test_a_shard_that_a_late_one_needs_stays_and_nothing_waits_for_ever():
     assert seen == [{0}, {0, 1}, {0, 1, 2}, {0, 2, 3}, {0, 3, 4}, {0, 4, 5}]
 
 
-def test_steps_that_need_no_shard_come_first():
+def test_steps_that_need_no_shard_come_first_then_those_that_free_an_older_one():
+    assert Schedule(("a", "b"), {0: (1,), 1: (0, 1), 2: (0,)}).order == [2, 1, 0]
     assert Schedule(("a", "b"), {0: (1,), 1: (), 2: (0,)}).order == [1, 2, 0]
 
 
