@@ -52,11 +52,11 @@ def convert(source: str, target: str, to: str, dtype: str, leave_out: str = "not
 def verify(source: str, target: str, leave_out: str = "nothing") -> Result:
     """Compare all values of two checkpoints; `leave_out` the comparison to read both alone."""
     from gptoss_convert.opening import open_checkpoint
-    from gptoss_convert.verify import values
+    from gptoss_convert.verify import pairs, values
 
     if leave_out == "kernels":
-        compared = values._Compared  # pyright: ignore[reportPrivateUsage]
-        values._Worker._values = lambda *_: None  # pyright: ignore
+        compared = values.Compared
+        pairs._Worker._values = lambda *_: None  # pyright: ignore
         values._compare = lambda number, *_: compared(number, 0, None, None, None, (), 0, 0)  # pyright: ignore
     began = time.monotonic()
     ours, theirs = open_checkpoint(Path(source)), open_checkpoint(Path(target))

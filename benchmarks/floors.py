@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor
 
 from gptoss_convert.containers.torch_dist import read
 from gptoss_convert.verify import forward, metrics
-from gptoss_convert.verify.forward import LayerTrace, Numerics
+from gptoss_convert.verify.forward import Numerics
 from gptoss_convert.verify.hf_reader import HfReader
 from gptoss_convert.verify.megatron_oracle import megatron_logits
 from gptoss_convert.verify.megatron_reader import MegatronReader
 from gptoss_convert.verify.oracles import transformers_logits
 from gptoss_convert.verify.readers import Reader
 from gptoss_convert.verify.tokens import token_set
-from gptoss_convert.verify.walk import Prompts, all_logits, walk
+from gptoss_convert.verify.walk import Prompts, State, all_logits, walk
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4, write_megatron
 from tests.tiny_models import DISTINCT, SQUARE, random_weights
 
@@ -49,19 +50,17 @@ def models(folder: Path) -> Iterator[tuple[str, Reader, list[list[int]], Tensor]
         yield f"{name} megatron", reader, prompts, torch.cat(found)
 
 
-def traces(reader: Reader, prompts: Prompts, numerics: Numerics) -> list[LayerTrace]:
+def states(reader: Reader, prompts: Prompts, numerics: Numerics) -> list[State]:
     with forward.exact_products():
-        return list(walk(reader, prompts, numerics))
+        walked = walk(reader, [prompts], numerics)
+        return [replace(state, values=[*state.values]) for state in walked]
 
 
-def layer_distance(ours: list[LayerTrace], theirs: list[LayerTrace]) -> str:
+def layer_distance(ours: list[State], theirs: list[State]) -> str:
     pairs = list(zip(ours, theirs, strict=True))
-    error = max(
-        metrics.divergence(getattr(a, part), getattr(b, part)).worst
-        for a, b in pairs
-        for part in ("attention", "router", "output")
-    )
-    agreement = min(metrics.routing_agreement(a.chosen, b.chosen) for a, b in pairs)
+    error = max(metrics.divergence(a.values[0], b.values[0]).worst for a, b in pairs)
+    chosen = [(a.chosen[0], b.chosen[0]) for a, b in pairs if a.chosen]
+    agreement = min(metrics.same_choices(a, b) / len(a) for a, b in chosen)
     return f"relative error {error:.2g}, routing agreement {agreement:.3f}"
 
 
@@ -78,9 +77,9 @@ def main() -> None:
             exact, coarse = Numerics(), Numerics(dtype=torch.bfloat16)
             ours = all_logits(reader, prompts, exact)
             rounded = all_logits(reader, prompts, coarse)
-            clean = traces(reader, prompts, exact)
-            blocks = layer_distance(clean, traces(reader, prompts, OTHER_BLOCKS))
-            bf16 = layer_distance(clean, traces(reader, prompts, coarse))
+            clean = states(reader, prompts, exact)
+            blocks = layer_distance(clean, states(reader, prompts, OTHER_BLOCKS))
+            bf16 = layer_distance(clean, states(reader, prompts, coarse))
             print(f"{name}, {len(ours)} positions, std {float(oracle.std()):.2f}", flush=True)
             print(f"  oracle       {logit_distance(ours, oracle)}", flush=True)
             print(f"  other blocks {blocks}", flush=True)

@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 
 from gptoss_convert.opening import open_checkpoint
+from gptoss_convert.ranks import ALONE
 from gptoss_convert.verify import forward
+from gptoss_convert.verify.fetch import Fetcher
 from gptoss_convert.verify.forward import Numerics
-from gptoss_convert.verify.forward_levels import choose_device
 from gptoss_convert.verify.limits import load_limits
+from gptoss_convert.verify.node import choose_device
 from gptoss_convert.verify.oracle_level import distances
 from gptoss_convert.verify.oracles import oracle_logits
 from gptoss_convert.verify.parity import compare
@@ -33,7 +35,7 @@ from gptoss_convert.verify.sides import open_reader
 from gptoss_convert.verify.tokens import TokenSequence, sequence, token_set
 from tests.mutants import MUTANTS, MutantReader, zeroed_expert
 
-DEVICE = choose_device("auto")
+DEVICE = choose_device("auto", ALONE)
 CHOSEN_MUTANTS = (
     "M1 ",
     "M3 ",
@@ -66,7 +68,7 @@ class Bench:
         return (self.folder if name == "mxfp4" else self.target_folder) / name
 
     def reader(self, name: str, layers: int | None = None) -> Reader:
-        return open_reader(open_checkpoint(self.place(name)), DEVICE, layers, self.ahead)
+        return open_reader(open_checkpoint(self.place(name)), Fetcher(DEVICE, self.ahead), layers)
 
     def note(self, name: str, text: str, content: object = None) -> None:
         print(f"{name:<24} {text}", flush=True)

@@ -172,24 +172,30 @@ def verify(
       gptoss-convert verify gpt-oss-20b megatron --level values
     """
     from gptoss_convert import report_page
+    from gptoss_convert.ranks import join
     from gptoss_convert.verify.gate import Options, verify_checkpoints
 
-    if folder:
+    ranks = join()
+    if folder and ranks.rank == 0:
         # Before hours of comparing: is all there that the report needs?
         report_page.prepare(folder)
+    told = progress.for_terminal(quiet) if ranks.rank == 0 else progress.SILENT
     choices = Options(**options, statistics=folder is not None)
-    done = verify_checkpoints(source, target, choices, progress.for_terminal(quiet))
-    summary = done.summary()
-    if junit:
-        junit.write_text(report.junit(summary), encoding="utf-8")
-    if json_file:
-        json_file.write_text(document("verify", summary) + "\n", encoding="utf-8")
-    show("verify", summary, report.verification(summary), as_json=as_json, quiet=quiet)
-    if quiet and not done.same:
-        complain(done.verdict)
-    if folder:
-        path = report_page.write(summary, folder, shlex.join(["gptoss-convert", *sys.argv[1:]]))
-        click.echo("" if quiet else f"report: {path}", err=True, nl=not quiet)
+    done = verify_checkpoints(source, target, choices, told, ranks)
+    if ranks.rank == 0:
+        summary = done.summary()
+        if junit:
+            junit.write_text(report.junit(summary), encoding="utf-8")
+        if json_file:
+            json_file.write_text(document("verify", summary) + "\n", encoding="utf-8")
+        show("verify", summary, report.verification(summary), as_json=as_json, quiet=quiet)
+        if quiet and not done.same:
+            complain(done.verdict)
+        if folder:
+            command = shlex.join(["gptoss-convert", *sys.argv[1:]])
+            path = report_page.write(summary, folder, command)
+            click.echo("" if quiet else f"report: {path}", err=True, nl=not quiet)
+    ranks.leave()
     context.exit(0 if done.same else 1)
 
 

@@ -111,8 +111,13 @@ def make_plan(
             continue
         have = frozenset(member for member in family.members if member in source_of)
         need = needed(family, have, want)
-        held = [extent for member in need for extent in source_of[member]]
-        taken = [extent for member in want for extent in target_of[member]]
+        # In the order of the family, not of a set: every process must number the steps alike.
+        held = [
+            extent for member in family.members if member in need for extent in source_of[member]
+        ]
+        taken = [
+            extent for member in family.members if member in want for extent in target_of[member]
+        ]
         steps.extend(_family_steps(family, sizes, held, taken, tile_bytes, partial))
     order = {name: i for i, name in enumerate(dict.fromkeys(e.file for e in targets))}
     steps.sort(key=lambda step: _position(step, order))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptoss_convert.containers.torch_dist import read
 from gptoss_convert.verify import forward
-from gptoss_convert.verify.forward import LayerTrace, Numerics
+from gptoss_convert.verify.forward import Numerics
 from gptoss_convert.verify.fp4 import Packed
 from gptoss_convert.verify.hf_reader import HfReader
 from gptoss_convert.verify.limits import load_limits
@@ -21,6 +21,7 @@ from gptoss_convert.verify.model import LayerWeights, ModelConfig
 from gptoss_convert.verify.openai_reader import OpenAiReader
 from gptoss_convert.verify.parity import compare
 from gptoss_convert.verify.tokens import token_set
+from gptoss_convert.verify.walk import layer_states
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4, write_megatron, write_openai
 from tests.tiny_models import DISTINCT, random_weights
 
@@ -98,11 +99,13 @@ def random_layer(config: ModelConfig, device: torch.device, seed: int = 0) -> La
 
 def run_layers(
     weights: LayerWeights, config: ModelConfig, x_TD: Tensor, numerics: Numerics
-) -> LayerTrace:
-    """Both layers with the same weights."""
-    with forward.exact_products():
-        first = forward.layer_forward(x_TD, weights, config, 0, [len(x_TD)], numerics)
-        return forward.layer_forward(first.output, weights, config, 1, [len(x_TD)], numerics)
+) -> dict[str, Tensor]:
+    """The state after each sub-block of the second of two layers with the same weights."""
+    streams, lengths = [x_TD], [[len(x_TD)]]
+    for _ in layer_states(streams, lengths, weights, config, 0, numerics):
+        pass
+    second = layer_states(streams, lengths, weights, config, 1, numerics)
+    return {state.block: state.values[0].clone() for state in second}
 
 
 def residual(length: int, config: ModelConfig) -> Tensor:
@@ -131,10 +134,14 @@ def test_packed_and_transposed_weights_give_the_same_bits_every_time() -> None:
     strided = replace(weights, **{name: m.transpose(1, 2) for name, m in input_major.items()})
     for numerics in (Numerics.on(GPU), Numerics.on(GPU, torch.bfloat16)):
         x = x_TD.to(numerics.dtype)
-        expected = run_layers(weights, RELEASED_20B, x, numerics).output
+        with forward.exact_products():
+            expected, again, other = (
+                run_layers(one, RELEASED_20B, x, numerics)["experts"]
+                for one in (weights, weights, strided)
+            )
         assert torch.isfinite(expected).all()
-        assert torch.equal(expected, run_layers(weights, RELEASED_20B, x, numerics).output)
-        assert torch.equal(expected, run_layers(strided, RELEASED_20B, x, numerics).output)
+        assert torch.equal(expected, again)
+        assert torch.equal(expected, other)
 
 
 def test_the_gpu_agrees_with_the_cpu_so_tf32_is_off() -> None:
@@ -142,11 +149,10 @@ def test_the_gpu_agrees_with_the_cpu_so_tf32_is_off() -> None:
     weights, x_TD = random_layer(config, GPU), residual(300, config)
     torch.set_float32_matmul_precision("high")
     try:
-        found = run_layers(weights, config, x_TD, Numerics.on(GPU)).attention.cpu()
+        with forward.exact_products():
+            found = run_layers(weights, config, x_TD, Numerics.on(GPU))["attention"].cpu()
         with torch.inference_mode():
-            lengths, numerics = [len(x_TD)], Numerics.on(GPU)
-            first = forward.layer_forward(x_TD, weights, config, 0, lengths, numerics)
-            tf32 = forward.layer_forward(first.output, weights, config, 1, lengths, numerics)
+            tf32 = run_layers(weights, config, x_TD, Numerics.on(GPU))["attention"].cpu()
     finally:
         torch.set_float32_matmul_precision("highest")
     on_cpu = {
@@ -154,10 +160,10 @@ def test_the_gpu_agrees_with_the_cpu_so_tf32_is_off() -> None:
         for name, t in vars(weights).items()
     }
     weights = replace(weights, **on_cpu)
-    expected = run_layers(weights, config, x_TD.cpu(), Numerics.on(CPU)).attention
+    with forward.exact_products():
+        expected = run_layers(weights, config, x_TD.cpu(), Numerics.on(CPU))["attention"]
     exact, rounded = (
-        float(((x - expected).norm(dim=1) / expected.norm(dim=1)).max())
-        for x in (found, tf32.attention.cpu())
+        float(((x - expected).norm(dim=1) / expected.norm(dim=1)).max()) for x in (found, tf32)
     )
     print(f"largest relative error, GPU against CPU: float32 {exact:.3g}, TF32 {rounded:.3g}")
     assert exact < 1e-5
@@ -195,17 +201,18 @@ def test_every_layout_gives_the_same_bits_through_its_reader(tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 def test_131072_tokens_fit(dtype: torch.dtype) -> None:
     weights = random_layer(RELEASED_20B, GPU)
-    x_TD = residual(131072, RELEASED_20B).to(dtype)
+    streams, lengths = [residual(131072, RELEASED_20B).to(dtype)], [[131072]]
     torch.cuda.reset_peak_memory_stats()
     numerics = Numerics.on(GPU, dtype)
     for layer, kind in enumerate(("sliding", "full")):
         torch.cuda.synchronize()
         start = time.perf_counter()
         with forward.exact_products():
-            trace = forward.layer_forward(x_TD, weights, RELEASED_20B, layer, [len(x_TD)], numerics)
+            for _ in layer_states(streams, lengths, weights, RELEASED_20B, layer, numerics):
+                pass
         torch.cuda.synchronize()
         print(f"{kind} layer, {dtype}: {time.perf_counter() - start:.2f} s")
-        assert torch.isfinite(trace.output).all()
+        assert torch.isfinite(streams[0]).all()
     peak = torch.cuda.max_memory_allocated() / 2**30
     print(f"peak memory, {dtype}: {peak:.1f} GiB")
     assert peak < 40

@@ -13,7 +13,7 @@ from gptoss_convert.verify.metrics import (
     joined,
     kl_ranges,
     quantile,
-    routing_agreement,
+    same_choices,
     score,
     summary,
 )
@@ -111,10 +111,10 @@ def test_kl_is_told_between_borders_and_every_position_counts_once() -> None:
     )
 
 
-def test_routing_agreement_ignores_the_order_of_experts() -> None:
+def test_the_same_choices_ignore_the_order_of_experts() -> None:
     source = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])
     target = torch.tensor([[1, 0], [2, 3], [4, 6], [6, 7]])
-    assert routing_agreement(source, target) == 0.75
+    assert same_choices(source, target) == 3
 
 
 def test_nan_exceeds_every_limit() -> None:

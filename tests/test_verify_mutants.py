@@ -82,7 +82,8 @@ def max_delta(models: Models, mutant: Mutant) -> float:
 def least_used_expert(models: Models) -> int:
     prompts = Prompts.of([s.tokens for s in models.sequences], CPU)
     with forward.exact_products():
-        chosen = list(walk(models.source, prompts, Numerics()))[1].chosen
+        walked = walk(models.source, [prompts], Numerics())
+        chosen = [state.chosen[0] for state in walked if state.block == "router"][1]
     return int(chosen.flatten().bincount(minlength=SQUARE.experts).argmin())
 
 

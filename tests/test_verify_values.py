@@ -21,7 +21,8 @@ from gptoss_convert.options import Options
 from gptoss_convert.resources import peak_memory
 from gptoss_convert.synth import synth
 from gptoss_convert.verify.gate import describe
-from gptoss_convert.verify.values import Difference, ValuesReport, compare_values
+from gptoss_convert.verify.values import compare_values
+from gptoss_convert.verify.values_report import Difference, ValuesReport
 from tests.tiny_files import write_hf_bf16
 from tests.tiny_models import SQUARE, random_weights
 

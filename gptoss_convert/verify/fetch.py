@@ -22,6 +22,8 @@ from gptoss_convert.errors import DiskError, IntegrityError
 
 PIECE = 16 << 20
 """Bytes that one thread reads at a time."""
+MAX_AHEAD = 2_000_000_000
+"""Bytes of a checkpoint that are read before they are needed: a layer of the 20b as BF16."""
 Box = tuple[tuple[int, int], ...]
 """`[low, high)` on each axis."""
 
@@ -52,9 +54,13 @@ class Loading:
 
 
 class Fetcher:
-    """Reads runs of bytes into host memory, page-locked if a GPU is to take them."""
+    """Reads runs of bytes onto one device, by way of page-locked memory if that is a GPU.
 
-    def __init__(self, device: torch.device, max_ahead: int = 8_000_000_000):
+    At most `max_ahead` bytes are read before they are asked for.
+    """
+
+    def __init__(self, device: torch.device, max_ahead: int = MAX_AHEAD):
+        self.device = device
         self._pinned = device.type == "cuda"
         self._max_ahead = max_ahead
         self._ahead: dict[tuple[Run, ...], Loading] = {}
@@ -72,18 +78,23 @@ class Fetcher:
             self._ahead |= {runs: self._begin(runs) for runs in wanted}
 
     def read(self, runs: tuple[Run, ...]) -> Tensor:
-        """The bytes of `runs` in one host tensor, u8."""
-        return (self._ahead.pop(runs, None) or self._begin(runs)).wait()
+        """The bytes of `runs` in one tensor on the device, u8."""
+        content = (self._ahead.pop(runs, None) or self._begin(runs)).wait()
+        return content.to(self.device, non_blocking=True)
 
     def _begin(self, runs: tuple[Run, ...]) -> Loading:
-        nbytes = max(run.position + run.nbytes for run in runs)
-        content = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+        content = torch.empty(length(runs), dtype=torch.uint8, pin_memory=self._pinned)
         view = content.numpy().data
         for run in runs:
             if run.path not in self._open:
                 self._open[run.path] = _opened(run.path)
         pieces = [[(self._open[run.path], run) for run in batch] for batch in _batches(runs)]
         return Loading(content, [_threads().submit(_fill, piece, view) for piece in pieces])
+
+
+def length(runs: Sequence[Run]) -> int:
+    """Bytes of the tensor that the runs fill."""
+    return max(run.position + run.nbytes for run in runs)
 
 
 @cache
@@ -104,9 +115,9 @@ def _batches(runs: Sequence[Run]) -> Iterator[list[Run]]:
     held = 0
     for run in runs:
         for start in range(0, run.nbytes, PIECE):
-            length = min(PIECE, run.nbytes - start)
-            batch.append(Run(run.path, run.offset + start, length, run.position + start))
-            held += length
+            nbytes = min(PIECE, run.nbytes - start)
+            batch.append(Run(run.path, run.offset + start, nbytes, run.position + start))
+            held += nbytes
             if held >= PIECE:
                 yield batch
                 batch, held = [], 0

@@ -1,6 +1,6 @@
 """The whole GPT-OSS model as one deterministic forward pass, a layer at a time.
 
-The caller owns the loop over layers and hands in one layer's weights at a time, so that two
+`walk` owns the loop over layers and hands in one layer's weights at a time, so that two
 checkpoints walk side by side with one layer each on the device. Identical weights give
 bit-identical outputs. In float32 it agrees with transformers and megatron-core up to rounding.
 
@@ -23,20 +23,6 @@ from torch.nn import functional
 from gptoss_convert.verify.first_calls import settle_kernels
 from gptoss_convert.verify.fp4 import Packed
 from gptoss_convert.verify.model import ExpertMatrices, LayerWeights, ModelConfig
-
-
-@dataclass(frozen=True)
-class LayerTrace:
-    """What one layer computed, observable after each sub-block."""
-
-    attention: Tensor
-    """Residual stream after attention, `[T, D]`."""
-    router: Tensor
-    """Router logits, `[T, E]`."""
-    chosen: Tensor
-    """Experts of each token, `[T, A]`, strongest first."""
-    output: Tensor
-    """Residual stream after the experts, `[T, D]`: the input of the next layer."""
 
 
 @dataclass(frozen=True)
@@ -74,27 +60,6 @@ def embed(tokens_T: Tensor, embedding_VD: Tensor, numerics: Numerics) -> Tensor:
     return embedding_VD[tokens_T].to(numerics.dtype)
 
 
-def layer_forward(
-    x_TD: Tensor,
-    weights: LayerWeights,
-    config: ModelConfig,
-    layer: int,
-    lengths: Sequence[int],
-    numerics: Numerics,
-) -> LayerTrace:
-    """Run layer `layer` on sequences of `lengths` that lie one after another in `x_TD`."""
-    window = config.window if config.sliding[layer] else None
-    normed_TD = rms_norm(x_TD, weights.attention_norm, config.norm_eps)
-    attention_TD = x_TD + torch.cat(
-        [attention(s_SD, weights, config, window, numerics) for s_SD in normed_TD.split(lengths)]
-    )
-    normed_TD = rms_norm(attention_TD, weights.mlp_norm, config.norm_eps)
-    router_TE = linear(normed_TD, weights.router_weight, weights.router_bias)
-    chosen_TA, routing_TA = route(router_TE, config.experts_per_token)
-    experts_TD = experts(normed_TD, chosen_TA, routing_TA, weights, config)
-    return LayerTrace(attention_TD, router_TE, chosen_TA, attention_TD + experts_TD)
-
-
 def logits(x_TD: Tensor, norm_D: Tensor, unembedding_VD: Tensor, config: ModelConfig) -> Tensor:
     """Logits `[T, V]` of the residual stream that leaves the last layer.
 
@@ -110,9 +75,9 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (x * weight_D.float()).to(x_TD.dtype)
 
 
-def linear(x: Tensor, weight: ExpertMatrices, bias: Tensor) -> Tensor:
-    """`x @ weight.T + bias` in the dtype of `x`."""
-    return functional.linear(x, dense(weight, x.dtype), bias.to(x.dtype))
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x @ weight.T + bias`; the weight comes from `dense`, in the dtype of `x`."""
+    return functional.linear(x, weight, bias.to(x.dtype))
 
 
 def dense(matrix: ExpertMatrices, dtype: torch.dtype) -> Tensor:
@@ -133,7 +98,10 @@ def attention(
     window: int | None,
     numerics: Numerics,
 ) -> Tensor:
-    """Causal grouped-query attention with learnable sinks over one sequence, `[S, D]`."""
+    """Causal grouped-query attention with learnable sinks over one sequence, `[S, D]`.
+
+    The four matrices of `weights` come from `dense`.
+    """
     q = linear(x_SD, weights.q_weight, weights.q_bias).unflatten(-1, (-1, config.head_dim))
     k = linear(x_SD, weights.k_weight, weights.k_bias).unflatten(-1, (-1, config.head_dim))
     v = linear(x_SD, weights.v_weight, weights.v_bias).unflatten(-1, (-1, config.head_dim))
@@ -264,6 +232,25 @@ def rotate(x_SNH: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
     return turned.to(x_SNH.dtype)
 
 
+@dataclass(frozen=True)
+class Routing:
+    """Where a router sends each token of a batch."""
+
+    logits: Tensor
+    """`[T, E]`."""
+    chosen: Tensor
+    """Experts of each token, `[T, A]`, strongest first."""
+    shares: Tensor
+    """Their weights `[T, A]`: a softmax over the chosen logits only."""
+
+
+def router(x_TD: Tensor, weights: LayerWeights, config: ModelConfig) -> Routing:
+    """The routing of a residual stream that comes from attention; its matrix is from `dense`."""
+    normed_TD = rms_norm(x_TD, weights.mlp_norm, config.norm_eps)
+    router_TE = linear(normed_TD, weights.router_weight, weights.router_bias)
+    return Routing(router_TE, *route(router_TE, config.experts_per_token))
+
+
 def route(router_TE: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
     """The chosen experts `[T, A]` and their weights: a softmax over the chosen logits only."""
     top_TA, chosen_TA = router_TE.topk(experts_per_token, dim=-1)
@@ -278,25 +265,38 @@ def swiglu(gate: Tensor, up: Tensor, config: ModelConfig) -> Tensor:
 
 
 def experts(
-    x_TD: Tensor,
-    chosen_TA: Tensor,
-    routing_TA: Tensor,
+    batches: Sequence[Tensor],
+    routings: Sequence[Routing],
     weights: LayerWeights,
     config: ModelConfig,
-) -> Tensor:
-    """Sum over each token's experts, `[T, D]`; the routing weight multiplies after down's bias.
+) -> list[Tensor]:
+    """Sum over each token's experts, `[T, D]` by batch; its share multiplies after down's bias.
 
     An expert meets a token at most once, so adding expert by expert has one fixed order and no
     atomics: the sum is deterministic on every device.
     """
-    sum_TD = torch.zeros_like(x_TD)
+    sums = [torch.zeros_like(x_TD) for x_TD in batches]
+    places = [places_by_expert(routing.chosen, config.experts) for routing in routings]
     for e in range(config.experts):
-        tokens, slots = torch.where(chosen_TA == e)
-        if len(tokens) == 0:
+        met = [n for n, by_expert in enumerate(places) if len(by_expert[e])]
+        if not met:
             continue
-        x = x_TD[tokens]
-        gate = linear(x, weights.gate_weight[e], weights.gate_bias[e])
-        up = linear(x, weights.up_weight[e], weights.up_bias[e])
-        down = linear(swiglu(gate, up, config), weights.down_weight[e], weights.down_bias[e])
-        sum_TD[tokens] += down * routing_TA[tokens, slots].unsqueeze(1)
-    return sum_TD
+        gate_FD, up_FD, down_DF = (
+            dense(matrices[e], batches[0].dtype)
+            for matrices in (weights.gate_weight, weights.up_weight, weights.down_weight)
+        )
+        for n in met:
+            tokens = places[n][e] // config.experts_per_token
+            x = batches[n][tokens]
+            gate = linear(x, gate_FD, weights.gate_bias[e])
+            up = linear(x, up_FD, weights.up_bias[e])
+            down = linear(swiglu(gate, up, config), down_DF, weights.down_bias[e])
+            sums[n][tokens] += down * routings[n].shares.flatten()[places[n][e]].unsqueeze(1)
+    return sums
+
+
+def places_by_expert(chosen_TA: Tensor, experts: int) -> Sequence[Tensor]:
+    """For each expert the ascending indices into `chosen_TA`, flattened, where it stands."""
+    found = chosen_TA.flatten()
+    counts = found.bincount(minlength=experts).tolist()
+    return found.sort(stable=True).indices.split(counts)

@@ -12,10 +12,12 @@ import torch
 from gptoss_convert.checkpoint import Checkpoint
 from gptoss_convert.errors import ResourceError, UsageError
 from gptoss_convert.progress import Progress
+from gptoss_convert.ranks import ALONE, Ranks
 from gptoss_convert.verify.forward import Numerics
 from gptoss_convert.verify.gate import Level, Options
 from gptoss_convert.verify.limits import load_limits
-from gptoss_convert.verify.parity import compare
+from gptoss_convert.verify.node import NewFetcher, choose_device, sharing
+from gptoss_convert.verify.parity import compare, hardware
 from gptoss_convert.verify.parity_report import ParityReport
 from gptoss_convert.verify.prompts import own_sequences, shown_tokens
 from gptoss_convert.verify.readers import Reader
@@ -26,48 +28,65 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def logits_level(
-    ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress
+    ours: Checkpoint,
+    theirs: Checkpoint,
+    options: Options,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Level:
-    """Both through one forward pass, side by side; raises ResourceError if a GPU is too small."""
+    """Both through one forward pass, side by side, by all of `ranks`.
+
+    Raises ResourceError if a GPU is too small, UsageError where ranks compute on other devices.
+    """
     began = time.monotonic()
-    limits, device = load_limits(options.limits), choose_device(options.device)
-    source, target = _readers(ours, theirs, options, device)
-    sequences = _sequences(source, (ours, theirs), options, device)
-    layers = len(source.config.sliding)
-    nbytes = sum(chunk.nbytes for side in (ours, theirs) for chunk in side.chunks)
-    with memory_advice(), progress.phase("logits", nbytes, layers) as advance:
-        numerics = Numerics.on(device, DTYPES[options.dtype])
-        report = compare(
-            source,
-            target,
-            sequences,
-            limits,
-            device,
-            numerics,
-            advance=lambda layer: advance(nbytes // layers),
-        )
-    numbers = {**asdict(report), "gpu_memory_bytes": _peak(device)}
+    device = choose_device(options.device, ranks)
+    _require_equal_devices(device, ranks)
+    with memory_advice(), sharing(ranks, device) as new_fetcher:
+        report = _compare(ours, theirs, options, device, progress, new_fetcher, ranks)
+    peaks = ranks.gather(_peak(device))
+    numbers = {**asdict(report), "gpu_memory_bytes": max(peaks), "gpu_memory_by_rank": peaks}
     numbers["next_tokens_text"] = shown_tokens(report.next_tokens, ours, theirs)
     seconds = time.monotonic() - began
     return Level("logits", report.passed, seconds, _agreement(report), _findings(report), numbers)
 
 
-def choose_device(wish: str) -> torch.device:
-    """The device of a wish: `auto` takes a GPU if there is one."""
-    found = torch.cuda.is_available()
-    if wish == "cuda" and not found:
-        raise UsageError("--device cuda: no CUDA device found; choose cpu")
-    return torch.device("cuda" if wish == "cuda" or (wish == "auto" and found) else "cpu")
-
-
-def _readers(
-    ours: Checkpoint, theirs: Checkpoint, options: Options, device: torch.device
-) -> tuple[Reader, Reader]:
-    ahead = options.max_memory // 2
-    return (
-        open_reader(ours, device, options.layers, ahead),
-        open_reader(theirs, device, options.layers, ahead),
+def _compare(
+    ours: Checkpoint,
+    theirs: Checkpoint,
+    options: Options,
+    device: torch.device,
+    progress: Progress,
+    new_fetcher: NewFetcher,
+    ranks: Ranks,
+) -> ParityReport:
+    source, target = (
+        open_reader(side, new_fetcher(options.max_memory // 2), options.layers)
+        for side in (ours, theirs)
     )
+    layers = len(source.config.sliding)
+    nbytes = sum(chunk.nbytes for side in (ours, theirs) for chunk in side.chunks)
+    with progress.phase("logits", nbytes, layers) as advance:
+        return compare(
+            source,
+            target,
+            _sequences(source, (ours, theirs), options, device),
+            load_limits(options.limits),
+            device,
+            Numerics.on(device, DTYPES[options.dtype]),
+            advance=lambda layer: advance(nbytes // layers),
+            ranks=ranks,
+        )
+
+
+def _require_equal_devices(device: torch.device, ranks: Ranks) -> None:
+    """Other devices round otherwise: what is equal would seem to depend on who computed it."""
+    found = ranks.gather(hardware(device))
+    other = next((rank for rank, name in enumerate(found) if name != found[0]), None)
+    if other is not None:
+        raise UsageError(
+            f"rank 0 computes on {found[0]}, rank {other} on {found[other]}: all must have the "
+            "same device"
+        )
 
 
 def _sequences(

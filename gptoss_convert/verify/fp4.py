@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ def checked(packed: Packed, tensor: str) -> Packed:
     return packed
 
 
+@cache
 def _byte_values(device: torch.device) -> Tensor:
     """Both values of each byte, float32 `[256, 2]`: the low nibble comes first."""
     signed = MAGNITUDES + tuple(-m for m in MAGNITUDES)
@@ -62,6 +64,7 @@ def _byte_values(device: torch.device) -> Tensor:
     return torch.tensor(pairs, dtype=torch.float32, device=device)
 
 
+@cache
 def _scale_values(device: torch.device) -> Tensor:
     """2^(byte - 127), float32 `[256]`; exact, subnormal at 0. 255 is NaN (OCP MX 1.0, 5.4)."""
     powers = [2.0 ** (byte - 127) for byte in range(255)]

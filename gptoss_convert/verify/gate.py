@@ -12,9 +12,11 @@ from gptoss_convert.checkpoint import Checkpoint, Choices
 from gptoss_convert.config import Config
 from gptoss_convert.errors import UsageError
 from gptoss_convert.progress import SILENT, Progress
+from gptoss_convert.ranks import ALONE, Ranks
 from gptoss_convert.sources import open_source
 from gptoss_convert.verify.config_diff import numbers_that_differ
-from gptoss_convert.verify.values import Difference, ValuesReport, compare_values
+from gptoss_convert.verify.values import compare_values
+from gptoss_convert.verify.values_report import Difference, ValuesReport
 
 LEVELS = ("header", "values", "logits", "oracle")
 LOSSLESS = "lossless"
@@ -104,11 +106,15 @@ def verify_checkpoints(
     target: str | Path,
     options: Options | None = None,
     progress: Progress = SILENT,
+    ranks: Ranks = ALONE,
 ) -> Verification:
     """Compare two checkpoints of any formats: directories, or repositories on the Hub.
 
+    All of `ranks` have the same result.
+
     Raises what opening them raises, UsageError where a level lacks its libraries, ResourceError
-    where memory is too small; a difference is no error but the result.
+    where memory is too small, RankError if another rank failed; a difference is no error but the
+    result.
     """
     options = options or Options()
     if options.level not in LEVELS:
@@ -119,9 +125,9 @@ def verify_checkpoints(
     theirs = open_source(target, Choices(options.target_format), weights)
     levels = [_header(ours, theirs, began)]
     later: dict[str, Callable[[], Level]] = {
-        "values": lambda: _values(ours, theirs, options, progress),
-        "logits": lambda: _logits(ours, theirs, options, progress),
-        "oracle": lambda: _oracle(ours, theirs, options, progress),
+        "values": lambda: _values(ours, theirs, options, progress, ranks),
+        "logits": lambda: _logits(ours, theirs, options, progress, ranks),
+        "oracle": lambda: _oracle(ours, theirs, options, progress, ranks),
     }
     for name in LEVELS[1 : LEVELS.index(options.level) + 1]:
         # Of models of different sizes there is nothing to hold side by side.
@@ -156,7 +162,9 @@ def config_differences(ours: Config, theirs: Config) -> list[str]:
     return [f"{name} is {a} in SOURCE, {b} in TARGET" for name, (a, b) in found.items()]
 
 
-def _values(ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress) -> Level:
+def _values(
+    ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress, ranks: Ranks
+) -> Level:
     began = time.monotonic()
     report = compare_values(
         ours,
@@ -166,6 +174,7 @@ def _values(ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Pr
         max_memory=options.max_memory,
         statistics=options.statistics,
         progress=progress,
+        ranks=ranks,
     )
     text = f"all {report.elements:,} values equal, bit by bit"
     findings = tuple(describe(one) for one in _ordered(report))
@@ -201,18 +210,22 @@ def describe(difference: Difference) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _logits(ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress) -> Level:
+def _logits(
+    ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress, ranks: Ranks
+) -> Level:
     _need_torch()
     from gptoss_convert.verify.forward_levels import logits_level
 
-    return logits_level(ours, theirs, options, progress)
+    return logits_level(ours, theirs, options, progress, ranks)
 
 
-def _oracle(ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress) -> Level:
+def _oracle(
+    ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress, ranks: Ranks
+) -> Level:
     _need_torch()
     from gptoss_convert.verify.oracle_level import oracle_level
 
-    return oracle_level(ours, theirs, options, progress)
+    return oracle_level(ours, theirs, options, progress, ranks)
 
 
 def _need_torch() -> None:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from gptoss_convert.errors import InputError
 from gptoss_convert.verify.configs import hf_config, read_json
+from gptoss_convert.verify.fetch import Fetcher
 from gptoss_convert.verify.fp4 import BLOCK, Packed, checked
 from gptoss_convert.verify.model import ExpertMatrices, LayerWeights
 from gptoss_convert.verify.readers import (
-    MAX_AHEAD,
     StoredTensors,
     SubBlock,
     hf_files,
@@ -23,14 +23,14 @@ from gptoss_convert.verify.readers import (
 class HfReader:
     """An HF directory; config.json says whether its experts are packed, as for transformers."""
 
-    def __init__(self, directory: Path, device: torch.device, max_ahead: int = MAX_AHEAD):
+    def __init__(self, directory: Path, device: torch.device, fetcher: Fetcher | None = None):
         config = read_json(directory / "config.json")
         self.config = hf_config(config)
         self.packed = "quantization_config" in config.content
         if self.packed:
             config.section("quantization_config").require("quant_method", "mxfp4")
         chunks = safetensors_chunks(directory, hf_files(directory))
-        self._files = StoredTensors(directory, chunks, device, max_ahead)
+        self._files = StoredTensors(directory, chunks, fetcher or Fetcher(device))
 
     def embedding(self) -> Tensor:
         """`[vocab, hidden]`."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gptoss_convert.containers import Chunk
 from gptoss_convert.errors import InputError
+from gptoss_convert.verify.fetch import Fetcher
 from gptoss_convert.verify.model import LayerWeights, ModelConfig
-from gptoss_convert.verify.readers import MAX_AHEAD, StoredTensors, SubBlock
+from gptoss_convert.verify.readers import StoredTensors, SubBlock
 
 
 class MegatronReader:
@@ -26,10 +27,10 @@ class MegatronReader:
         chunks: Iterable[Chunk],
         config: ModelConfig,
         device: torch.device,
-        max_ahead: int = MAX_AHEAD,
+        fetcher: Fetcher | None = None,
     ):
         self.config = config
-        self._tensors = StoredTensors(directory, chunks, device, max_ahead)
+        self._tensors = StoredTensors(directory, chunks, fetcher or Fetcher(device))
         self._stacked = "decoder.layers.self_attention.linear_qkv.weight" in self._tensors
         experts = self._layer_key(0, "mlp.experts.experts.0.linear_fc2.weight")
         self._per_expert = experts in self._tensors

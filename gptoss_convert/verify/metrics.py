@@ -115,23 +115,31 @@ def summary(scores: TokenScores, chosen: Tensor, doubt: float) -> Summary:
     """
     kl = scores.kl[chosen].sort().values
     decisive = scores.top1[chosen & (scores.margin > 2 * doubt)]
-    source_nll = float(scores.source_nll[chosen].nanmean())
-    target_nll = float(scores.target_nll[chosen].nanmean())
+    source_nll, target_nll = (
+        mean(nll[chosen & ~nll.isnan()]) for nll in (scores.source_nll, scores.target_nll)
+    )
     return Summary(
         positions=len(kl),
-        kl_mean=float(kl.mean()),
+        kl_mean=mean(kl),
         kl_p99=quantile(kl, 0.99),
         kl_p999=quantile(kl, 0.999),
         kl_max=float(kl[-1]),
-        top1=float(scores.top1[chosen].mean()),
-        top1_decisive=float(decisive.mean()) if len(decisive) else 1.0,
-        top5=float(scores.top5[chosen].mean()),
+        top1=mean(scores.top1[chosen]),
+        top1_decisive=mean(decisive) if len(decisive) else 1.0,
+        top5=mean(scores.top5[chosen]),
         max_delta=float(scores.max_delta[chosen].max()),
-        mean_delta=float(scores.mean_delta[chosen].mean()),
+        mean_delta=mean(scores.mean_delta[chosen]),
         source_nll=source_nll,
         target_nll=target_nll,
         perplexity_difference=math.exp(target_nll) - math.exp(source_nll),
     )
+
+
+def mean(values: Tensor) -> float:
+    """The mean of float64 values, of their exact sum: the same on however many threads."""
+    if not values.isfinite().all():
+        return float(values.mean())
+    return math.fsum(values.tolist()) / len(values) if len(values) else math.nan
 
 
 @dataclass(frozen=True)
@@ -152,9 +160,7 @@ def kl_ranges(kl_T: Tensor, position_T: Tensor, borders: Sequence[int]) -> tuple
     found: list[KlRange] = []
     for n, (start, end) in enumerate(pairwise(edges)):
         if len(chosen := kl_T[ranges == n]):
-            found.append(
-                KlRange(start, end, len(chosen), float(chosen.mean()), float(chosen.max()))
-            )
+            found.append(KlRange(start, end, len(chosen), mean(chosen), float(chosen.max())))
     return tuple(found)
 
 
@@ -204,8 +210,7 @@ def _norms(source_TD: Tensor, target_TD: Tensor) -> tuple[Tensor, Tensor, Tensor
     return distance_T, source_TD.norm(dim=1), target_TD.norm(dim=1)
 
 
-def routing_agreement(source_TA: Tensor, target_TA: Tensor) -> float:
-    """Share of positions that chose the same set of experts."""
+def same_choices(source_TA: Tensor, target_TA: Tensor) -> int:
+    """How many positions chose the same set of experts."""
     same = source_TA.sort(1).values == target_TA.sort(1).values
-    # Not a mean: a GPU's mean of ones may be one rounding below 1.
-    return int(same.all(1).sum()) / len(same)
+    return int(same.all(1).sum())

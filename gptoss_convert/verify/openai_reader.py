@@ -9,10 +9,10 @@ from torch import Tensor
 
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.verify.configs import openai_config, read_json
+from gptoss_convert.verify.fetch import Fetcher
 from gptoss_convert.verify.hf_reader import read_packed
 from gptoss_convert.verify.model import LayerWeights
 from gptoss_convert.verify.readers import (
-    MAX_AHEAD,
     StoredTensors,
     SubBlock,
     safetensors_chunks,
@@ -22,13 +22,13 @@ from gptoss_convert.verify.readers import (
 class OpenAiReader:
     """An `original/` directory; like OpenAI's code it reads every .safetensors file in it."""
 
-    def __init__(self, directory: Path, device: torch.device, max_ahead: int = MAX_AHEAD):
+    def __init__(self, directory: Path, device: torch.device, fetcher: Fetcher | None = None):
         self.config = openai_config(read_json(directory / "config.json"))
         files = sorted(path.name for path in directory.glob("*.safetensors"))
         if not files:
             raise IntegrityError(f"{directory}: expects .safetensors files, found none")
         chunks = safetensors_chunks(directory, files)
-        self._files = StoredTensors(directory, chunks, device, max_ahead)
+        self._files = StoredTensors(directory, chunks, fetcher or Fetcher(device))
 
     def embedding(self) -> Tensor:
         """`[vocab, hidden]`."""

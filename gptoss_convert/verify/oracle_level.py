@@ -6,17 +6,21 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptoss_convert.checkpoint import Checkpoint
 from gptoss_convert.progress import Progress
+from gptoss_convert.ranks import ALONE, Ranks
 from gptoss_convert.verify import forward
+from gptoss_convert.verify.fetch import Fetcher
 from gptoss_convert.verify.forward import Numerics
-from gptoss_convert.verify.forward_levels import choose_device, memory_advice
+from gptoss_convert.verify.forward_levels import memory_advice
 from gptoss_convert.verify.gate import Level, Options
 from gptoss_convert.verify.limits import OracleLimits, oracle_limits
+from gptoss_convert.verify.node import choose_device
 from gptoss_convert.verify.oracles import oracle_logits
 from gptoss_convert.verify.readers import Reader
 from gptoss_convert.verify.sides import open_reader
@@ -25,23 +29,33 @@ from gptoss_convert.verify.walk import Prompts, walk
 
 
 def oracle_level(
-    ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress
+    ours: Checkpoint,
+    theirs: Checkpoint,
+    options: Options,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Level:
     """Each side's own model code against the shared forward pass, within its measured floor."""
     began = time.monotonic()
-    device = choose_device(options.device)
-    found: dict[str, Agreement | str] = {}
-    findings: list[str] = []
-    for name, side in (("SOURCE", ours), ("TARGET", theirs)):
-        with memory_advice(), progress.phase(f"oracle of {name}", 0, 1):
-            found[name] = one = _agreement(side, options, device)
-        if not isinstance(one, str) and (wrong := one.finding):
-            findings.append(f"{side.label} {side.root}: {wrong}")
-    told = ", ".join(f"{name} {one}" for name, one in found.items())
-    text = f"own model code against the shared forward pass: {told}"
-    numbers = {name: one if isinstance(one, str) else asdict(one) for name, one in found.items()}
+    device = choose_device(options.device, ranks)
+    sides = {"SOURCE": ours, "TARGET": theirs}
+    mine: dict[str, Any] = {}
+    for n, (name, side) in enumerate(sides.items()):
+        if n % ranks.size == ranks.rank:
+            with memory_advice(), progress.phase(f"oracle of {name}", 0, 1):
+                one = _agreement(side, options, device)
+            mine[name] = one if isinstance(one, str) else asdict(one)
+    told = {name: one for part in ranks.gather(mine) for name, one in part.items()}
+    found = {name: one if isinstance(one, str) else Agreement(**one) for name, one in told.items()}
+    findings = [
+        f"{sides[name].label} {sides[name].root}: {one.finding}"
+        for name, one in found.items()
+        if not isinstance(one, str) and one.finding
+    ]
+    agreements = ", ".join(f"{name} {one}" for name, one in found.items())
+    text = f"own model code against the shared forward pass: {agreements}"
     seconds = time.monotonic() - began
-    return Level("oracle", not findings, seconds, text, tuple(findings), numbers)
+    return Level("oracle", not findings, seconds, text, tuple(findings), told)
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ class Agreement:
 
 def _agreement(side: Checkpoint, options: Options, device: torch.device) -> Agreement | str:
     """Run one side's own model; text says why there is none to run."""
-    reader = open_reader(side, device, options.layers, options.max_memory // 2)
+    reader = open_reader(side, Fetcher(device, options.max_memory // 2), options.layers)
     sequences = _tokens(reader, options)
     theirs = oracle_logits(side, reader.config, sequences, device)
     if isinstance(theirs, str):
@@ -135,10 +149,12 @@ def distances(
     margins: list[Tensor] = []
     output_TD = torch.empty(0)
     with forward.exact_products():
-        for trace in walk(reader, prompts, numerics):
-            top_TA = trace.router.topk(reader.config.experts_per_token + 1, dim=-1).values
-            margins.append(top_TA[:, -2] - top_TA[:, -1])
-            output_TD = trace.output
+        for state in walk(reader, [prompts], numerics):
+            if state.block == "router":
+                top_TA = state.values[0].topk(reader.config.experts_per_token + 1, dim=-1).values
+                margins.append(top_TA[:, -2] - top_TA[:, -1])
+            else:
+                output_TD = state.values[0]
         unembedding_VD, norm_D = forward.dense(reader.unembedding(), numerics.dtype), reader.norm()
         deltas = [
             (forward.logits(x, norm_D, unembedding_VD, reader.config) - y.to(device)).abs().amax(1)

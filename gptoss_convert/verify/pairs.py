@@ -70,7 +70,8 @@ def judge_steps(
     judged: list[T] = []
     with ExitStack() as stack:
         files = stack.enter_context(SourceFiles({"": source.root, _TARGET: target.root}))
-        total = plan.read_bytes + plan.write_bytes
+        share = len(numbers) / max(len(plan.steps), 1)
+        total = int((plan.read_bytes + plan.write_bytes) * share)
         advance = stack.enter_context(progress.phase("comparing", total, len(numbers)))
         run_all(
             numbers,

@@ -6,6 +6,7 @@ sub-block whose output differs by more than the limit, and the tensors that feed
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
@@ -14,21 +15,20 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.errors import InputError
+from gptoss_convert.ranks import ALONE, Ranks
 from gptoss_convert.verify import forward, metrics
-from gptoss_convert.verify.forward import LayerTrace, Numerics
+from gptoss_convert.verify.forward import Numerics
 from gptoss_convert.verify.limits import Limits, violations
 from gptoss_convert.verify.metrics import KlRange, Summary, TokenScores
+from gptoss_convert.verify.observe import Observed, Pass, place
 from gptoss_convert.verify.parity_report import (
     LayerReport,
-    NextTokens,
     ParityReport,
-    Place,
     SequenceLength,
     SubBlockError,
 )
-from gptoss_convert.verify.readers import Reader, SubBlock
-from gptoss_convert.verify.tokens import TokenSequence, digest, extra_set
-from gptoss_convert.verify.walk import Prompts, walk
+from gptoss_convert.verify.readers import Reader
+from gptoss_convert.verify.tokens import TokenSequence, batches, digest, extra_set
 
 COMMON_SIZES = ("hidden", "experts", "experts_per_token", "vocab")
 """Numbers two checkpoints must share before their outputs can be compared at all."""
@@ -44,24 +44,25 @@ def compare(
     extra_rounds: int = 4,
     positions_at_once: int | None = None,
     advance: Callable[[int], None] = lambda layer: None,
+    ranks: Ranks = ALONE,
 ) -> ParityReport:
     """Compare two checkpoints on `sequences`, and on random ones until every expert was chosen.
 
     At most `extra_rounds` rounds are added; `positions_at_once` bounds the memory of logits;
-    `advance` is called with each layer that is done. Raises InputError if the two models have
-    different sizes.
+    `advance` is called with each layer that is done. All of `ranks` compute, and have the same
+    report. Raises InputError if the two models have different sizes.
     """
     numerics = numerics or Numerics.on(device)
     at_once = positions_at_once or (256 if device.type == "cpu" else 1024)
     _require_common_sizes(source, target)
-    rounds = [_Round(source, target, sequences, device)]
+    both = Pass(source, target, device, numerics, at_once, advance, ranks)
     with forward.exact_products():
-        rounds[0].run(numerics, at_once, advance)
-        while any(_cold(rounds, source)) and len(rounds) <= extra_rounds:
-            extra = extra_set(source.config, len(rounds) - 1)
-            rounds.append(_Round(source, target, extra, device))
-            rounds[-1].run(numerics, at_once, advance)
-    return _report(source, target, rounds, limits, numerics, device)
+        observed = both.observe(batches(sequences))
+        for turn in range(extra_rounds):
+            if not any(_cold(ours) for ours, _ in _hits(observed)):
+                break
+            observed += both.observe(batches(extra_set(source.config, turn)))
+    return _report(source, target, observed, limits, numerics, device)
 
 
 def _require_common_sizes(source: Reader, target: Reader) -> None:
@@ -74,163 +75,55 @@ def _require_common_sizes(source: Reader, target: Reader) -> None:
         raise InputError(f"parity: layers expects {ours} as in the source, found {theirs}")
 
 
-class _Round:
-    """One walk of both checkpoints over one set of sequences, and what it saw."""
-
-    def __init__(
-        self,
-        source: Reader,
-        target: Reader,
-        sequences: Sequence[TokenSequence],
-        device: torch.device,
-    ):
-        self.source, self.target, self.sequences = source, target, sequences
-        self.prompts = Prompts.of([one.tokens for one in sequences], device)
-        self.positions = self.prompts.positions().cpu()
-        self.errors: list[tuple[SubBlockError, SubBlockError, SubBlockError]] = []
-        self.agreement: list[float] = []
-        self.hits: list[tuple[Tensor, Tensor]] = []
-        self.scores: TokenScores
-        self.next_tokens: tuple[NextTokens, ...] = ()
-
-    def run(
-        self, numerics: Numerics, positions_at_once: int, advance: Callable[[int], None]
-    ) -> None:
-        """Walk both models and score every position."""
-        self.target.prepare(0)
-        walks = zip(
-            walk(self.source, self.prompts, numerics),
-            walk(self.target, self.prompts, numerics),
-            strict=True,
-        )
-        traces = None
-        for layer, traces in enumerate(walks):
-            self._observe(layer, *traces)
-            advance(layer)
-        assert traces is not None  # a model has at least one layer
-        ours, theirs = traces
-        parts = self._score(ours.output, theirs.output, positions_at_once)
-        del traces, walks, ours, theirs  # only the outputs are still needed
-        self.scores = metrics.joined(list(parts))
-
-    def _observe(self, layer: int, ours: LayerTrace, theirs: LayerTrace) -> None:
-        def error(block: SubBlock, a: Tensor, b: Tensor) -> SubBlockError:
-            found = metrics.divergence(a, b)
-            place = self.place(found.position)
-            return SubBlockError(
-                layer=layer,
-                block=block,
-                error=found.worst,
-                sequence=place.sequence,
-                position=place.position,
-                mean=found.mean,
-                source_rms=found.source_rms,
-                target_rms=found.target_rms,
-            )
-
-        self.errors.append(
-            (
-                error("attention", ours.attention, theirs.attention),
-                error("router", ours.router, theirs.router),
-                error("experts", ours.output, theirs.output),
-            )
-        )
-        self.agreement.append(metrics.routing_agreement(ours.chosen, theirs.chosen))
-        experts = self.source.config.experts
-        a, b = (side.chosen.flatten().bincount(minlength=experts).cpu() for side in (ours, theirs))
-        self.hits.append((a, b))
-
-    def _score(self, ours: Tensor, theirs: Tensor, size: int) -> Iterator[TokenScores]:
-        """Scores of `size` positions at a time, so that logits never exist for all of them."""
-        source, target = _Head(self.source, ours.dtype), _Head(self.target, theirs.dtype)
-        self.next_tokens = tuple(self._most_likely(source, ours, target, theirs))
-        following = self._next_tokens().split(size)
-        for a, b, next_T in zip(ours.split(size), theirs.split(size), following, strict=True):
-            yield metrics.score(source.logits(a), target.logits(b), next_T)
-
-    def _most_likely(
-        self, source: _Head, ours: Tensor, target: _Head, theirs: Tensor
-    ) -> Iterator[NextTokens]:
-        """What both expect after the sequences that are someone's own words."""
-        ends = torch.tensor(self.prompts.lengths).cumsum(0) - 1
-        for one, end in zip(self.sequences, ends.tolist(), strict=True):
-            if one.shown:
-                pair = (source.top(ours[end : end + 1]), target.top(theirs[end : end + 1]))
-                yield NextTokens(one.name, *pair)
-
-    def _next_tokens(self) -> Tensor:
-        """The token after each position, -1 at the end of a sequence."""
-        following = self.prompts.tokens.roll(-1)
-        ends = torch.tensor(self.prompts.lengths, device=following.device).cumsum(0) - 1
-        following[ends] = -1
-        return following
-
-    def place(self, index: int) -> Place:
-        """Sequence and position of the `index`-th of all positions."""
-        for one in self.sequences:
-            if index < len(one.tokens):
-                return Place(one.name, index)
-            index -= len(one.tokens)
-        raise IndexError(index)
+def _hits(observed: Sequence[Observed]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """For each layer how many positions chose each expert, in source and in target."""
+    layers = zip(*(one.hits for one in observed), strict=True)
+    summed = (torch.stack(hits).sum(0).tolist() for hits in layers)
+    return [(tuple(ours), tuple(theirs)) for ours, theirs in summed]
 
 
-class _Head:
-    """The end of a model: final norm and unembedding, on the device once."""
-
-    def __init__(self, reader: Reader, dtype: torch.dtype):
-        self.config, self.norm = reader.config, reader.norm()
-        self.unembedding = forward.dense(reader.unembedding(), dtype)
-
-    def logits(self, x_TD: Tensor) -> Tensor:
-        return forward.logits(x_TD, self.norm, self.unembedding, self.config)
-
-    def top(self, x_1D: Tensor) -> tuple[tuple[int, float], ...]:
-        """The five most likely next tokens and their probabilities."""
-        best = self.logits(x_1D)[0].double().softmax(0).topk(5)
-        return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+def _cold(hits: Sequence[int]) -> tuple[int, ...]:
+    return tuple(expert for expert, count in enumerate(hits) if not count)
 
 
-def _hits(rounds: Sequence[_Round], layer: int) -> tuple[Tensor, Tensor]:
-    """How many positions of all rounds chose each expert, in source and in target."""
-    ours, theirs = zip(*(one.hits[layer] for one in rounds), strict=True)
-    return torch.stack(ours).sum(0), torch.stack(theirs).sum(0)
+def _layer_reports(observed: Sequence[Observed]) -> Iterator[LayerReport]:
+    positions = len(_positions(observed))
+    for n, (ours, theirs) in enumerate(_hits(observed)):
+        attention, router, experts = (_overall(observed, 3 * n + block) for block in range(3))
+        same = sum(one.same_choices[n] for one in observed)
+        yield LayerReport((attention, router, experts), same / positions, _cold(ours), ours, theirs)
 
 
-def _cold(rounds: Sequence[_Round], source: Reader) -> list[tuple[int, ...]]:
-    """For each layer the experts that no position of any round chose."""
-    layers = range(len(source.config.sliding))
-    return [tuple(torch.where(_hits(rounds, n)[0] == 0)[0].tolist()) for n in layers]
+def _overall(observed: Sequence[Observed], index: int) -> SubBlockError:
+    """The worst position of all batches, with means over all positions."""
+    found = [one.errors[index] for one in observed]
+    lengths = [one.positions for one in observed]
 
+    def mean(name: str) -> float:
+        pairs = zip(found, lengths, strict=True)
+        return math.fsum(getattr(e, name) * n for e, n in pairs) / sum(lengths)
 
-def _layer_reports(rounds: Sequence[_Round], source: Reader) -> Iterator[LayerReport]:
-    for n, cold in enumerate(_cold(rounds, source)):
-        attention, router, experts = (_over_rounds(rounds, n, block) for block in range(3))
-        agreement = min(one.agreement[n] for one in rounds)
-        ours, theirs = (tuple(side.tolist()) for side in _hits(rounds, n))
-        yield LayerReport((attention, router, experts), agreement, cold, ours, theirs)
-
-
-def _over_rounds(rounds: Sequence[_Round], layer: int, block: int) -> SubBlockError:
-    """The worst position of all rounds, with means over all positions."""
-    found = [one.errors[layer][block] for one in rounds]
-    shares = [len(one.positions) / sum(len(r.positions) for r in rounds) for one in rounds]
-    means = {
-        name: sum(getattr(e, name) * share for e, share in zip(found, shares, strict=True))
-        for name in ("mean", "source_rms", "target_rms")
-    }
+    means = {name: mean(name) for name in ("mean", "source_rms", "target_rms")}
     return replace(max(found, key=lambda error: error.error), **means)
+
+
+def _positions(observed: Sequence[Observed]) -> Tensor:
+    """The position of each token within its own sequence, int64 `[T]`."""
+    lengths = [len(one.tokens) for batch in observed for one in batch.sequences]
+    return torch.cat([torch.arange(length) for length in lengths])
 
 
 def _report(
     source: Reader,
     target: Reader,
-    rounds: Sequence[_Round],
+    observed: Sequence[Observed],
     limits: Limits,
     numerics: Numerics,
     device: torch.device,
 ) -> ParityReport:
-    layers = tuple(_layer_reports(rounds, source))
-    scores = metrics.joined([one.scores for one in rounds])
+    layers = tuple(_layer_reports(observed))
+    scores, positions = metrics.joined([one.scores for one in observed]), _positions(observed)
+    sequences = [one for batch in observed for one in batch.sequences]
     everywhere = torch.ones(len(scores.kl), dtype=torch.bool)
     overall = metrics.summary(scores, everywhere, limits.max_delta)
     errors = [error for layer in layers for error in layer.errors]
@@ -246,33 +139,30 @@ def _report(
         violations=exceeded,
         limits=limits,
         dtype=str(numerics.dtype).removeprefix("torch."),
-        hardware=_hardware(device),
+        hardware=hardware(device),
         torch_version=torch.__version__,
-        token_digest=digest([one for r in rounds for one in r.sequences]),
+        token_digest=digest(sequences),
         config_differences=_config_differences(source, target),
         overall=overall,
-        buckets=dict(_buckets(rounds, scores, source, limits)),
+        buckets=dict(_buckets(positions, scores, source, limits)),
         window=source.config.window,
         original_length=source.config.rope_original_length,
-        kl_by_position=_kl_by_position(rounds, scores, source),
-        sequences=tuple(
-            SequenceLength(one.name, len(one.tokens)) for r in rounds for one in r.sequences
-        ),
-        worst_kl=_place(rounds, int(scores.kl.argmax())),
-        worst_delta=_place(rounds, int(scores.max_delta.argmax())),
+        kl_by_position=_kl_by_position(positions, scores, source),
+        sequences=tuple(SequenceLength(one.name, len(one.tokens)) for one in sequences),
+        worst_kl=place(sequences, int(scores.kl.argmax())),
+        worst_delta=place(sequences, int(scores.max_delta.argmax())),
         layers=layers,
         first_over=over,
         source_feeding=source.feeding(over.layer, over.block) if over else (),
         target_feeding=target.feeding(over.layer, over.block) if over else (),
-        next_tokens=rounds[0].next_tokens,
+        next_tokens=tuple(shown for batch in observed for shown in batch.next_tokens),
     )
 
 
 def _buckets(
-    rounds: Sequence[_Round], scores: TokenScores, source: Reader, limits: Limits
+    positions: Tensor, scores: TokenScores, source: Reader, limits: Limits
 ) -> Iterator[tuple[str, Summary]]:
     """Summaries within the window, within YaRN's original length, and beyond; positions from 0."""
-    positions = torch.cat([one.positions for one in rounds])
     window, original = source.config.window, source.config.rope_original_length
     for label, chosen in (
         (f"<{window}", positions < window),
@@ -283,23 +173,12 @@ def _buckets(
             yield label, metrics.summary(scores, chosen, limits.max_delta)
 
 
-def _kl_by_position(
-    rounds: Sequence[_Round], scores: TokenScores, source: Reader
-) -> tuple[KlRange, ...]:
-    positions = torch.cat([one.positions for one in rounds])
+def _kl_by_position(positions: Tensor, scores: TokenScores, source: Reader) -> tuple[KlRange, ...]:
     last = int(positions.max())
     octaves = {round(2 ** (n / 2)) for n in range(2 * last.bit_length())}
     marks = {source.config.window, source.config.rope_original_length}
     borders = sorted(n for n in {0} | octaves | marks if n <= last)
     return metrics.kl_ranges(scores.kl, positions, borders)
-
-
-def _place(rounds: Sequence[_Round], index: int) -> Place:
-    for one in rounds:
-        if index < len(one.positions):
-            return one.place(index)
-        index -= len(one.positions)
-    raise IndexError(index)
 
 
 def _config_differences(source: Reader, target: Reader) -> tuple[str, ...]:
@@ -310,7 +189,8 @@ def _config_differences(source: Reader, target: Reader) -> tuple[str, ...]:
     return tuple(f"{name}: source {a}, target {b}" for name, a, b in pairs if a != b)
 
 
-def _hardware(device: torch.device) -> str:
+def hardware(device: torch.device) -> str:
+    """What computes, by the name its maker gave it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()

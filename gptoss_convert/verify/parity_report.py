@@ -27,12 +27,12 @@ class SubBlockError:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was seen of one layer, over all positions of all rounds."""
+    """What was seen of one layer, over all positions."""
 
     errors: tuple[SubBlockError, SubBlockError, SubBlockError]
     """After attention, router and experts."""
     routing_agreement: float
-    """The lowest share, of all rounds, of positions that chose the same experts in both."""
+    """Share of positions that chose the same experts in both."""
     cold_experts: tuple[int, ...]
     """Experts of the source that no position chose."""
     source_hits: tuple[int, ...]

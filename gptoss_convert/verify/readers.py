@@ -20,8 +20,6 @@ from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.verify.fetch import Fetcher, Run, runs_of
 from gptoss_convert.verify.model import LayerWeights, ModelConfig
 
-MAX_AHEAD = 2_000_000_000
-"""Bytes of a checkpoint that are read before they are needed: a layer of the 20b as BF16."""
 SubBlock = Literal["attention", "router", "experts"]
 """The parts of a layer after which the residual stream can be observed."""
 
@@ -63,17 +61,11 @@ class Reader(Protocol):
 
 
 class StoredTensors:
-    """The tensors of a checkpoint's files by name, read late, onto one device.
+    """The tensors of a checkpoint's files by name, read late, onto one device."""
 
-    At most `max_ahead` bytes are read before they are asked for.
-    """
-
-    def __init__(
-        self, directory: Path, chunks: Iterable[Chunk], device: torch.device, max_ahead: int
-    ):
+    def __init__(self, directory: Path, chunks: Iterable[Chunk], fetcher: Fetcher):
         self._directory = directory
-        self._device = device
-        self._fetcher = Fetcher(device, max_ahead)
+        self._fetcher = fetcher
         self._chunks: dict[str, list[Chunk]] = {}
         for chunk in chunks:
             self._chunks.setdefault(chunk.tensor, []).append(chunk)
@@ -124,8 +116,7 @@ class StoredTensors:
             raise IntegrityError(
                 f"{name}: expects {math.prod(shape)} elements at {prefix}, chunks hold {held}"
             )
-        content = self._fetcher.read(runs).view(dtype).view(shape)
-        return content.to(self._device, non_blocking=True)
+        return self._fetcher.read(runs).view(dtype).view(shape)
 
     def _runs(self, name: str, prefix: tuple[int, ...]) -> tuple[Run, ...]:
         whole = [(0, length) for length in self.shape(name)[len(prefix) :]]

@@ -6,12 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from gptoss_convert import config as configs
 from gptoss_convert.checkpoint import Checkpoint
 from gptoss_convert.verify.configs import Section, hf_config
+from gptoss_convert.verify.fetch import Fetcher
 from gptoss_convert.verify.hf_reader import HfReader
 from gptoss_convert.verify.megatron_reader import MegatronReader
 from gptoss_convert.verify.model import LayerWeights, ModelConfig
@@ -19,23 +19,21 @@ from gptoss_convert.verify.openai_reader import OpenAiReader
 from gptoss_convert.verify.readers import Reader, SubBlock
 
 
-def open_reader(
-    checkpoint: Checkpoint, device: torch.device, layers: int | None, max_ahead: int
-) -> Reader:
+def open_reader(checkpoint: Checkpoint, fetcher: Fetcher, layers: int | None) -> Reader:
     """The reader of a checkpoint that is open; of its first `layers` layers, if fewer."""
-    reader = _reader(checkpoint, device, max_ahead)
+    reader = _reader(checkpoint, fetcher)
     if layers is None or layers >= len(reader.config.sliding):
         return reader
     return FewerLayers(reader, layers)
 
 
-def _reader(checkpoint: Checkpoint, device: torch.device, max_ahead: int) -> Reader:
+def _reader(checkpoint: Checkpoint, fetcher: Fetcher) -> Reader:
     root = checkpoint.root
     if checkpoint.format == "hf":
-        return HfReader(root, device, max_ahead)
+        return HfReader(root, fetcher.device, fetcher)
     if checkpoint.format == "openai":
-        return OpenAiReader(root, device, max_ahead)
-    return MegatronReader(root, checkpoint.chunks, numbers(checkpoint), device, max_ahead)
+        return OpenAiReader(root, fetcher.device, fetcher)
+    return MegatronReader(root, checkpoint.chunks, numbers(checkpoint), fetcher.device, fetcher)
 
 
 def numbers(checkpoint: Checkpoint) -> ModelConfig:

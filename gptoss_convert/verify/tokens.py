@@ -75,6 +75,24 @@ def token_set(
     return tuple(sequences)
 
 
+def batches(sequences: Sequence[TokenSequence]) -> list[tuple[TokenSequence, ...]]:
+    """Sequences that are computed together: neighbours, up to an eighth of all positions.
+
+    A longer sequence is alone. Only lengths decide, so that a batch, and with it the bits of its
+    products, is the same on however many devices the batches are computed.
+    """
+    room = sum(len(one.tokens) for one in sequences) // 8
+    found: list[list[TokenSequence]] = []
+    held = room
+    for one in sequences:
+        if held + len(one.tokens) > room:
+            found.append([])
+            held = 0
+        found[-1].append(one)
+        held += len(one.tokens)
+    return [tuple(batch) for batch in found]
+
+
 def extra_set(config: ModelConfig, turn: int) -> tuple[TokenSequence, ...]:
     """Uniformly random sequences, other ones at each turn, to reach experts not yet hit."""
     length = 2 * config.window
