@@ -28,8 +28,10 @@ def measure(a, b, sums, words):
     for begin in range(0, len(a), LANES):
         # Slices: numba vectorizes no loop in whose index it must expect a negative number.
         p, q = a[begin : begin + LANES], b[begin : begin + LANES]
+        here = 0
         for k in range(LANES):
-            changed += p[k] != q[k]
+            here += p[k] != q[k]
+        changed += here
         for k in range(LANES):
             odd += ((p[k] & _EXPONENT) == _EXPONENT) | ((q[k] & _EXPONENT) == _EXPONENT)
         for k in range(LANES):
@@ -38,6 +40,8 @@ def measure(a, b, sums, words):
             last[k] = uint32(0) if odd_p | odd_q else uint32(q[k]) << uint32(16)
         for k in range(LANES):
             squares[k] += np.float64(x[k]) * np.float64(x[k])
+        if here == 0:
+            continue
         for k in range(LANES):
             error = np.float64(y[k]) - np.float64(x[k])
             errors[k] += error * error
