@@ -233,8 +233,9 @@ def diff(
     """Tell what differs between A and B, checkpoints in any formats: configuration and weights.
 
     \b
-    gptoss-convert diff gpt-oss-20b fine-tuned
-    gptoss-convert diff gpt-oss-20b fine-tuned --json
+    Examples:
+      gptoss-convert diff gpt-oss-20b fine-tuned
+      gptoss-convert diff gpt-oss-20b fine-tuned --json
     """
     from gptoss_convert.checkpoint import Choices
     from gptoss_convert.verify.diff import diff
