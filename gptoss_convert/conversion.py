@@ -120,6 +120,8 @@ class Conversion:
 def plan(source: str | Path, target: str | Path, options: Options) -> Conversion:
     """Everything that is decided before the first byte: opens and checks, reads headers only."""
     place, target = locate(source, options.revision), Path(target)
+    if options.stream and isinstance(place, Path):
+        raise UsageError(f"--stream: {place} is not a repository on the Hub")
     check_target(place, target)
     with opening(place, options.choices) as opened:
         return plan_opened(opened, target, options)

@@ -357,3 +357,8 @@ def test_an_upload_that_fails_says_how_to_go_on(hub: Hub, published: Path, tmp_p
         f"lab/mine: access refused (403): the token lacks the permission; {published}/original is "
         f"complete, upload it with: hf upload lab/mine {published}/original"
     )
+
+
+def test_a_directory_is_not_streamed(published: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match=r"--stream: .* is not a repository on the Hub"):
+        plan(published, tmp_path / "out", Options(to="hf", stream=True))
