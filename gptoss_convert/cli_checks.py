@@ -205,13 +205,13 @@ def verify(
 @click.option(
     "--from-a",
     "format_a",
-    type=click.Choice(FORMATS),
+    type=Choice(FORMATS),
     help="Format to read, where A holds several.",
 )
 @click.option(
     "--from-b",
     "format_b",
-    type=click.Choice(FORMATS),
+    type=Choice(FORMATS),
     help="Format to read, where B holds several.",
 )
 @workers_option
