@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
-import subprocess
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,11 +73,19 @@ class Tab:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900,
                   deviceScaleFactor=2 if width < 600 else 1, mobile=width < 600)  # fmt: skip
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[theme])
+        self.call("Emulation.setEmulatedMedia", media="", features=[theme])
         self.events.clear()
         self.call("Page.navigate", url=page.as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._message())
+
+    def close(self) -> None:
+        """End the browser and everything it started."""
+        self._session = {}
+        self.call("Browser.close")
+        # The last of its processes closes the pipe.
+        while os.read(self._reader, 1 << 20):
+            pass
 
     def requests(self) -> list[str]:
         """What was asked for since the page was opened, the page itself included."""
@@ -92,7 +101,7 @@ class Tab:
         """What a JavaScript expression gives."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
-        return found["result"]["value"]
+        return found["result"].get("value")
 
     def picture(self) -> bytes:
         """The whole page as PNG."""
@@ -113,25 +122,37 @@ def tab(profile: Path) -> Iterator[Tab]:
     assert program
     commands, to_browser = os.pipe()
     from_browser, answers = os.pipe()
-    # The browser reads commands from descriptor 3 and answers on 4.
-    shell = ["sh", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "sh"]
-    process = subprocess.Popen(
-        [*shell, program, *_FLAGS, f"--user-data-dir={profile}"],
-        pass_fds=(commands, answers),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = _started([program, *_FLAGS, f"--user-data-dir={profile}"], commands, answers)
     os.close(commands)
     os.close(answers)
     try:
         found = Tab(from_browser, to_browser)
         found.attach()
         yield found
-        found._session = {}
-        found.call("Browser.close")
-        process.wait(_SECONDS)
+        found.close()
     finally:
-        process.kill()
-        process.wait()
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
         os.close(to_browser)
         os.close(from_browser)
+
+
+def _started(words: list[str], commands: int, answers: int) -> int:
+    """The process of a browser, which reads commands from descriptor 3 and answers on 4."""
+    high = [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 10) for one in (commands, answers)]
+    silent = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)
+    try:
+        return os.posix_spawn(
+            words[0],
+            words,
+            os.environ,
+            file_actions=[
+                silent,
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+                (os.POSIX_SPAWN_DUP2, high[0], 3),
+                (os.POSIX_SPAWN_DUP2, high[1], 4),
+            ],
+        )
+    finally:
+        for one in high:
+            os.close(one)

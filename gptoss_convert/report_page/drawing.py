@@ -100,11 +100,30 @@ def _plain(root: ElementTree.Element, name: str) -> None:
             attributes["id"] = f"{name}-{attributes['id']}"
         else:
             attributes.pop("id", None)
+        if "d" in attributes:
+            attributes["d"] = _short(attributes["d"])
         for key, text in attributes.items():
             for id_ in referred:
                 text = text.replace(f"#{id_}", f"#{name}-{id_}")
             attributes[key] = text
         element.attrib = attributes
+
+
+def _short(path: str) -> str:
+    """The same path to a hundredth of a pixel, lines along an axis by their one coordinate."""
+    parts: list[str] = []
+    x = y = ""
+    for command, texts in re.findall("([A-Za-z])([^A-Za-z]*)", path):
+        numbers = [f"{float(text):.2f}".rstrip("0").rstrip(".") for text in texts.split()]
+        if command == "L" and numbers[1] == y:
+            parts.append(f"H{numbers[0]}")
+        elif command == "L" and numbers[0] == x:
+            parts.append(f"V{numbers[1]}")
+        else:
+            parts.append(command + " ".join(numbers))
+        if numbers:
+            x, y = numbers[-2:]
+    return "".join(parts)
 
 
 def _local(name: str) -> str:

@@ -101,7 +101,7 @@ def _along_context(logits: Mapping[str, Any]) -> Section:
     if worst["kl_max"] == 0:
         title = "No divergence at any position"
     else:
-        title = f"KL is {number(worst['kl_max'])} nats at worst, at position {_span(worst)}"
+        title = f"KL is {number(worst['kl_max'])} nats at worst, at {_place(worst)}"
     rows = tuple(
         (_span(r), f"{r['positions']:,}", number(r["kl_mean"]), number(r["kl_max"])) for r in found
     )
@@ -119,6 +119,11 @@ def _along_context(logits: Mapping[str, Any]) -> Section:
         f"{logits['original_length']:,} YaRN's scaling matters."
     )
     return Section("Does it depend on the position?", lead, (figure,))
+
+
+def _place(found: Mapping[str, Any]) -> str:
+    alone = found["end"] == found["start"] + 1
+    return f"position{'' if alone else 's'} {_span(found)}"
 
 
 def _span(found: Mapping[str, Any]) -> str:
@@ -234,7 +239,7 @@ def _tokens(logits: Mapping[str, Any]) -> Section:
     rows = tuple((Code(visible(one["name"])), f"{one['length']:,}") for one in found[:SHOWN])
     parts: list[Part] = [facts, Table(columns("sequence", "#tokens"), rows)]
     if cold:
-        parts.append(Table(columns("#layer", "experts that no position chose"), tuple(cold)))
+        parts.append(Table(columns("layer", "experts that no position chose"), tuple(cold)))
     rest = f", the first {SHOWN} of them below" if len(found) > SHOWN else ""
     lead = f"Every position of {counted(len(found), 'sequence')} was scored{rest}."
     return Section("Which tokens were used?", lead, tuple(parts))

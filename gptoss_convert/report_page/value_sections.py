@@ -108,7 +108,7 @@ def _worst(values: Mapping[str, Any]) -> Iterator[Section]:
     if not found:
         return
     known = sorted(found, key=_badness)
-    titles = ("#layer", "tensor of TARGET", "#values that differ", "#share", "#SQNR, dB")
+    titles = ("#layer", "#differ", "#SQNR, dB", "tensor of TARGET", "#values that differ")
     worst = ("looks", "worst at", "#in SOURCE", "#in TARGET", "#BF16 steps")
     rows = tuple(_difference(one) for one in known[:SHOWN])
     more = f", the {SHOWN} worst" if len(found) > SHOWN else ""
@@ -127,10 +127,10 @@ def _difference(one: Mapping[str, Any]) -> tuple[str, ...]:
     worst = one["worst"]
     return (
         NONE if one["layer"] is None else str(one["layer"]),
-        Code(visible(one["target_tensors"][0])),
-        f"{one['differing']:,}",
         share(one["differing"] / one["elements"]),
         NONE if one["sqnr"] is None else f"{one['sqnr']:.1f}",
+        Code(visible(min(one["target_tensors"]))),
+        f"{one['differing']:,}",
         visible(one["looks"] or NONE),
         str([*worst["index"]]),
         f"{worst['source']:g}",

@@ -74,7 +74,7 @@ def _first(differences: Sequence[Mapping[str, Any]]) -> str:
     """The first difference on the way from the input to the output."""
     first = min(differences, key=lambda d: -1 if d["layer"] is None else d["layer"])
     where = "" if first["layer"] is None else f" of layer {first['layer']}"
-    tensor = first["target_tensors"][0]
+    tensor = min(first["target_tensors"])
     looks = f" It looks {first['looks']}." if first["looks"] else ""
     others = len(differences) - 1
     more = f" So do {others} others." if others > 1 else " So does one other." if others else ""
