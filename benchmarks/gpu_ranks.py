@@ -140,7 +140,7 @@ def killed(bench: Bench, model: str, gpus: int) -> None:
     script, out = bench.out / "killed.py", bench.out / "killed.json"
     script.write_text(KILLED)
     words = ["verify", *map(str, bench.sides), "--device", bench.device, "--layers", "3"]
-    words += ["--sample", "1", "--json-file", str(out)]
+    words += ["--sample", "20000", "--json-file", str(out)]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     line += [str(gpus), str(script), *words]
     done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=bench.left())
