@@ -16,6 +16,7 @@ import click
 from gptoss_convert.cli_options import complain, say
 from gptoss_convert.documents import document
 from gptoss_convert.errors import DiskError, GptossError, ResourceError
+from gptoss_convert.pages import printable
 
 _REPORT = "this is a bug in gptoss-convert: please report it with the traceback above"
 _BUG = 70
@@ -58,7 +59,6 @@ def _allow_open_files() -> None:
 
 def _run() -> int:
     from gptoss_convert.cli import cli
-    from gptoss_convert.ranks import joined
 
     try:
         result = cli.main(standalone_mode=False)
@@ -79,6 +79,8 @@ def _run() -> int:
         return _stopped(error.number if isinstance(error, StoppedError) else signal.SIGINT)
     except Exception as error:
         import traceback
+
+        from gptoss_convert.ranks import joined
 
         traceback.print_exc()
         print(_REPORT, file=sys.stderr)
@@ -106,7 +108,7 @@ def _ended(error: GptossError) -> int:
     """Say why this rank ends, to its user and to the other ranks; returns the exit status."""
     from gptoss_convert.ranks import joined
 
-    complain(f"error: {error}")
+    _say(f"error: {error}")
     joined().fail(str(error), error.exit_code)
     return _told(str(error), error.exit_code)
 
@@ -118,14 +120,26 @@ def _stopped(number: int) -> int:
     """
     from gptoss_convert.ranks import joined
 
+    ranks = joined()
     how = "interrupted" if number == signal.SIGINT else "terminated"
-    if reason := joined().failure(within=1.0):
+    if reason := ranks.failure(within=1.0):
         return _ended(reason)
-    joined().fail(how, 128 + number)
+    ranks.fail(how, 128 + number)
     command = shlex.join(["gptoss-convert", *sys.argv[1:]])
+    if ranks.size > 1:
+        command = "torchrun with the same words, or with another number of ranks"
     message = f"{how}: nothing was published; the same command goes on: {command}"
-    print(message, file=sys.stderr)
+    _say(message)
     return _told(message, 128 + number)
+
+
+def _say(text: str) -> None:
+    """A line to stderr, and to this rank's log."""
+    from gptoss_convert.ranks import joined
+
+    complain(text)
+    if log := joined().log:
+        print(printable(text), file=log)
 
 
 def _told(error: str, exit_code: int) -> int:

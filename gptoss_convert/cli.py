@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +24,7 @@ from gptoss_convert.cli_options import (
     iteration_option,
     overwrite_flag,
     quiet_flag,
+    rank_log_option,
     revision_option,
     say,
     show,
@@ -30,8 +32,13 @@ from gptoss_convert.cli_options import (
     vocab_size_option,
     workers_option,
 )
-from gptoss_convert.pages import render
+from gptoss_convert.pages import Page, render
 from gptoss_convert.version import VERSION
+
+if TYPE_CHECKING:
+    from gptoss_convert.conversion import Conversion
+    from gptoss_convert.hub.names import Repository
+    from gptoss_convert.ranks import Ranks
 
 PROGRAM = "gptoss-convert"
 COMPLETE = "_GPTOSS_CONVERT_COMPLETE"
@@ -124,6 +131,7 @@ def cli() -> None:
 @click.option("--push-to", help="Upload TARGET to this repository on the Hub when it is complete.")
 @click.option("--public", is_flag=True, help="A repository that --push-to makes is public.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
+@rank_log_option
 @as_json_flag
 @quiet_flag
 @click.option("-v", "--verbose", is_flag=True, help="Show the plan before it runs.")
@@ -135,6 +143,7 @@ def convert(
     push_to: str | None,
     public: bool,
     dry_run: bool,
+    rank_log: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -152,33 +161,62 @@ def convert(
     """
     from gptoss_convert.conversion import plan
     from gptoss_convert.options import Options
+    from gptoss_convert.ranks import join
 
-    if not dry_run:
-        # Kernels load, or compile at the first use, while the plan is made.
-        Thread(target=_warm).start()
-    conversion = plan(source, target, Options(**options, keep_scales=not no_scales))
-    if dry_run:
-        from gptoss_convert.estimate import estimate_seconds
+    repository = _destination(push_to, dry_run)
+    with join() as ranks:
+        if rank_log:
+            ranks.keep_log(rank_log)
+        if not dry_run:
+            # Kernels load, or compile at the first use, while the plan is made.
+            Thread(target=_warm).start()
+        all_options = Options(**options, keep_scales=not no_scales)
+        conversion = plan(source, target, all_options, ranks.local_size)
+        shown = _planned(conversion) if dry_run else _converted(conversion, ranks, quiet, verbose)
+    if ranks.rank == 0:
+        show(*shown, as_json=as_json, quiet=quiet)
+        if repository:
+            _push(target, repository, public, quiet)
 
-        summary = conversion.summary() | {"estimated_seconds": estimate_seconds(conversion)}
-        show("plan", summary, report.conversion(summary), as_json=as_json, quiet=quiet)
-        return
-    from gptoss_convert.hub.push import destination, push
+
+def _destination(push_to: str | None, dry_run: bool) -> Repository | None:
+    """Where --push-to will upload, checked before anything is read."""
+    if push_to is None or dry_run:
+        return None
+    from gptoss_convert.hub.push import destination
+
+    return destination(push_to)
+
+
+def _push(target: Path, repository: Repository, public: bool, quiet: bool) -> None:
+    from gptoss_convert.hub.push import push
+
+    place = push(target, repository, public)
+    click.echo("" if quiet else f"pushed: {place}", err=True, nl=not quiet)
+
+
+def _planned(conversion: Conversion) -> tuple[str, Mapping[str, Any], Page]:
+    """What a conversion would do, as a document of this kind and as a page."""
+    from gptoss_convert.estimate import estimate_seconds
+
+    summary = conversion.summary() | {"estimated_seconds": estimate_seconds(conversion)}
+    return "plan", summary, report.conversion(summary)
+
+
+def _converted(
+    conversion: Conversion, ranks: Ranks, quiet: bool, verbose: bool
+) -> tuple[str, Mapping[str, Any], Page]:
+    """What a conversion did, as a document of this kind and as a page."""
     from gptoss_convert.megatron_launch import arguments
     from gptoss_convert.run import run
 
-    repository = destination(push_to) if push_to else None
-
-    if verbose:
-        click.echo(
-            render(report.conversion(conversion.summary()), sys.stderr), err=True, color=True
-        )
-    done = run(conversion, progress.for_terminal(quiet)).summary()
-    launch = arguments(conversion.source.config) if options["to"] == "megatron" else ()
-    show("convert", done, report.finished(done, launch), as_json=as_json, quiet=quiet)
-    if repository:
-        place = push(target, repository, public)
-        click.echo("" if quiet else f"pushed: {place}", err=True, nl=not quiet)
+    if verbose and ranks.rank == 0:
+        page = report.conversion(conversion.summary())
+        click.echo(render(page, sys.stderr), err=True, color=True)
+    told = progress.for_rank(quiet, ranks.rank, ranks.log)
+    done = run(conversion, told, ranks=ranks).summary()
+    launch = arguments(conversion.source.config) if conversion.options.to == "megatron" else ()
+    return "convert", done, report.finished(done, launch)
 
 
 @cli.command(epilog=EPILOG)

@@ -100,6 +100,9 @@ workers_option = click.option(
     type=click.IntRange(1, 256),
     help="Steps in flight at once.  [default: processors + 1, at most 16]",
 )
+rank_log_option = click.option(
+    "--rank-log", type=PATH, help="Under torchrun: directory for a log of each rank."
+)
 
 
 def show(

@@ -117,17 +117,24 @@ class Conversion:
         }
 
 
-def plan(source: str | Path, target: str | Path, options: Options) -> Conversion:
-    """Everything that is decided before the first byte: opens and checks, reads headers only."""
+def plan(
+    source: str | Path, target: str | Path, options: Options, processes: int = 1
+) -> Conversion:
+    """Everything that is decided before the first byte: opens and checks, reads headers only.
+
+    So many `processes` of one run share this machine.
+    """
     place, target = locate(source, options.revision), Path(target)
     if options.stream and isinstance(place, Path):
         raise UsageError(f"--stream: {place} is not a repository on the Hub")
     check_target(place, target)
     with opening(place, options.choices) as opened:
-        return plan_opened(opened, target, options)
+        return plan_opened(opened, target, options, processes)
 
 
-def plan_opened(opened: Checkpoint, target: Path, options: Options) -> Conversion:
+def plan_opened(
+    opened: Checkpoint, target: Path, options: Options, processes: int = 1
+) -> Conversion:
     """The plan for a checkpoint that is open; TARGET has been checked."""
     variant = _variant(opened, options)
     notes = [*opened.notes]
@@ -140,7 +147,9 @@ def plan_opened(opened: Checkpoint, target: Path, options: Options) -> Conversio
     image, more_notes = make_image(opened, variant, options)
     taken = _target_extents(options.to, variant, sizes, image)
     steps = make_plan(load_model(), sizes, held, taken)
-    workers = resources.choose_workers(steps.buffer_bytes, options.max_memory, options.workers)
+    workers = resources.choose_workers(
+        steps.buffer_bytes, options.max_memory, options.workers, processes
+    )
     return Conversion(
         opened, target, variant, options, steps, image, roots, workers, (*notes, *more_notes)
     )

@@ -63,6 +63,8 @@ class _File:
         self.buffered = buffered
         self.state = os.fstat(buffered)
         self.direct: int | None = None
+        self.exact = False
+        """Whether bytes that fill no page may be written past the page cache, too."""
         # Where descriptors are scarce, every file gets one before any file gets two.
         if buffered < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
             with suppress(OSError):
@@ -189,11 +191,16 @@ def _check_length(file: _File, offset: int, wanted: int, got: int) -> None:
 
 
 class TargetFiles(_OpenFiles):
-    """The files of a directory being written: sized first, filled in any order, synced last."""
+    """The files of a directory being written: sized first, filled in any order, synced last.
 
-    def __init__(self, root: Path) -> None:
+    Where other machines write the same files, bytes that fill no page go past the page cache, too,
+    if the file system takes them: NFS writes back whole pages, with what it read there before.
+    """
+
+    def __init__(self, root: Path, *, other_machines: bool = False) -> None:
         super().__init__()
         self._root = root
+        self._other_machines = other_machines
 
     def create(self, name: str, size: int) -> None:
         """Create `name` with its final size, or open what an interrupted run left of it."""
@@ -205,7 +212,8 @@ class TargetFiles(_OpenFiles):
             os.ftruncate(descriptor, size)
         except OSError as error:
             raise _write_error(path, error) from None
-        self._open[name] = _File(path, descriptor, os.O_RDWR)
+        self._open[name] = file = _File(path, descriptor, os.O_RDWR)
+        file.exact = self._other_machines and file.direct is not None
 
     def write(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
         """Write from the arena: whole pages directly, ragged ends through the page cache."""
@@ -213,7 +221,7 @@ class TargetFiles(_OpenFiles):
         view = memoryview(arena.memory)
         start, stop = -(-offset // PAGE) * PAGE, (offset + nbytes) // PAGE * PAGE
         if file.direct is None or start >= stop or (position - offset) % PAGE:
-            self._write(file, file.buffered, view[position : position + nbytes], offset)
+            self._write_ragged(file, view[position : position + nbytes], offset)
             return
         first, last = position + start - offset, position + stop - offset
         try:
@@ -222,14 +230,13 @@ class TargetFiles(_OpenFiles):
             file.direct = None
             self._write(file, file.buffered, view[first:last], start)
         if start > offset:
-            self._write(file, file.buffered, view[position:first], offset)
+            self._write_ragged(file, view[position:first], offset)
         if stop < offset + nbytes:
-            self._write(file, file.buffered, view[last : position + nbytes], stop)
+            self._write_ragged(file, view[last : position + nbytes], stop)
 
     def write_bytes(self, name: str, offset: int, content: bytes) -> None:
-        """Write bytes that are known beforehand, through the page cache."""
-        file = self._open[name]
-        self._write(file, file.buffered, memoryview(content), offset)
+        """Write bytes that are known beforehand."""
+        self._write_ragged(self._open[name], memoryview(content), offset)
 
     def sync(self) -> None:
         """Wait until every byte is on the disk."""
@@ -238,6 +245,15 @@ class TargetFiles(_OpenFiles):
                 os.fsync(file.buffered)
             except OSError as error:
                 raise _write_error(file.path, error) from None
+
+    def _write_ragged(self, file: _File, view: memoryview, offset: int) -> None:
+        if file.exact and file.direct is not None:
+            try:
+                self._write(file, file.direct, view, offset)
+                return
+            except _DirectRefusedError:
+                file.exact = False
+        self._write(file, file.buffered, view, offset)
 
     @staticmethod
     def _write(file: _File, descriptor: int, view: memoryview, offset: int) -> None:

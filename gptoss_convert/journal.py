@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from gptoss_convert.errors import DiskError, UsageError
@@ -38,28 +39,39 @@ class Journal:
         self.published: int | None = None
         """CRC-32 of the manifest that was about to be published, once all was written."""
         lines, end = _lines(descriptor)
-        begun = {"journal": SCHEMA, **header}
+        self._header = {"journal": SCHEMA, **header}
         if lines:
-            _require_same(where, lines[0], begun)
-            for record in lines[1:]:
-                self._take(record)
+            _require_same(where, lines[0], self._header)
+            self._take(lines[1:])
         self._cut(end)
         if not lines:
-            self._write([begun])
+            self._write([self._header])
 
     def append(self, batch: Iterable[Done]) -> None:
         """Record finished steps; what they wrote must be on the disk already."""
+        batch = list(batch)
         self._write([astuple(done) for done in batch])
+        self.done.update((done.step, done) for done in batch)
+
+    def take_over(self, descriptor: int) -> None:
+        """Record what another rank's journal of the same plan says, and empty that one."""
+        lines, _ = _lines(descriptor)
+        if lines:
+            _require_same(self._where, lines[0], self._header)
+            self._write(lines[1:])
+            self._take(lines[1:])
+        os.ftruncate(descriptor, 0)
 
     def publishing(self, manifest_crc: int) -> None:
         """Record that TARGET is written and synced, and will be renamed next."""
         self._write([{"manifest": manifest_crc}])
 
-    def _take(self, record: Any) -> None:
-        if isinstance(record, dict):
-            self.published = record.get("manifest")
-        elif (done := _done(record)) is not None:
-            self.done[done.step] = done
+    def _take(self, records: Iterable[Any]) -> None:
+        for record in records:
+            if isinstance(record, dict):
+                self.published = record.get("manifest")
+            elif (done := _done(record)) is not None:
+                self.done[done.step] = done
 
     def _cut(self, end: int) -> None:
         self._end = end
@@ -80,6 +92,16 @@ class Journal:
                 f"{self._where}: journal: {error.strerror}; run the same command again"
             ) from None
         self._end += len(text)
+
+
+def recorded(path: Path) -> dict[int, Done]:
+    """The finished steps of a journal that another process holds; raises DiskError."""
+    try:
+        with path.open("rb") as file:
+            lines, _ = _lines(file.fileno())
+    except OSError as error:
+        raise DiskError(f"{path}: {error.strerror}") from None
+    return {done.step: done for done in map(_done, lines[1:]) if done is not None}
 
 
 def _line(record: Any) -> bytes:

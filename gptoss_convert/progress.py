@@ -7,8 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Protocol
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Protocol, TextIO
 
 from gptoss_convert.pages import is_dumb, printable
 
@@ -43,11 +43,14 @@ SILENT: Progress = _Silent()
 
 
 class Lines:
-    """A line every few seconds, for logs."""
+    """A line every few seconds, for logs: on stderr, or another stream."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
 
     def note(self, text: str) -> None:
-        """Print to stderr."""
-        _log(f"note: {printable(text)}")
+        """Print a line."""
+        _log(f"note: {printable(text)}", self._stream)
 
     @contextmanager
     def phase(self, what: str, nbytes: int, steps: int) -> Iterator[Advance]:
@@ -64,15 +67,15 @@ class Lines:
                 now = time.monotonic()
                 if now - last >= _EVERY:
                     last = now
-                    _log(_line(what, done, nbytes, count, steps, now - began))
+                    _log(_line(what, done, nbytes, count, steps, now - began), self._stream)
 
         yield advance
 
 
-def _log(line: str) -> None:
-    """Print to stderr; that whoever read it has left does not end the work."""
+def _log(line: str, stream: TextIO | None = None) -> None:
+    """Print to stderr or a log; that whoever read it has left does not end the work."""
     with suppress(BrokenPipeError):
-        print(line, file=sys.stderr)
+        print(line, file=stream or sys.stderr)
 
 
 def _line(what: str, done: int, nbytes: int, count: int, steps: int, seconds: float) -> str:
@@ -117,6 +120,36 @@ class Bar(Lines):
                 bar.update(task, advance=step_bytes, done=next(count))
 
             yield advance
+
+
+class Both:
+    """Tells the person and a log."""
+
+    def __init__(self, *told: Progress) -> None:
+        self._told = told
+
+    def note(self, text: str) -> None:
+        """One line to each."""
+        for progress in self._told:
+            progress.note(text)
+
+    @contextmanager
+    def phase(self, what: str, nbytes: int, steps: int) -> Iterator[Advance]:
+        """The same phase for each."""
+        with ExitStack() as stack:
+            phases = [stack.enter_context(p.phase(what, nbytes, steps)) for p in self._told]
+
+            def advance(done: int) -> None:
+                for each in phases:
+                    each(done)
+
+            yield advance
+
+
+def for_rank(quiet: bool, rank: int, log: TextIO | None) -> Progress:
+    """Rank 0 tells the person, the others nobody; each keeps its log."""
+    told = for_terminal(quiet) if rank == 0 else SILENT
+    return Both(told, Lines(log)) if log else told
 
 
 def for_terminal(quiet: bool) -> Progress:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptoss_convert.errors import (
-    CodecError,
     DiskError,
+    GptossError,
     InputError,
     IntegrityError,
     TargetError,
@@ -22,8 +22,9 @@ from gptoss_convert.errors import (
 from gptoss_convert.files import sync_directory
 from gptoss_convert.hub.names import Repository
 
-_USELESS = (CodecError, InputError, IntegrityError)
-"""Errors after which the work is of no use; after any other the same command can go on."""
+_USELESS = {InputError.exit_code, IntegrityError.exit_code}
+"""Statuses after which the work is of no use; after any other the same command can go on."""
+_REFUSED = {UsageError.exit_code, TargetError.exit_code}
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
@@ -76,10 +77,22 @@ class Workspace:
         except OSError as error:
             raise DiskError(f"{self.work}: {error.strerror}") from None
 
+    def other_ranks(self) -> list[int]:
+        """The ranks from 1 on whose journals lie beside this one."""
+        begin = f"{self.path.name}."
+        names = (path.name for path in self.path.parent.iterdir())
+        ends = (name.removeprefix(begin) for name in names if name.startswith(begin))
+        return sorted(int(end) for end in ends if end.isdecimal() and end.isascii())
+
     def discard(self) -> None:
-        """Remove what was made, and the journal with it."""
+        """Remove what was made, and the journals with it."""
         shutil.rmtree(self.work, ignore_errors=True)
-        self.path.unlink(missing_ok=True)
+        self._remove_journals()
+
+    def _remove_journals(self) -> None:
+        # The one that holds the lock goes last: it says whose the others are.
+        for rank in (*self.other_ranks(), 0):
+            journal_path(self.target, rank).unlink(missing_ok=True)
 
     def publish(self) -> None:
         """Rename last: whoever sees TARGET may rely on every file in it."""
@@ -99,7 +112,7 @@ class Workspace:
         """Remove what is left beside a TARGET that has been renamed."""
         sync_directory(self.target.parent)
         shutil.rmtree(self.old, ignore_errors=True)
-        self.path.unlink(missing_ok=True)
+        self._remove_journals()
 
 
 @contextmanager
@@ -108,28 +121,40 @@ def workspace(target: Path, restart: bool) -> Iterator[Workspace]:
 
     What an interrupted run left is kept for the next one, unless the error says that it is useless.
     """
-    hidden = f".{target.name}.gptoss-convert"
-    path = target.parent / f"{hidden}.journal"
-    with _locked(path, target) as descriptor:
-        work, old = target.parent / hidden, target.parent / f"{hidden}.old"
+    path, work = journal_path(target), work_path(target)
+    with locked_journal(target) as descriptor:
+        old = work.with_name(f"{work.name}.old")
+        fresh = restart or (os.fstat(descriptor).st_size == 0 and not work.exists())
+        space = Workspace(target, work, old, path, descriptor, fresh)
         if restart:
+            for rank in space.other_ranks():
+                with locked_journal(target, rank) as other:
+                    os.ftruncate(other, 0)
             shutil.rmtree(work, ignore_errors=True)
             os.ftruncate(descriptor, 0)
-        fresh = os.fstat(descriptor).st_size == 0 and not work.exists()
-        space = Workspace(target, work, old, path, descriptor, fresh)
         try:
             yield space
-        except _USELESS:
-            space.discard()
-            raise
-        except (UsageError, TargetError):
-            if fresh:
+        except GptossError as error:
+            if error.exit_code in _USELESS or (fresh and error.exit_code in _REFUSED):
                 space.discard()
             raise
 
 
+def work_path(target: Path) -> Path:
+    """The hidden directory that TARGET is written in."""
+    return target.parent / f".{target.name}.gptoss-convert"
+
+
+def journal_path(target: Path, rank: int = 0) -> Path:
+    """The journal of one of the ranks that write TARGET; a run alone is rank 0."""
+    name = f"{work_path(target).name}.journal"
+    return target.parent / (f"{name}.{rank}" if rank else name)
+
+
 @contextmanager
-def _locked(path: Path, target: Path) -> Iterator[int]:
+def locked_journal(target: Path, rank: int = 0) -> Iterator[int]:
+    """A rank's journal, open and locked; TargetError if another process holds it."""
+    path = journal_path(target, rank)
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(path, flags, 0o644)

@@ -20,7 +20,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, Self, TextIO
 
 import gptoss_convert
 from gptoss_convert.errors import EXIT_LOST, NetworkError, RankError
@@ -52,6 +53,30 @@ class Ranks:
         self._values: dict[int, deque[Any]] = {}
         self._failure: RankError | None = None
         self._left = False
+        self.log: TextIO | None = None
+        """Where this rank's words go, too."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.leave()
+            if self.log:
+                self.log.close()
+                self.log = None
+
+    def keep_log(self, folder: Path) -> None:
+        """Write this rank's words to a file of its own in a folder; raises OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = (folder / f"rank-{self.rank:05d}.log").open("a", 1, "utf-8")
+        who = f"rank {self.rank} of {self.size} on {self.host}, process {os.getpid()}:"
+        print(who, *sys.argv[1:], file=self.log)
 
     def connect(self, peers: Mapping[int, socket.socket]) -> None:
         """Speak through these connections from now on: to every rank from rank 0, else to it."""

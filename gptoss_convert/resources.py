@@ -50,12 +50,15 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def choose_workers(buffer_bytes: int, max_memory: int, workers: int | None) -> int:
+def choose_workers(
+    buffer_bytes: int, max_memory: int, workers: int | None, processes: int = 1
+) -> int:
     """How many workers fit into `max_memory`; raises ResourceError if not even one does.
 
     Without a wish: one more than there are processors, at most 16, as more only wait for the disk.
+    So many `processes` share the machine's memory and processors.
     """
-    limit = memory_limit()
+    limit = memory_limit() // processes
     allowed = min(max_memory, limit)
     fit = (allowed - BASE_BYTES) // max(buffer_bytes, 1)
     if fit < 1:
@@ -64,7 +67,7 @@ def choose_workers(buffer_bytes: int, max_memory: int, workers: int | None) -> i
             f"one worker needs {(BASE_BYTES + buffer_bytes) / 1e6:.0f} MB, {whose} "
             f"{allowed / 1e6:.0f} MB"
         )
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) // processes
     return int(min(workers or min(cores + 1, 16), fit))
 
 

@@ -14,17 +14,27 @@ from typing import Any
 
 from gptoss_convert import manifest, oddities, resources
 from gptoss_convert.conversion import Conversion, plan
-from gptoss_convert.errors import CodecError, DiskError, IntegrityError
-from gptoss_convert.execute import Done, Region, execute, places
-from gptoss_convert.files import Arena, ByteSource, SourceFiles, TargetFiles, write_file
+from gptoss_convert.errors import CodecError, IntegrityError, UsageError
+from gptoss_convert.execute import Done, execute
+from gptoss_convert.files import ByteSource, SourceFiles, TargetFiles, write_file
 from gptoss_convert.fingerprint import ScaleStatistics
 from gptoss_convert.folding import fold
 from gptoss_convert.hub.stream import ShardStream
-from gptoss_convert.journal import Journal
+from gptoss_convert.intact import intact
+from gptoss_convert.journal import Journal, recorded
 from gptoss_convert.mxfp4 import EncodeStats
 from gptoss_convert.options import Options
 from gptoss_convert.progress import SILENT, Progress
-from gptoss_convert.publish import Workspace, check_absent, workspace
+from gptoss_convert.publish import (
+    Workspace,
+    check_absent,
+    journal_path,
+    locked_journal,
+    work_path,
+    workspace,
+)
+from gptoss_convert.ranks import ALONE, Ranks
+from gptoss_convert.shares import deal, require_kept, require_same_plan, require_shared
 
 
 @dataclass
@@ -70,45 +80,133 @@ def convert(
     return run(plan(source, target, options), progress)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A conversion under way, as one rank sees it."""
+
+    conversion: Conversion
+    progress: Progress
+    source: ByteSource | None
+    ranks: Ranks
+
+    @property
+    def target_files(self) -> TargetFiles:
+        """The files of the work directory, for this rank to write."""
+        several = self.ranks.local_size < self.ranks.size
+        return TargetFiles(work_path(self.conversion.target), other_machines=several)
+
+
 def run(
-    conversion: Conversion, progress: Progress = SILENT, source: ByteSource | None = None
+    conversion: Conversion,
+    progress: Progress = SILENT,
+    source: ByteSource | None = None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Execute a planned conversion; `source` stands in for the files that the plan reads.
 
+    Each of several ranks executes its share, and rank 0, whose report is complete, publishes.
     Raises CodecError if a value has no MXFP4 form and `lossy` was not asked for: what would be lost
     is stated, by weight, in its message.
     """
     if source is None and conversion.source.repository is not None:
+        if ranks.size > 1:
+            raise UsageError(
+                f"{conversion.source.root}: several ranks need SOURCE in a directory: download it "
+                "first, or convert with one process"
+            )
         from gptoss_convert.hub.fetch import fetched
 
         with fetched(conversion, progress) as (ready, stream):
-            return _run(ready, progress, stream)
-    return _run(conversion, progress, source)
+            return _run(_Job(ready, progress, stream, ranks))
+    return _run(_Job(conversion, progress, source, ranks))
 
 
-def _run(conversion: Conversion, progress: Progress, source: ByteSource | None) -> Report:
+def _run(job: _Job) -> Report:
     began = time.monotonic()
+    conversion, ranks = job.conversion, job.ranks
     for note in conversion.notes:
-        progress.note(note)
-    with workspace(conversion.target, conversion.options.restart) as space:
-        journal = Journal(space.journal, str(conversion.target), conversion.header)
-        if journal.published is not None and _is_published(space, journal.published):
-            space.finish()
-            done = before = journal.done
-        else:
-            if not conversion.options.overwrite:
-                check_absent(conversion.target)
-            space.open()
-            before = _intact(conversion, space, journal, progress)
-            needed = conversion.write_bytes - _held(space.work)
-            resources.check_disk(conversion.target.parent.resolve(), needed)
-            done = _execute(conversion, space, journal, before, progress, source)
-            _state_losses(conversion, _outcomes(conversion, done.values()), progress)
-            journal.publishing(_close(conversion, space.work, done))
-            space.publish()
+        job.progress.note(note)
+    done, before = _follow(job) if ranks.rank else _lead(job)
+    # No rank ends before TARGET is there.
+    ranks.barrier()
     outcomes = _outcomes(conversion, done.values())
     seconds = time.monotonic() - began
     return Report(conversion, seconds, resources.peak_memory(), len(before), outcomes)
+
+
+def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done]]:
+    """Be rank 0, or alone; returns all steps, and those that were done before."""
+    conversion, ranks = job.conversion, job.ranks
+    with workspace(conversion.target, conversion.options.restart) as space:
+        journal = Journal(space.journal, str(conversion.target), conversion.header)
+        _take_over(journal, conversion.target, space.other_ranks())
+        if journal.published is not None and _is_published(space, journal.published):
+            ranks.broadcast(None)
+            space.finish()
+            return journal.done, journal.done
+        if not conversion.options.overwrite:
+            check_absent(conversion.target)
+        space.open()
+        needed = conversion.write_bytes - _held(space.work)
+        resources.check_disk(conversion.target.parent.resolve(), needed)
+        with job.target_files as files:
+            _create(conversion, files)
+            ranks.broadcast(conversion.header)
+            require_shared(conversion.target, ranks)
+            # The others have read what this journal says of an interrupted run.
+            ranks.barrier()
+            before = _execute(job, files, journal, journal.done)
+        # The others have closed their journals, which speak of bytes that are on the disk.
+        ranks.barrier()
+        _take_over(journal, conversion.target, range(1, ranks.size))
+        done = {number: journal.done[number] for number in range(len(conversion.plan.steps))}
+        _refuse_zeros(conversion, done)
+        _state_losses(conversion, _outcomes(conversion, done.values()), job.progress)
+        journal.publishing(_close(conversion, space.work, done))
+        space.publish()
+    return done, before
+
+
+def _follow(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done]]:
+    """Be another rank; returns the steps that this one did, and those that were done before."""
+    conversion, ranks = job.conversion, job.ranks
+    header = ranks.broadcast()
+    if header is None:
+        return {}, {}
+    require_same_plan(conversion, header, ranks)
+    require_shared(conversion.target, ranks)
+    known = recorded(journal_path(conversion.target))
+    ranks.barrier()
+    with locked_journal(conversion.target, ranks.rank) as descriptor, job.target_files as files:
+        journal = Journal(descriptor, str(conversion.target), header)
+        before = _execute(job, files, journal, known)
+    ranks.barrier()
+    return journal.done, before
+
+
+def _take_over(journal: Journal, target: Path, ranks: Iterable[int]) -> None:
+    """Record in rank 0's journal what those of other ranks say."""
+    for rank in ranks:
+        with locked_journal(target, rank) as descriptor:
+            journal.take_over(descriptor)
+
+
+def _create(conversion: Conversion, files: TargetFiles) -> None:
+    """Every file in its final size, with the bytes that no step writes, before any step."""
+    for file in conversion.image.files:
+        files.create(file.name, file.size)
+        for offset, content in file.fixed:
+            files.write_bytes(file.name, offset, content)
+    files.sync()
+
+
+def _open(conversion: Conversion, files: TargetFiles, numbers: Iterable[int]) -> None:
+    """The files that these steps write, which rank 0 has created."""
+    steps = (conversion.plan.steps[number] for number in numbers)
+    names = {extent.file for step in steps for extent in step.targets}
+    for file in conversion.image.files:
+        if file.name in names:
+            files.create(file.name, file.size)
 
 
 def _close(conversion: Conversion, work: Path, done: Mapping[int, Done]) -> int:
@@ -129,54 +227,51 @@ def _is_published(space: Workspace, manifest_crc: int) -> bool:
 
 
 def _execute(
-    conversion: Conversion,
-    space: Workspace,
-    journal: Journal,
-    before: Mapping[int, Done],
-    progress: Progress,
-    source: ByteSource | None,
+    job: _Job, files: TargetFiles, journal: Journal, known: Mapping[int, Done]
 ) -> dict[int, Done]:
-    """Run the steps that are not done yet; returns all, those done before included."""
-    plan = conversion.plan
-    done = dict(before)
-    left = [number for number in range(len(plan.steps)) if number not in done]
-    total = plan.read_bytes + plan.write_bytes
+    """Run this rank's share of the steps that are not done yet; returns those done before."""
+    conversion, ranks, plan = job.conversion, job.ranks, job.conversion.plan
+    before = intact(conversion, known, job.progress, ranks)
+    left = [number for number in range(len(plan.steps)) if number not in before]
+    shares = deal(plan, left, ranks.size)
+    mine = shares[ranks.rank]
+    if ranks.rank:
+        _open(conversion, files, mine)
+    total = sum(plan.steps[number].moved_bytes() for number in mine)
     with (
-        _reading(conversion, source) as sources,
-        TargetFiles(space.work) as files,
-        progress.phase("converting", total, len(plan.steps)) as advance,
+        _reading(conversion, job.source) as sources,
+        job.progress.phase("converting", total, len(mine)) as advance,
     ):
         stream = sources if isinstance(sources, ShardStream) else None
-        for file in conversion.image.files:
-            files.create(file.name, file.size)
-            for offset, content in file.fixed:
-                files.write_bytes(file.name, offset, content)
 
         def finished(batch: list[Done]) -> None:
             _refuse_nonfinite(conversion, batch)
             # In this order: the journal never speaks of bytes that a crash could take back.
             files.sync()
             journal.append(batch)
-            done.update((result.step, result) for result in batch)
             if stream:
                 stream.finished(result.step for result in batch)
 
+        def advanced(moved: int) -> None:
+            ranks.check()
+            advance(moved)
+
         execute(
             plan,
-            stream.begin(plan, left) if stream else left,
+            stream.begin(plan, mine) if stream else mine,
             sources,
             files,
             workers=conversion.workers,
             finished=finished,
-            advance=advance,
+            advance=advanced,
             interrupt=stream.interrupt if stream else lambda: None,
             every=0.25 if stream else 2.0,
         )
         files.sync()
         if isinstance(sources, SourceFiles):
             sources.require_unchanged()
-    _refuse_zeros(conversion, done)
-    return done
+    require_kept(conversion, shares, journal.done, ranks)
+    return before
 
 
 def _reading(
@@ -207,46 +302,6 @@ def _refuse_zeros(conversion: Conversion, done: Mapping[int, Done]) -> None:
             f"{fold(oddities.tensors_of(conversion.plan, weights))}; "
             "pass --allow-zero to keep them"
         )
-
-
-def _intact(
-    conversion: Conversion, space: Workspace, journal: Journal, progress: Progress
-) -> dict[int, Done]:
-    """The steps of an interrupted run whose bytes are still as the journal says."""
-    steps = conversion.plan.steps
-    known = {
-        number: done
-        for number, done in journal.done.items()
-        if number < len(steps) and _places(done) == places(steps[number])
-    }
-    if not known or conversion.options.trust_journal:
-        return known
-    total = sum(region.length for done in known.values() for region in done.regions)
-    progress.note(f"going on: {len(known)} of {len(conversion.plan.steps)} steps were done before")
-    intact: dict[int, Done] = {}
-    with (
-        SourceFiles({"": space.work}) as files,
-        progress.phase("checking what is there", total, len(known)) as advance,
-    ):
-        arena = Arena(conversion.plan.buffer_bytes)
-        for step, done in known.items():
-            if all(_same_bytes(files, region, arena) for region in done.regions):
-                intact[step] = done
-            advance(sum(region.length for region in done.regions))
-    if lost := len(known) - len(intact):
-        progress.note(f"{lost} steps are no longer as they were written: doing them again")
-    return intact
-
-
-def _places(done: Done) -> set[tuple[str, int, int]]:
-    return {(region.file, region.offset, region.length) for region in done.regions}
-
-
-def _same_bytes(files: SourceFiles, region: Region, arena: Arena) -> bool:
-    try:
-        return files.crc(region.file, region.offset, region.length, arena) == region.crc
-    except (IntegrityError, DiskError):
-        return False
 
 
 def _held(work: Path) -> int:

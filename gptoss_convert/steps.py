@@ -49,6 +49,10 @@ class Step:
             if extent.param == member and (part := overlap(extent.box, box)):
                 yield extent, part
 
+    def moved_bytes(self) -> int:
+        """Bytes that the step reads and writes."""
+        return _payload(self, self.sources) + _payload(self, self.targets)
+
     def buffer_bytes(self) -> tuple[int, int]:
         """Bytes of buffer that the source parts and the target parts need, page phases included."""
         return _span(self, self.sources), _span(self, self.targets)

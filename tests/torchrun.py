@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,18 +24,21 @@ class Launch:
 
 
 def torchrun(
-    processes: int, *words: str | Path, folder: Path, more: Mapping[str, str] | None = None
+    processes: int,
+    *words: str | Path,
+    folder: Path,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Launch:
     """Run `torchrun --standalone --nproc-per-node PROCESSES WORDS` in a folder."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(more or {})}
-    done = subprocess.run(
+    with subprocess.Popen(
         [*launcher, "--nproc-per-node", str(processes), *map(str, words)],
         cwd=folder,
-        env=environment,
-        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        check=False,
-    )
-    return Launch(done.returncode, done.stdout, done.stderr)
+    ) as launched:
+        meanwhile()
+        output, error = launched.communicate(timeout=300)
+    return Launch(launched.returncode, output, error)
