@@ -30,6 +30,8 @@ _PATIENCE = 300.0
 """Seconds in which all ranks must have found one another."""
 _SILENCE = 10
 """Seconds without an answer after which a machine counts as gone."""
+_GRACE = 5.0
+"""Seconds in which a rank may end by itself when another one has failed."""
 _KEY = "gptoss-convert"
 _INTRODUCTION = f"from {__name__} import introduce; introduce()"
 _RUN = "TORCHELASTIC_RUN_ID"
@@ -248,7 +250,17 @@ def _met(ranks: Ranks) -> Ranks:
     except (OSError, ValueError) as error:
         raise NetworkError(f"rank {ranks.rank} of {ranks.size}: no connection: {error}") from None
     ranks.name_hosts(ranks.gather(ranks.host))
+    threading.Thread(target=_insist, args=(ranks,), daemon=True).start()
     return ranks
+
+
+def _insist(ranks: Ranks) -> None:
+    """End a process that has not ended by itself when another rank has failed: it loses no more
+    than by a kill. It may wait for a disk that does not answer, or plan for long."""
+    if reason := ranks.failure(within=threading.TIMEOUT_MAX):
+        time.sleep(_GRACE)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        os._exit(reason.exit_code)
 
 
 def _accepted(ranks: Ranks) -> dict[int, socket.socket]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ import pytest
 
 from gptoss_convert.errors import NetworkError, RankError
 from gptoss_convert.ranks import ALONE, Ranks, join
-from tests.torchrun import torchrun
+from tests.torchrun import ROOT, torchrun
 
 ENDED = "rank 2 on 127.0.0.1: ended without a word, as a process does that is killed"
 
@@ -127,6 +129,29 @@ def test_without_torchruns_store_there_is_no_run(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("gptoss_convert.ranks._INTRODUCTION", child)
     with pytest.raises(NetworkError, match=r"rank 1 of 2: no connection: torchrun's store"):
         join()
+
+
+BUSY = """
+import socket, threading, time
+from gptoss_convert import ranks
+ranks._GRACE = 0.1
+with socket.create_server(("127.0.0.1", 0)) as server:
+    mine = socket.create_connection(server.getsockname())
+    other = server.accept()[0]
+me = ranks.Ranks(1, 2)
+me.connect({0: mine})
+threading.Thread(target=ranks._insist, args=(me,), daemon=True).start()
+other.close()
+time.sleep(60)
+"""
+
+
+def test_a_rank_that_is_busy_with_something_else_ends_all_the_same() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BUSY], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == f"error: {ENDED.replace('rank 2', 'rank 0')}\n"
+    assert done.returncode == 6
 
 
 SCRIPT = """
