@@ -111,7 +111,7 @@ def run(
     if source is None and conversion.source.repository is not None:
         if ranks.size > 1:
             raise UsageError(
-                f"{conversion.source.root}: several ranks need SOURCE in a directory: download it "
+                f"{conversion.source.place}: several ranks need SOURCE in a directory: download it "
                 "first, or convert with one process"
             )
         from gptoss_convert.hub.fetch import fetched

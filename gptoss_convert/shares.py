@@ -83,7 +83,7 @@ def require_same_plan(conversion: Conversion, lead: Mapping[str, Any], ranks: Ra
     for part in ("tool", "options", "plan", "to"):
         if mine[part] != lead[part]:
             raise UsageError(
-                f"{conversion.source.root}: another {part} than on rank 0: "
+                f"{conversion.source.place}: another {part} than on rank 0: "
                 f"{lead[part]!r:.80} there, {mine[part]!r:.80} here"
             )
 
