@@ -87,6 +87,8 @@ def one_by_one(
     workers: int,
     finished: Callable[[list[Any]], None],
     advance: Callable[[int], None],
+    interrupt: Callable[[], None] = lambda: None,
+    every: float = 2.0,
 ) -> None:
     """Stands for `run_all`: the journal is written after each step, so every run is the same."""
     work = new_worker()

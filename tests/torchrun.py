@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ def torchrun(
     processes: int,
     *words: str | Path,
     folder: Path,
+    more: Mapping[str, str] | None = None,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> Launch:
     """Run `torchrun --standalone --nproc-per-node PROCESSES WORDS` in a folder."""
@@ -34,7 +35,7 @@ def torchrun(
     with subprocess.Popen(
         [*launcher, "--nproc-per-node", str(processes), *map(str, words)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(more or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
