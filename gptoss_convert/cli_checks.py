@@ -23,6 +23,7 @@ from gptoss_convert.cli_options import (
     config_option,
     iteration_option,
     quiet_flag,
+    rank_log_option,
     revision_option,
     show,
     strict_flag,
@@ -150,6 +151,7 @@ def check(
 @click.option("--json-file", type=PATH, help="Write the result there as JSON.")
 @click.option("--report", "folder", type=PATH, help="Write report.html and report.md there.")
 @click.option("--junit", type=PATH, help="Write the levels there as JUnit test cases.")
+@rank_log_option
 @quiet_flag
 @click.pass_context
 def verify(
@@ -161,6 +163,7 @@ def verify(
     json_file: Path | None,
     folder: Path | None,
     junit: Path | None,
+    rank_log: Path | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -175,28 +178,42 @@ def verify(
     from gptoss_convert.ranks import join
     from gptoss_convert.verify.gate import Options, verify_checkpoints
 
-    ranks = join()
-    if folder and ranks.rank == 0:
-        # Before hours of comparing: is all there that the report needs?
-        report_page.prepare(folder)
-    told = progress.for_terminal(quiet) if ranks.rank == 0 else progress.SILENT
-    choices = Options(**options, statistics=folder is not None)
-    done = verify_checkpoints(source, target, choices, told, ranks)
+    with join() as ranks:
+        if rank_log:
+            ranks.keep_log(rank_log)
+        if folder and ranks.rank == 0:
+            # Before hours of comparing: is all there that the report needs?
+            report_page.prepare(folder)
+        told = progress.for_rank(quiet, ranks.rank, ranks.log)
+        choices = Options(**options, statistics=folder is not None)
+        done = verify_checkpoints(source, target, choices, told, ranks)
+        if ranks.rank == 0:
+            _write(done.summary(), json_file, folder, junit, quiet)
     if ranks.rank == 0:
         summary = done.summary()
-        if junit:
-            junit.write_text(report.junit(summary), encoding="utf-8")
-        if json_file:
-            json_file.write_text(document("verify", summary) + "\n", encoding="utf-8")
         show("verify", summary, report.verification(summary), as_json=as_json, quiet=quiet)
         if quiet and not done.same:
             complain(done.verdict)
-        if folder:
-            command = shlex.join(["gptoss-convert", *sys.argv[1:]])
-            path = report_page.write(summary, folder, command)
-            click.echo("" if quiet else f"report: {path}", err=True, nl=not quiet)
-    ranks.leave()
     context.exit(0 if done.same else 1)
+
+
+def _write(
+    summary: dict[str, Any],
+    json_file: Path | None,
+    folder: Path | None,
+    junit: Path | None,
+    quiet: bool,
+) -> None:
+    """Write a verification to the files that were asked for."""
+    from gptoss_convert import report_page
+
+    if junit:
+        junit.write_text(report.junit(summary), encoding="utf-8")
+    if json_file:
+        json_file.write_text(document("verify", summary) + "\n", encoding="utf-8")
+    if folder:
+        path = report_page.write(summary, folder, shlex.join(["gptoss-convert", *sys.argv[1:]]))
+        click.echo("" if quiet else f"report: {path}", err=True, nl=not quiet)
 
 
 @click.command(epilog=EPILOG)

@@ -8,8 +8,6 @@ would copy every byte through the processors once a rank.
 from __future__ import annotations
 
 import os
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,8 +25,6 @@ NewFetcher = Callable[[int], Fetcher]
 _LOOPBACK = "127.0.0.1"
 _FOREVER = timedelta(days=30)
 """That a rank is slow is no failure; of failures `Ranks` tells."""
-_GRACE = 2.0
-"""Seconds in which a rank may end by itself once another has failed."""
 
 
 def choose_device(wish: str, ranks: Ranks) -> torch.device:
@@ -57,14 +53,9 @@ def sharing(ranks: Ranks, device: torch.device) -> Iterator[NewFetcher]:
     if ranks.local_size == 1:
         yield lambda max_ahead: Fetcher(device, max_ahead)
         return
-    over = threading.Event()
-    threading.Thread(target=_end_with_the_others, args=(ranks, over), daemon=True).start()
-    try:
-        _meet(ranks, device)
-        yield lambda max_ahead: _SharedFetcher(device, max_ahead, ranks)
-        distributed.destroy_process_group()
-    finally:
-        over.set()
+    _meet(ranks, device)
+    yield lambda max_ahead: _SharedFetcher(device, max_ahead, ranks)
+    distributed.destroy_process_group()
 
 
 def _meet(ranks: Ranks, device: torch.device) -> None:
@@ -86,16 +77,6 @@ def _meet(ranks: Ranks, device: torch.device) -> None:
         timeout=_FOREVER,
         device_id=device if on_gpu else None,
     )
-
-
-def _end_with_the_others(ranks: Ranks, over: threading.Event) -> None:
-    """End this process soon after another rank failed: a wait for the GPU hears of nothing else."""
-    failure = None
-    while failure is None and not over.is_set():
-        failure = ranks.failure(within=0.5)
-    if failure and not over.wait(_GRACE):
-        print(f"error: {failure}", file=sys.stderr, flush=True)
-        os._exit(failure.exit_code)
 
 
 class _SharedFetcher(Fetcher):

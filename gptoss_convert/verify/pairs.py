@@ -60,13 +60,15 @@ def judge_steps(
     workers: int | None,
     max_memory: int,
     progress: Progress,
+    processes: int = 1,
 ) -> list[T]:
     """What `judge` says of the steps of these numbers, in any order; the plan leads to `target`.
 
-    Raises ResourceError where memory is too small for one step.
+    So many `processes` do so on this machine. Raises ResourceError where memory is too small for
+    one step.
     """
     room = plan.buffer_bytes + 2 * max((2 * volume(s.box) + 4096 for s in plan.steps), default=0)
-    count = resources.choose_workers(room, max_memory, workers)
+    count = resources.choose_workers(room, max_memory, workers, processes)
     judged: list[T] = []
     with ExitStack() as stack:
         files = stack.enter_context(SourceFiles({"": source.root, _TARGET: target.root}))

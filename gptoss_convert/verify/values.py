@@ -76,6 +76,7 @@ def compare_values(
         workers=workers,
         max_memory=max_memory,
         progress=progress,
+        processes=ranks.local_size,
     )
     if ranks.size > 1:
         told = ranks.gather([one.plain() for one in compared])
