@@ -1,5 +1,5 @@
 #!/bin/bash
-# Two hosts that share a directory, as two network namespaces: converts over TCP between them.
+# Two hosts that share a directory, as two network namespaces: convert and verify over TCP.
 #   sudo tests/two_hosts.sh [DIRECTORY]
 # Needs root, iproute2 and util-linux. Every line that it prints is something that held.
 set -euo pipefail
@@ -61,6 +61,14 @@ for to in "hf --dtype bf16" "openai" "megatron"; do
   on_both convert source target "${words[@]}"
   diff -r expected target
   held "--to $to: four ranks on two hosts write what one process writes"
+  "$bin/gptoss-convert" verify source target --device cpu --quiet --json-file alone.json
+  on_both verify source target --device cpu --json-file ranks.json
+  "$bin/python" - <<'END'
+import json
+alone, ranks = (json.load(open(name)) for name in ("alone.json", "ranks.json"))
+assert alone["same"] is ranks["same"] is True
+END
+  held "--to $to: four ranks on two hosts find both sides the same"
   rm -r expected target
 done
 
