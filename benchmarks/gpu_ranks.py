@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ import torch
 
 SECOND_SIDE = {"tiny": "megatron", "20b": "megatron", "120b": "openai"}
 """The format that hf-mxfp4 is held against."""
-SECONDS_EXPECTED = {("20b", 1): 110, ("20b", 2): 75, ("120b", 1): 200, ("120b", 2): 120}
+SECONDS_EXPECTED = {("20b", 1): 115, ("20b", 2): 87, ("120b", 1): 300, ("120b", 2): 200}
 ELSEWHERE = ("seconds", "gpu_memory_bytes", "gpu_memory_by_rank")
 """Keys of a report that may depend on how many ranks wrote it."""
 
@@ -57,16 +58,20 @@ def run(bench: Bench, *words: str, gpus: int = 0) -> tuple[int, str, float]:
     # On a CPU the bits depend on the number of threads; torchrun would choose one.
     threads = {"OMP_NUM_THREADS": "1"} if bench.device == "cpu" else {}
     began = time.monotonic()
-    done = subprocess.run(
+    running = subprocess.Popen(
         line,
         env={**os.environ, **threads},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=False,
-        timeout=max(bench.left(), 1),
+        start_new_session=True,
     )
-    return done.returncode, done.stdout, time.monotonic() - began
+    try:
+        said, _ = running.communicate(timeout=max(bench.left(), 1))
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)  # the ranks too
+        raise
+    return running.returncode, said, time.monotonic() - began
 
 
 def generate(bench: Bench, model: str) -> None:
