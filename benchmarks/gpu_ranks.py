@@ -94,7 +94,7 @@ def generate(bench: Bench, model: str) -> None:
 def verify(bench: Bench, model: str, gpus: int, more: list[str]) -> dict[str, Any]:
     """What `verify` reports on so many GPUs."""
     file = bench.out / f"{model}-{gpus}.json"
-    words = ["verify", *map(str, bench.sides), "--device", bench.device, "--json-file", str(file)]
+    words = ["verify", *map(str, bench.sides), "--device", bench.device, "--json", str(file)]
     file.unlink(missing_ok=True)
     status, said, wall = run(bench, *words, "--max-memory", "16GB", *more, gpus=gpus)
     if not file.exists():
@@ -145,7 +145,7 @@ def killed(bench: Bench, model: str, gpus: int) -> None:
     script, out = bench.out / "killed.py", bench.out / "killed.json"
     script.write_text(KILLED)
     words = ["verify", *map(str, bench.sides), "--device", bench.device, "--layers", "3"]
-    words += ["--sample", "20000", "--json-file", str(out)]
+    words += ["--sample", "20000", "--json", str(out)]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     line += [str(gpus), str(script), *words]
     done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=bench.left())

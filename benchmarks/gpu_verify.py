@@ -263,7 +263,7 @@ def oracle(bench: Bench, source: str, target: str) -> None:
     """`verify --level oracle`: the ecosystems' own models load both directories and run them."""
     line = [sys.executable, "-m", "gptoss_convert", "verify", "--level", "oracle"]
     report = (bench.out or bench.folder) / f"oracle-{source}-{target}.json"
-    line += [str(bench.place(source)), str(bench.place(target)), "--json-file", str(report)]
+    line += [str(bench.place(source)), str(bench.place(target)), "--json", str(report)]
     line += ["--max-length", str(bench.longest)]
     layers = len(bench.reader(source).config.sliding)
     began = time.perf_counter()

@@ -146,10 +146,18 @@ def _told(error: str, exit_code: int) -> int:
     """Say it in JSON too, if stdout is to carry JSON; returns the exit status."""
     from gptoss_convert.ranks import joined
 
-    words = itertools.takewhile(lambda word: word != "--", sys.argv[1:])
-    if "--json" in words and joined().rank == 0:
+    if _prints_json(sys.argv[1:]) and joined().rank == 0:
         say(document("error", {"error": error, "exit_code": exit_code}))
     return exit_code
+
+
+def _prints_json(words: list[str]) -> bool:
+    """Whether stdout is to carry JSON: verify's --json may name a file instead."""
+    words = list(itertools.takewhile(lambda word: word != "--", words))
+    if "--json" not in words:
+        return False
+    after = words[words.index("--json") + 1 :][:1]
+    return words[0] != "verify" or after in ([], ["-"]) or after[0].startswith("--")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -327,9 +328,11 @@ def completion(shell: str) -> None:
 
 
 def _warm() -> None:
-    from gptoss_convert.execute import warm
+    # A program that ends at once, on an error say, lets nothing more be imported: no matter here.
+    with suppress(RuntimeError):
+        from gptoss_convert.execute import warm
 
-    warm()
+        warm()
 
 
 cli.add_command(check)

@@ -147,8 +147,14 @@ def check(
 )
 @workers_option
 @click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
-@as_json_flag
-@click.option("--json-file", type=PATH, help="Write the result there as JSON.")
+@click.option(
+    "--json",
+    "json_to",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Write the result to FILE as JSON; without FILE or with -, print it.",
+)
 @click.option("--report", "folder", type=PATH, help="Write report.html and report.md there.")
 @click.option("--junit", type=PATH, help="Write the levels there as JUnit test cases.")
 @rank_log_option
@@ -159,8 +165,7 @@ def verify(
     source: str,
     target: str,
     *,
-    as_json: bool,
-    json_file: Path | None,
+    json_to: str | None,
     folder: Path | None,
     junit: Path | None,
     rank_log: Path | None,
@@ -188,9 +193,10 @@ def verify(
         choices = Options(**options, statistics=folder is not None)
         done = verify_checkpoints(source, target, choices, told, ranks)
         if ranks.rank == 0:
-            _write(done.summary(), json_file, folder, junit, quiet)
+            _write(done.summary(), json_to, folder, junit, quiet)
     if ranks.rank == 0:
         summary = done.summary()
+        as_json = json_to == "-"
         show("verify", summary, report.verification(summary), as_json=as_json, quiet=quiet)
         if quiet and not done.same:
             complain(done.verdict)
@@ -199,7 +205,7 @@ def verify(
 
 def _write(
     summary: dict[str, Any],
-    json_file: Path | None,
+    json_to: str | None,
     folder: Path | None,
     junit: Path | None,
     quiet: bool,
@@ -209,8 +215,8 @@ def _write(
 
     if junit:
         junit.write_text(report.junit(summary), encoding="utf-8")
-    if json_file:
-        json_file.write_text(document("verify", summary) + "\n", encoding="utf-8")
+    if json_to not in (None, "-"):
+        Path(json_to).write_text(document("verify", summary) + "\n", encoding="utf-8")
     if folder:
         path = report_page.write(summary, folder, shlex.join(["gptoss-convert", *sys.argv[1:]]))
         click.echo("" if quiet else f"report: {path}", err=True, nl=not quiet)

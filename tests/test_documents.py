@@ -88,7 +88,7 @@ def test_a_verification_is_the_same_in_a_file(
 ) -> None:
     monkeypatch.chdir(folder)
     file = tmp_path / "verify.json"
-    command = ["verify", "mxfp4", "other", "--level", "values", "--json-file", str(file)]
+    command = ["verify", "mxfp4", "other", "--level", "values", "--json", str(file)]
     done = CliRunner().invoke(cli, command)
     found = follows_its_schema(file.read_text(encoding="utf-8"))
     assert not found["same"]
@@ -118,6 +118,13 @@ def test_an_error_is_a_document_on_stdout_and_a_line_on_stderr(folder: Path, com
 
 def test_a_word_after_two_dashes_asks_for_nothing(folder: Path) -> None:
     words = [sys.executable, "-m", "gptoss_convert", "inspect", "--", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_an_error_is_not_printed_where_a_file_was_asked_for(folder: Path) -> None:
+    words = [sys.executable, "-m", "gptoss_convert", "verify", "mxfp4", "nowhere"]
+    words += ["--json", "v.json", "--level", "header"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=folder)
     assert (done.returncode, done.stdout) == (2, "")
 

@@ -254,7 +254,7 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_says_the_answer_first_and_in_its_status(tiny: Path, tmp_path: Path) -> None:
-    files = ("--json-file", tmp_path / "v.json", "--junit", tmp_path / "v.xml", "--level", "values")
+    files = ("--json", tmp_path / "v.json", "--junit", tmp_path / "v.xml", "--level", "values")
     same = command(tiny / "mxfp4", tiny / "megatron", *files)
     assert same.returncode == 0, same.stderr
     assert same.stdout.startswith("same: all 4,632,124 values equal, bit by bit\n")

@@ -110,7 +110,7 @@ def test_ranks_report_what_one_process_reports(
 
 def test_rank_0_speaks_for_all(tiny: Path) -> None:
     command = ("-m", "gptoss_convert", "verify", "mxfp4", "other", "--level", "values")
-    done = torchrun(2, *command, "--json-file", "found.json", "--junit", "found.xml", folder=tiny)
+    done = torchrun(2, *command, "--json", "found.json", "--junit", "found.xml", folder=tiny)
     assert done.status == 1
     assert done.output.count("different: ") == 1
     assert done.output.count("values  different") == 1
@@ -148,7 +148,7 @@ main()
 )
 def test_the_others_end_with_a_rank_that(tiny: Path, ends: str, reason: str, lines: int) -> None:
     (tiny / "ending.py").write_text(ENDING)
-    words = ("verify", "mxfp4", "megatron", "--device", "cpu", "--json-file", "never.json")
+    words = ("verify", "mxfp4", "megatron", "--device", "cpu", "--json", "never.json")
     done = torchrun(2, "ending.py", *words, folder=tiny, more={"ENDS": ends})
     assert done.status == 1
     said = [line for line in done.error.splitlines() if line.startswith("error: ")]

@@ -61,8 +61,8 @@ for to in "hf --dtype bf16" "openai" "megatron"; do
   on_both convert source target "${words[@]}"
   diff -r expected target
   held "--to $to: four ranks on two hosts write what one process writes"
-  "$bin/gptoss-convert" verify source target --device cpu --quiet --json-file alone.json
-  on_both verify source target --device cpu --json-file ranks.json
+  "$bin/gptoss-convert" verify source target --device cpu --quiet --json alone.json
+  on_both verify source target --device cpu --json ranks.json
   "$bin/python" - <<'END'
 import json
 alone, ranks = (json.load(open(name)) for name in ("alone.json", "ranks.json"))
