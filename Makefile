@@ -21,7 +21,7 @@ lint: $(DEV)
 	.venv/bin/pyright
 
 test: lint
-	.venv/bin/pytest
+	.venv/bin/pytest -n auto --dist loadfile
 
 # make format   rewrite the sources as ruff formats them
 format: $(DEV)
