@@ -318,7 +318,7 @@ def _introduction(told: str) -> Iterator[subprocess.Popen[bytes]]:
     home = str(Path(gptoss_convert.__file__).parent.parent)
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     child = subprocess.Popen(
-        [sys.executable, "-c", _INTRODUCTION, told],
+        [sys.executable, "-P", "-c", _INTRODUCTION, told],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},

@@ -31,7 +31,8 @@ def image_apart(
     home = str(Path(gptoss_convert.__file__).parent.parent)
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     child = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+        # -P: what lies in the working directory, perhaps a checkpoint, is no module.
+        [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"],
         input=pickle.dumps(request),
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
