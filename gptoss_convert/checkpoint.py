@@ -24,7 +24,8 @@ BESIDE = "beside:"
 FORMATS = ("hf", "openai", "megatron")
 _CASTS = frozenset(("F32", "F16"))
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".incomplete")
-_MAX_CARRIED = 256 << 20
+MAX_CARRIED = 256 << 20
+"""Most bytes of such files, each and all together: they are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,10 @@ class Checkpoint:
             return self.scales.origin
         if self.encoding != "mxfp4":
             return None
-        index = self.root / safetensors.INDEX
         return Origin(
             self.format,
             {name: header.text for name, header in self.headers.items()},
-            index.read_text(encoding="utf-8") if index.exists() else None,
+            safetensors.index_text(self.root),
             self.hf_config,
         )
 
@@ -134,7 +134,7 @@ def carried_files(root: Path) -> tuple[Path, ...]:
         and not path.name.startswith(".")
         and not path.name.endswith(_NOT_CARRIED)
         and path.name not in {CONFIG, MANIFEST, "dtypes.json"}
-        and path.stat().st_size <= _MAX_CARRIED
+        and path.stat().st_size <= MAX_CARRIED
     )
 
 

@@ -20,6 +20,8 @@ from gptoss_convert.pages import Page, is_styled, printable, render
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 FORMATS = ["hf", "openai", "megatron"]
+_LONGEST = 10_000
+"""Characters of a line on stderr: values from untrusted files may be of any length."""
 EPILOG = "\b\nExit status:\n" + "\n".join(f"  {code:<4}{why}" for code, why in EXIT_CODES.items())
 
 
@@ -126,7 +128,8 @@ def say(text: str) -> None:
 
 def complain(text: str) -> None:
     """Print a line to stderr; a terminal shows the word before its colon in red."""
-    word, colon, rest = printable(text).partition(":")
+    shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    word, colon, rest = printable(shown).partition(":")
     if is_styled(sys.stderr) and not os.environ.get("NO_COLOR"):
         word = click.style(word, fg="red", bold=True)
     with suppress(BrokenPipeError):

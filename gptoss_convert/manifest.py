@@ -15,7 +15,7 @@ from isal import isal_zlib
 from gptoss_convert import oddities
 from gptoss_convert.checkpoint import MANIFEST
 from gptoss_convert.containers import FileImage, Image
-from gptoss_convert.containers.paths import open_inside, safe_name
+from gptoss_convert.containers.paths import read_text, safe_name
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.execute import Done, Region
 from gptoss_convert.fingerprint import ScaleStatistics, combine
@@ -46,11 +46,7 @@ def read_manifest(root: Path) -> Manifest | None:
     path = root / NAME
     if not path.exists() and not path.is_symlink():
         return None
-    with open_inside(root, NAME) as file:
-        raw = file.read(_MAX_BYTES + 1)
-    if len(raw) > _MAX_BYTES:
-        raise IntegrityError(f"{path}: larger than {_MAX_BYTES} bytes")
-    content = parse_object(str(path), raw.decode("utf-8", "replace"))
+    content = parse_object(str(path), read_text(root, NAME, _MAX_BYTES))
     if content.get("schema") != SCHEMA:
         found = content.get("schema")
         raise InputError(f"{path}: schema {found!r:.40}, this version reads {SCHEMA}")

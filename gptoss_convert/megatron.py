@@ -13,8 +13,8 @@ from typing import Any
 
 from gptoss_convert.config import Config
 from gptoss_convert.containers import Chunk
-from gptoss_convert.containers.paths import open_inside
-from gptoss_convert.errors import InputError, IntegrityError, UsageError
+from gptoss_convert.containers.paths import read_text
+from gptoss_convert.errors import InputError, UsageError
 
 RUN_CONFIG = "run_config.yaml"
 ITERATION = 1
@@ -94,21 +94,13 @@ def read_run_config(directory: Path) -> dict[str, Any] | None:
     path = directory / RUN_CONFIG
     if not path.exists():
         return None
-    import yaml
+    from gptoss_convert.plain_yaml import parse_yaml
 
-    with open_inside(directory, RUN_CONFIG) as file:
-        raw = file.read(_MAX_YAML + 1)
-    if len(raw) > _MAX_YAML:
-        raise InputError(f"{path}: larger than {_MAX_YAML} bytes")
-    try:
-        content = yaml.safe_load(raw)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "nested too deep"
-        raise IntegrityError(f"{path}: not plain YAML: {reason}") from None
+    content = parse_yaml(str(path), read_text(directory, RUN_CONFIG, _MAX_YAML))
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise InputError(f"{path}: no 'model' section")
-    return {str(key): value for key, value in model.items()}
+    return model
 
 
 def parallel_layout(fields: Mapping[str, Any]) -> dict[str, int]:

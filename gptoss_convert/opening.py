@@ -12,11 +12,13 @@ from gptoss_convert import megatron, sidecar, specimens
 from gptoss_convert.checkpoint import CONFIG, DEFAULT, MANIFEST, Checkpoint, Choices, carried_files
 from gptoss_convert.config import Config
 from gptoss_convert.containers import Chunk, safetensors, torch_dist
-from gptoss_convert.containers.paths import open_inside
+from gptoss_convert.containers.paths import read_text
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.model import load_model
 from gptoss_convert.strict_json import parse_object
 from gptoss_convert.tables import load_table
+
+_MAX_CONFIG = 1 << 22
 
 
 def formats_in(path: Path) -> dict[str, Path]:
@@ -211,11 +213,5 @@ def _variant(format: str, config: Config, chunks: Sequence[Chunk]) -> str:
 
 
 def _read_config(root: Path, name: str = CONFIG) -> tuple[str, dict[str, Any]]:
-    path = root / name
-    with open_inside(root, name) as file:
-        raw = file.read(1 << 22)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise IntegrityError(f"{path}: not UTF-8 at byte {error.start}") from None
-    return text, parse_object(str(path), text)
+    text = read_text(root, name, _MAX_CONFIG)
+    return text, parse_object(str(root / name), text)

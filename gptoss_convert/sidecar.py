@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers import Chunk, Image, TensorSpec, safetensors
-from gptoss_convert.containers.paths import open_inside, safe_name
+from gptoss_convert.containers.paths import read_text, safe_name
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.strict_json import parse_object
 from gptoss_convert.tables import load_table
@@ -22,6 +22,7 @@ FOLDER = "mxfp4-scales"
 SCALES = "scales.safetensors"
 ORIGIN = "origin.json"
 SCHEMA = 1
+_MAX_ORIGIN = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ def read(root: Path) -> Sidecar | None:
     path = root / FOLDER / ORIGIN
     if not path.is_file():
         return Sidecar(header.chunks, None)
-    with open_inside(root, f"{FOLDER}/{ORIGIN}") as file:
-        content = parse_object(str(path), file.read().decode("utf-8", "replace"))
+    content = parse_object(str(path), read_text(root, f"{FOLDER}/{ORIGIN}", _MAX_ORIGIN))
     return Sidecar(header.chunks, _origin(path, content))
 
 

@@ -1,4 +1,4 @@
-"""JSON from untrusted files: one object, no duplicate keys."""
+"""JSON from untrusted files: one object, no duplicate keys, nothing nested without end."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import Any
 
 from gptoss_convert.errors import IntegrityError
 
+_MAX_DEPTH = 100
+
 
 def parse_object(where: str, text: str) -> dict[str, Any]:
     """The object that `text` holds; raises IntegrityError that begins with `where`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise IntegrityError(f"{where}: key {twice!r} appears twice")
+        content: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in content:
+                raise IntegrityError(f"{where}: key {name!r} appears twice")
+            content[name] = value
         return content
 
     try:
@@ -27,7 +29,19 @@ def parse_object(where: str, text: str) -> dict[str, Any]:
         raise IntegrityError(f"{where}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise IntegrityError(f"{where}: expects a JSON object, found {type(content).__name__}")
+    _require_flat(where, content)
     return content
+
+
+def _require_flat(where: str, content: dict[str, Any]) -> None:
+    """Refuse what would overflow the stack of whoever prints it."""
+    level: list[Any] = [content]
+    for _ in range(_MAX_DEPTH):
+        values = (v for c in level for v in (c.values() if isinstance(c, dict) else c))
+        level = [value for value in values if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise IntegrityError(f"{where}: not JSON that anybody writes: nested too deep")
 
 
 def _refuse(constant: str) -> Any:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from gptoss_convert import config as configs
 from gptoss_convert import megatron, megatron_state, shards, sidecar
-from gptoss_convert.checkpoint import CONFIG, Checkpoint, carried_files
+from gptoss_convert.checkpoint import CONFIG, MAX_CARRIED, Checkpoint, carried_files
 from gptoss_convert.containers import Image, safetensors, torch_dist
 from gptoss_convert.containers.paths import open_inside
-from gptoss_convert.errors import UsageError
+from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.megatron_launch import LAUNCH, launch_page
 from gptoss_convert.model import load_model
 from gptoss_convert.strict_json import parse_object
@@ -112,6 +112,11 @@ def _carried(source: Checkpoint, options: Options) -> tuple[list[tuple[str, byte
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--tokenizer {folder}: no such directory")
     paths = carried_files(folder) if folder is not None else source.carried
+    if (nbytes := sum(path.stat().st_size for path in paths)) > MAX_CARRIED:
+        raise InputError(
+            f"{paths[0].parent}: {nbytes} bytes of files beside the weights, at most {MAX_CARRIED} "
+            "are carried; move away what the model does not need"
+        )
     lacking = [name for name in _TOKENIZER if name not in {path.name for path in paths}]
     note = f"no {' and no '.join(lacking)}: SOURCE has none; pass --tokenizer DIR to add them"
     return [(path.name, _read(path.parent, path.name)) for path in paths], [note] * bool(lacking)

@@ -1,12 +1,14 @@
-"""Coverage-guided fuzzing of the parsers, beside tests/fuzzing.py: not part of the suite.
+"""Coverage-guided fuzzing of one parser, beside tests/fuzzing.py: not part of the suite.
 
-`pip install atheris`, then `python -m tests.fuzz_atheris CORPUS -max_total_time=1800`: the options
-are libFuzzer's. An input's first byte chooses the file, the others are what the file holds.
+`pip install atheris`, then `python -m tests.fuzz_atheris FILE CORPUS -max_total_time=600`: FILE is
+a name in `tests.fuzzing.FILES`, the options are libFuzzer's. With a file in place of CORPUS, what
+crashed is read again.
 """
 
 from __future__ import annotations
 
 import random
+import struct
 import sys
 import tempfile
 from pathlib import Path
@@ -18,39 +20,35 @@ with atheris.instrument_imports(  # pyright: ignore[reportAttributeAccessIssue]
 ):
     from tests.fuzzing import FILES, attempt, little_memory, make_starts, spoil
 
-NAMES = sorted(FILES)
 OWN_SHARE = 0.5
 """Share of mutations made with knowledge of JSON; libFuzzer makes the others."""
 
 
 def main() -> None:
+    name, corpus, *options = sys.argv[1:]
     with tempfile.TemporaryDirectory(prefix="gptoss-atheris-") as place:
         folder = Path(place)
         stopped = make_starts(folder)
-        corpus = next((Path(one) for one in sys.argv[1:] if not one.startswith("-")), None)
-        if corpus is not None:
-            corpus.mkdir(parents=True, exist_ok=True)
-            for number, name in enumerate(NAMES):
-                start, file = FILES[name]
-                content = (folder / start / file).read_bytes()
-                (corpus / f"start-{number}").write_bytes(bytes([number]) + content)
+        content = folder.joinpath(*FILES[name]).read_bytes()
+        if not Path(corpus).is_file():
+            Path(corpus).mkdir(parents=True, exist_ok=True)
+            (Path(corpus) / "start").write_bytes(content)
 
         def mutate(data: bytes, most: int, seed: int) -> bytes:
             chance = random.Random(seed)
-            name = NAMES[data[0] % len(NAMES)] if data else NAMES[0]
-            if len(data) > 9 and chance.random() < OWN_SHARE:
+            if chance.random() < OWN_SHARE:
                 try:
-                    return (data[:1] + spoil(name, data[1:], chance))[:most]
-                except (ValueError, IndexError, RecursionError, KeyError):
+                    return spoil(name, data, chance)[:most]
+                except (ValueError, IndexError, RecursionError, KeyError, struct.error):
                     pass
             return atheris.Mutate(data, most)
 
         def one_input(data: bytes) -> None:
-            if data:
-                with little_memory():
-                    attempt(folder, NAMES[data[0] % len(NAMES)], data[1:], stopped)
+            with little_memory():
+                attempt(folder, name, data, stopped)
 
-        atheris.Setup(sys.argv, one_input, custom_mutator=mutate)
+        libfuzzer = [sys.argv[0], corpus, f"-max_len={2 * len(content) + 4096}", *options]
+        atheris.Setup(libfuzzer, one_input, custom_mutator=mutate)
         atheris.Fuzz()
 
 

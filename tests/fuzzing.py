@@ -21,12 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.checkpoint import Choices
 from gptoss_convert.conversion import Conversion, plan
 from gptoss_convert.errors import GptossError
 from gptoss_convert.journal import Journal
 from gptoss_convert.manifest import read_manifest
-from gptoss_convert.opening import open_checkpoint
 from gptoss_convert.options import Options
 from gptoss_convert.run import run
 from gptoss_convert.synth import synth
@@ -50,6 +48,8 @@ FILES = {
     JOURNAL: ("journal", "journal"),
 }
 """By name: the directory that holds the file, and its path there."""
+PLANNED = Options("hf", "mxfp4", workers=1)
+"""What every start is planned to become: opened, checked, its small files read for TARGET."""
 ROOM = 1 << 30
 """Bytes of address space that reading any spoiled file may take."""
 _ODD: tuple[Any, ...] = (
@@ -145,8 +145,8 @@ def attempt(folder: Path, name: str, content: bytes, stopped: Conversion) -> str
             finally:
                 os.close(descriptor)
         else:
-            open_checkpoint(folder / start, Choices()).extents()
             read_manifest(folder / start)
+            plan(folder / start, folder / "target", PLANNED)
     except GptossError as error:
         assert str(error)
         return type(error).__name__

@@ -88,6 +88,7 @@ def test_remembered_headers_come_back_if_they_hold_these_tensors():
     assert shards.restored("hf", TENSORS, origin({**headers, first: "{"})) is None
     empty = '{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
     assert shards.restored("hf", TENSORS, origin({**headers, "x": empty})) is None
+    assert shards.restored("hf", TENSORS, origin({**headers, first: '{"a":{"shape":[1]}}'})) is None
 
 
 def test_a_remembered_index_comes_back_if_it_names_the_same_files():

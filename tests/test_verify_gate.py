@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -190,6 +191,13 @@ def test_more_than_rounding_fails_and_less_passes_under_limits(tiny: Path, tmp_p
 def synth_again(target: Path, seed: int) -> Path:
     synth(target, seed=seed)
     return target
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "mxfp4", tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.raises(InputError, match=r"tokenizer\.json: no tokenizer: "):
+        verified(tmp_path / "source", tiny / "openai", prompt="hello", sample=1)
 
 
 def test_a_prompt_shows_the_next_tokens_of_both(tiny: Path) -> None:

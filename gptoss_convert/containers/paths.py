@@ -17,7 +17,9 @@ def safe_name(name: str, folders: bool = False) -> bool:
     """Whether `name` is a plain relative file name on POSIX and on Windows."""
     parts = name.split("/")
     return (
-        0 < len(name) <= 255
+        # Printable names have no half characters, which no file name can hold.
+        name.isprintable()
+        and 0 < len(name.encode()) <= 255
         and (folders or len(parts) == 1)
         and all(part not in {"", ".", ".."} for part in parts)
         and not _FORBIDDEN.search(name)
@@ -45,6 +47,19 @@ def open_inside(root: Path, name: str) -> BinaryIO:
         os.close(descriptor)
         raise InputError(f"{path}: not a regular file")
     return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def read_text(root: Path, name: str, most: int) -> str:
+    """The text of `root/name`; raises IntegrityError beyond `most` bytes or UTF-8."""
+    with open_inside(root, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise IntegrityError(f"{root / name}: {size} bytes, at most {most}")
+        raw = file.read(size)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"{root / name}: not UTF-8 at byte {error.start}") from None
 
 
 def _is_blob(real: Path, base: Path) -> bool:

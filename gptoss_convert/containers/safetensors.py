@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk, FileImage, Image, TensorSpec
-from gptoss_convert.containers.paths import open_inside, safe_name
+from gptoss_convert.containers.paths import open_inside, read_text, safe_name
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.strict_json import parse_object
 
@@ -78,12 +78,13 @@ def read_directory(root: Path) -> tuple[tuple[Chunk, ...], dict[str, Header]]:
 
 def remarks(root: Path, chunks: Iterable[Chunk]) -> list[str]:
     """What is odd about an indexed directory and harms nothing: spare shards, a wrong total."""
-    if not (root / INDEX).exists():
+    text = index_text(root)
+    if text is None:
         return []
     chunks = list(chunks)
     spare = sorted({path.name for path in root.glob("*.safetensors")} - {c.file for c in chunks})
     notes = [f"{root / INDEX}: does not name {', '.join(spare)}: not read"] if spare else []
-    stated = _index_content(root).get("metadata")
+    stated = parse_object(str(root / INDEX), text).get("metadata")
     total = stated.get("total_size") if isinstance(stated, dict) else None
     found = sum(chunk.nbytes for chunk in chunks)
     if total is not None and total != found:
@@ -106,8 +107,10 @@ def read_header(root: Path, name: str) -> Header:
     return parse_header(where, name, raw, size - 8 - length)
 
 
-def parse_header(where: Path | str, name: str, raw: bytes, data_bytes: int) -> Header:
-    """Check a header against the number of data bytes behind it; offsets become absolute."""
+def parse_header(where: Path | str, name: str, raw: bytes, data_bytes: int | None) -> Header:
+    """Check a header against the number of data bytes behind it, unless that is still to be
+    written; offsets become absolute.
+    """
     if not raw.startswith(b"{"):
         raise IntegrityError(f"{where}: header does not start with '{{'")
     try:
@@ -135,7 +138,7 @@ def parse_header(where: Path | str, name: str, raw: bytes, data_bytes: int) -> H
                 f"{where}: {chunk.tensor}: starts at byte {chunk.offset}, expected {end}: {kind}"
             )
         end += chunk.nbytes
-    if end != start + data_bytes:
+    if data_bytes is not None and end != start + data_bytes:
         kind = "truncated" if end > start + data_bytes else "trailing bytes"
         raise IntegrityError(
             f"{where}: {kind}: the header describes {end} bytes, the file has {start + data_bytes}"
@@ -191,11 +194,17 @@ def _looks_like(head: bytes, size: int) -> str:
     return f"no safetensors header in {size} bytes: truncated, or another format"
 
 
+def index_text(root: Path) -> str | None:
+    """The index as it stands in `root`, None without one."""
+    return read_text(root, INDEX, MAX_HEADER) if (root / INDEX).exists() else None
+
+
 def _read_index(root: Path) -> dict[str, str] | None:
     path = root / INDEX
-    if not path.exists():
+    text = index_text(root)
+    if text is None:
         return None
-    weight_map = _index_content(root).get("weight_map")
+    weight_map = parse_object(str(path), text).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise IntegrityError(f"{path}: no weight_map")
     for tensor, name in weight_map.items():
@@ -204,14 +213,6 @@ def _read_index(root: Path) -> dict[str, str] | None:
         if not name.endswith(".safetensors"):
             raise InputError(f"{path}: {tensor}: {name!r} is not a safetensors file")
     return weight_map
-
-
-def _index_content(root: Path) -> dict[str, Any]:
-    with open_inside(root, INDEX) as file:
-        raw = file.read(MAX_HEADER + 1)
-    if len(raw) > MAX_HEADER:
-        raise IntegrityError(f"{root / INDEX}: larger than {MAX_HEADER} bytes")
-    return parse_object(str(root / INDEX), raw.decode("utf-8", "replace"))
 
 
 def _check_index(root: Path, index: Mapping[str, str], home: Mapping[str, str]) -> None:
@@ -252,12 +253,10 @@ def header_text(specs: Sequence[TensorSpec], metadata: Mapping[str, str], align:
 def file_image(name: str, text: str) -> tuple[FileImage, tuple[Chunk, ...]]:
     """The image of one file from its header text, and its chunks."""
     raw = text.encode()
-    content = parse_object(name, text)
-    content.pop("__metadata__", None)
-    data_bytes = max((entry["data_offsets"][1] for entry in content.values()), default=0)
-    header = parse_header(name, name, raw, data_bytes)
+    header = parse_header(name, name, raw, None)
     fixed = ((0, struct.pack("<Q", len(raw)) + raw),)
-    return FileImage(name, header.data_start + data_bytes, fixed), header.chunks
+    size = header.data_start + sum(chunk.nbytes for chunk in header.chunks)
+    return FileImage(name, size, fixed), header.chunks
 
 
 def image(headers: Mapping[str, str], index: tuple[str, bytes] | None, folder: str = "") -> Image:

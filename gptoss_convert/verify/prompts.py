@@ -71,7 +71,11 @@ def _tokenizer(sides: Iterable[Checkpoint]) -> Tokenizer:
         from tokenizers import Tokenizer
     except ImportError:
         raise UsageError("text needs the tokenizers library: pip install tokenizers") from None
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    # The library raises nothing narrower.
+    except Exception as error:
+        raise InputError(f"{path}: no tokenizer: {error}") from None
 
 
 def shown_tokens(found: Iterable[NextTokens], *sides: Checkpoint) -> list[str]:

@@ -215,6 +215,22 @@ def index_holds_a_nul(path: Path) -> None:
     _point_index(path, "x\0.safetensors")
 
 
+@case(12, "many", 3, "DIR/model.safetensors.index.json: *: file name 'xxx*' leaves the directory")
+def index_names_256_bytes(path: Path) -> None:
+    _point_index(path, "x" * 200 + "\xe9" * 22 + ".safetensors")
+
+
+@case(12, "many", 3, "DIR/model.safetensors.index.json: *: file name 'a\\ud800.safe*' leaves *")
+def index_holds_half_a_character(path: Path) -> None:
+    _point_index(path, "a\ud800.safetensors")
+
+
+@case(15, "many", 4, "DIR/model.safetensors.index.json: not UTF-8 at byte 2")
+def index_is_not_utf8(path: Path) -> None:
+    text = (path / INDEX).read_bytes()
+    (path / INDEX).write_bytes(text.replace(b'{\n  "metadata"', b'{"\xff": 1, "metadata"', 1))
+
+
 @case(13, "many", 3, "DIR/model.safetensors.index.json: *: 'x.bin' is not a safetensors file")
 def index_points_to_a_pickle(path: Path) -> None:
     _point_index(path, "x.bin")
@@ -308,6 +324,12 @@ def header_is_not_json(path: Path) -> None:
 @case(21, "one", 4, "DIR/model.safetensors: header: not JSON*nested too deep")
 def header_is_nested(path: Path) -> None:
     write_header(path / SHARD, b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", b"")
+
+
+@case(21, "one", 4, "DIR/config.json: not JSON that anybody writes: nested too deep")
+def config_is_nested(path: Path) -> None:
+    """Few enough levels to parse, too many for whoever prints the value."""
+    (path / "config.json").write_text('{"model_type": ' + "[" * 900 + "]" * 900 + "}")
 
 
 @case(22, "one", 4, "DIR/model.safetensors: header: key 'lm_head.weight' appears twice")
@@ -715,6 +737,67 @@ def tracker_dangles(path: Path) -> None:
 )
 def tracker_climbs_out(path: Path) -> None:
     (path / "latest_checkpointed_iteration.txt").write_text("../../x")
+
+
+@case(
+    62,
+    "megatron",
+    3,
+    "DIR/latest_checkpointed_iteration.txt: links to */secret, outside the checkpoint",
+)
+def tracker_links_out(path: Path) -> None:
+    (path.parent / "secret").write_text("1")
+    (path / "latest_checkpointed_iteration.txt").unlink()
+    (path / "latest_checkpointed_iteration.txt").symlink_to(path.parent / "secret")
+
+
+@case(61, "megatron", 4, "DIR/iter_*/metadata.json: not JSON: *")
+def format_of_a_huge_number(path: Path) -> None:
+    (iteration(path) / "metadata.json").write_text('{"sharded_backend": ' + "9" * 5000 + "}")
+
+
+@case(58, "megatron", 3, ".metadata: *: storage path 'xxx*' leaves the checkpoint directory")
+def storage_path_of_300_bytes(path: Path) -> None:
+    file = iteration(path) / ".metadata"
+    short, long = b"\x8c\x0c__0_0.distcp", b"X" + (300).to_bytes(4, "little") + b"x" * 300
+    text = file.read_bytes()
+    assert text.count(short) == 1
+    file.write_bytes(text.replace(short, long))
+
+
+def _run_config(path: Path, text: str) -> None:
+    (iteration(path) / "run_config.yaml").write_text(text)
+
+
+@case(55, "megatron", 3, "DIR/iter_*/run_config.yaml: could not determine *os.mkdir'; not executed")
+def yaml_that_calls(path: Path) -> None:
+    _run_config(path, "model:\n  a: !!python/object/apply:os.mkdir [canary]\n")
+
+
+@case(56, "megatron", 3, "DIR/iter_*/run_config.yaml: nested too deep, or expands to too many *")
+def yaml_whose_aliases_multiply(path: Path) -> None:
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]" for n in range(1, 9))]
+    _run_config(path, "\n".join([*lines, "model: {num_layers: *a8}"]))
+
+
+@case(56, "megatron", 3, "DIR/iter_*/run_config.yaml: nested too deep, or expands to too many *")
+def yaml_that_holds_itself(path: Path) -> None:
+    _run_config(path, "model: &a {num_layers: *a}")
+
+
+@case(56, "megatron", 3, "DIR/iter_*/run_config.yaml: merge keys ('<<') are not read")
+def yaml_that_merges(path: Path) -> None:
+    _run_config(path, "a: &a {x: 1}\nmodel: {<<: [*a, *a]}")
+
+
+@case(56, "megatron", 4, "DIR/iter_*/run_config.yaml: not YAML: month must be in 1..12")
+def yaml_of_no_date(path: Path) -> None:
+    _run_config(path, "model: {num_layers: 2026-99-01}")
+
+
+@case(56, "megatron", 4, "DIR/iter_*/run_config.yaml: key 'num_layers' appears twice")
+def yaml_that_says_it_twice(path: Path) -> None:
+    _run_config(path, "model: {num_layers: 1, num_layers: 2}")
 
 
 @case(67, "megatron", 4, "DIR/iter_*: no .metadata: an unfinished (perhaps asynchronous) save")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from gptoss_convert.containers.paths import read_text
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
+from gptoss_convert.strict_json import parse_object
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d{7,})")
@@ -36,7 +37,7 @@ def find_iteration(root: Path, iteration: int | None) -> Path:
 def _latest(root: Path) -> Path:
     tracker = root / TRACKER
     if tracker.is_file():
-        text = _text(tracker).strip()
+        text = read_text(root, TRACKER, _MAX_TEXT).strip()
         name = text if text == "release" else f"iter_{int(text):07d}" if _is_number(text) else None
         if name is None:
             raise InputError(f"{tracker}: expected an iteration, found {text[:40]!a}")
@@ -78,7 +79,10 @@ def _require_torch_dist(directory: Path) -> None:
         raise InputError(f"{directory}: legacy 'torch' format (mp_rank_*); supported: torch_dist")
     config = directory / "metadata.json"
     if config.is_file():
-        backend = _backend(config)
+        text = read_text(directory, config.name, _MAX_TEXT)
+        backend = parse_object(str(config), text).get("sharded_backend")
+        if not isinstance(backend, str):
+            raise InputError(f"{config}: names no sharded_backend")
         if backend != "torch_dist":
             raise InputError(f"{config}: format {backend!a}; supported: torch_dist")
     if any(directory.glob("*/.zarray")):
@@ -89,23 +93,3 @@ def _require_torch_dist(directory: Path) -> None:
                 f"{directory}: no .metadata: an unfinished (perhaps asynchronous) save"
             )
         raise InputError(f"{directory}: not a torch_dist checkpoint: no .metadata")
-
-
-def _backend(config: Path) -> str:
-    try:
-        parsed: object = json.loads(_text(config))
-    except (json.JSONDecodeError, RecursionError):
-        raise IntegrityError(f"{config}: not JSON") from None
-    backend = parsed.get("sharded_backend") if isinstance(parsed, dict) else None
-    if not isinstance(backend, str):
-        raise InputError(f"{config}: names no sharded_backend")
-    return backend
-
-
-def _text(path: Path) -> str:
-    with path.open("rb") as stream:
-        content = stream.read(_MAX_TEXT)
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        raise IntegrityError(f"{path}: not UTF-8 text") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from gptoss_convert.containers.paths import safe_name
 from gptoss_convert.containers.torch_dist import pickles
 from gptoss_convert.containers.torch_dist.machine import Record
 from gptoss_convert.containers.torch_dist.stand_ins import METADATA
@@ -122,9 +123,7 @@ def _item(value: object, name: str) -> Item:
 
 def _safe_path(path: str, name: str) -> str:
     """Refuse a path that could name anything outside the checkpoint directory, on any system."""
-    parts = path.split("/")
-    unsafe = "\\" in path or ":" in path or not path.isprintable() or len(path) > MAX_NAME
-    if unsafe or {"", ".", ".."} & set(parts):
+    if not safe_name(path, folders=True):
         raise InputError(f"{name}: storage path {path[:200]!a} leaves the checkpoint directory")
     return path
 
