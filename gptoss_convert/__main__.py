@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import resource
@@ -15,16 +14,11 @@ import click
 
 from gptoss_convert.cli_options import complain, say
 from gptoss_convert.documents import document
-from gptoss_convert.errors import DiskError, GptossError, ResourceError
+from gptoss_convert.errors import GptossError, ResourceError
 from gptoss_convert.pages import printable
 
 _REPORT = "this is a bug in gptoss-convert: please report it with the traceback above"
 _BUG = 70
-_HINTS = {
-    errno.ENOSPC: "; free some space and run the same command again",
-    errno.EDQUOT: "; the quota is used up",
-    errno.EMFILE: "; allow more open files: ulimit -n 4096",
-}
 
 
 class StoppedError(BaseException):
@@ -98,9 +92,9 @@ def _failed(error: GptossError | OSError | MemoryError) -> int:
     if isinstance(error, MemoryError):
         error = ResourceError("out of memory; lower --workers or --max-memory")
     elif isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        hint = _HINTS.get(error.errno or 0, "")
-        error = DiskError(f"{where}{error.strerror or error}{hint}")
+        from gptoss_convert.files import disk_error
+
+        error = disk_error(error.filename or "input or output", error)
     return _ended(error)
 
 

@@ -206,12 +206,12 @@ class TargetFiles(_OpenFiles):
         """Create `name` with its final size, or open what an interrupted run left of it."""
         path = self._root / name
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(0o755, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(path, flags, 0o666)
+            descriptor = os.open(path, flags, 0o644)
             os.ftruncate(descriptor, size)
         except OSError as error:
-            raise _write_error(path, error) from None
+            raise disk_error(path, error) from None
         self._open[name] = file = _File(path, descriptor, os.O_RDWR)
         file.exact = self._other_machines and file.direct is not None
 
@@ -244,7 +244,7 @@ class TargetFiles(_OpenFiles):
             try:
                 os.fsync(file.buffered)
             except OSError as error:
-                raise _write_error(file.path, error) from None
+                raise disk_error(file.path, error) from None
 
     def _write_ragged(self, file: _File, view: memoryview, offset: int) -> None:
         if file.exact and file.direct is not None:
@@ -264,30 +264,31 @@ class TargetFiles(_OpenFiles):
             except OSError as error:
                 if descriptor == file.direct and error.errno in _REFUSED:
                     raise _DirectRefusedError from None
-                raise _write_error(file.path, error) from None
+                raise disk_error(file.path, error) from None
 
 
 class _DirectRefusedError(Exception):
     """The file system opened a file with O_DIRECT but refuses to write so."""
 
 
-def _write_error(path: Path, error: OSError) -> DiskError:
+def disk_error(where: object, error: OSError) -> DiskError:
+    """What the system refused, and what to do about it."""
     hint = {
         errno.ENOSPC: "; free some space and run the same command again",
         errno.EDQUOT: "; the quota is used up",
         errno.EFBIG: "; the file system or a limit allows no file of this size",
         errno.EMFILE: "; allow more open files (ulimit -n 4096), or raise --max-shard-size",
     }.get(error.errno or 0, "")
-    return DiskError(f"{path}: {error.strerror}{hint}")
+    return DiskError(f"{where}: {error.strerror or error}{hint}")
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a small file anew and wait until it is on the disk."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(0o755, exist_ok=True)
         path.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, flags, 0o644)
         try:
             written = 0
             while written < len(content):
@@ -296,7 +297,7 @@ def write_file(path: Path, content: bytes) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise _write_error(path, error) from None
+        raise disk_error(path, error) from None
 
 
 def sync_directory(path: Path) -> None:
@@ -306,6 +307,6 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _REFUSED:
-            raise _write_error(path, error) from None
+            raise disk_error(path, error) from None
     finally:
         os.close(descriptor)

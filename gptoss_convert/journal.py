@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 
 from gptoss_convert.errors import DiskError, UsageError
 from gptoss_convert.execute import Done, Region
+from gptoss_convert.files import disk_error
 from gptoss_convert.fingerprint import ScaleStatistics
 from gptoss_convert.mxfp4 import EncodeStats
 from gptoss_convert.oddities import Oddities
 
-SCHEMA = 2
+SCHEMA = 3
 _MAX_BYTES = 1 << 30
 Part = TypeVar("Part", Region, ScaleStatistics, EncodeStats, Oddities)
 
@@ -36,8 +37,8 @@ class Journal:
         self._descriptor = descriptor
         self._where = where
         self.done: dict[int, Done] = {}
-        self.published: int | None = None
-        """CRC-32 of the manifest that was about to be published, once all was written."""
+        self.published: tuple[int, int] | None = None
+        """CRC-32 of the manifest and inode of the directory that was about to become TARGET."""
         lines, end = _lines(descriptor)
         self._header = {"journal": SCHEMA, **header}
         if lines:
@@ -62,14 +63,16 @@ class Journal:
             self._take(lines[1:])
         os.ftruncate(descriptor, 0)
 
-    def publishing(self, manifest_crc: int) -> None:
+    def publishing(self, manifest_crc: int, inode: int) -> None:
         """Record that TARGET is written and synced, and will be renamed next."""
-        self._write([{"manifest": manifest_crc}])
+        self._write([{"manifest": manifest_crc, "inode": inode}])
 
     def _take(self, records: Iterable[Any]) -> None:
         for record in records:
             if isinstance(record, dict):
-                self.published = record.get("manifest")
+                manifest, inode = record.get("manifest"), record.get("inode")
+                if type(manifest) is int and type(inode) is int:
+                    self.published = manifest, inode
             elif (done := _done(record)) is not None:
                 self.done[done.step] = done
 
@@ -78,7 +81,7 @@ class Journal:
         try:
             os.ftruncate(self._descriptor, end)
         except OSError as error:
-            raise DiskError(f"{self._where}: journal: {error.strerror}") from None
+            raise disk_error(f"{self._where}: journal", error) from None
 
     def _write(self, records: list[Any]) -> None:
         text = b"".join(map(_line, records))
@@ -88,9 +91,7 @@ class Journal:
                 written += os.pwrite(self._descriptor, text[written:], self._end + written)
             os.fsync(self._descriptor)
         except OSError as error:
-            raise DiskError(
-                f"{self._where}: journal: {error.strerror}; run the same command again"
-            ) from None
+            raise disk_error(f"{self._where}: journal", error) from None
         self._end += len(text)
 
 

@@ -26,6 +26,9 @@ _USELESS = {InputError.exit_code, IntegrityError.exit_code}
 """Statuses after which the work is of no use; after any other the same command can go on."""
 _REFUSED = {UsageError.exit_code, TargetError.exit_code}
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_NO_EXCHANGE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_HERE, _EXCHANGE = -100, 2
+"""Of renameat2: paths as the process sees them, and RENAME_EXCHANGE."""
 
 
 def check_target(source: Path | Repository, target: Path) -> None:
@@ -60,7 +63,7 @@ class Workspace:
     target: Path
     work: Path
     old: Path
-    """Where a TARGET that is replaced goes first."""
+    """Where a TARGET that is replaced goes first, if the two cannot be exchanged in one step."""
     path: Path
     """The journal."""
     journal: int
@@ -73,9 +76,11 @@ class Workspace:
         if self.work.is_symlink() or (self.work.exists() and not self.work.is_dir()):
             raise TargetError(f"{self.work}: not a directory of an interrupted run; remove it")
         try:
-            self.work.mkdir(exist_ok=True)
+            self.work.mkdir(0o755, exist_ok=True)
         except OSError as error:
             raise DiskError(f"{self.work}: {error.strerror}") from None
+        if link := next((path for path in self.work.rglob("*") if path.is_symlink()), None):
+            raise TargetError(f"{link}: a link, which no conversion makes; remove it")
 
     def other_ranks(self) -> list[int]:
         """The ranks from 1 on whose journals lie beside this one."""
@@ -100,10 +105,12 @@ class Workspace:
             sync_directory(Path(folder))
         sync_directory(self.target.parent)
         try:
-            if self.target.exists():
+            if not self.target.exists():
+                self.work.rename(self.target)
+            elif not _exchange(self.work, self.target):
                 shutil.rmtree(self.old, ignore_errors=True)
                 self.target.rename(self.old)
-            self.work.rename(self.target)
+                self.work.rename(self.target)
         except OSError as error:
             raise DiskError(f"{self.target}: cannot be renamed: {error.strerror}") from None
         self.finish()
@@ -112,7 +119,22 @@ class Workspace:
         """Remove what is left beside a TARGET that has been renamed."""
         sync_directory(self.target.parent)
         shutil.rmtree(self.old, ignore_errors=True)
-        self._remove_journals()
+        self.discard()
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step, so that neither is ever missing; False where unknown."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    if libc.renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error not in _NO_EXCHANGE:
+        raise OSError(error, os.strerror(error))
+    return False
 
 
 @contextmanager

@@ -140,7 +140,7 @@ def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done]]:
     with workspace(conversion.target, conversion.options.restart) as space:
         journal = Journal(space.journal, str(conversion.target), conversion.header)
         _take_over(journal, conversion.target, space.other_ranks())
-        if journal.published is not None and _is_published(space, journal.published):
+        if journal.published is not None and _is_published(space, *journal.published):
             ranks.broadcast(None)
             space.finish()
             return journal.done, journal.done
@@ -162,7 +162,8 @@ def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done]]:
         done = {number: journal.done[number] for number in range(len(conversion.plan.steps))}
         _refuse_zeros(conversion, done)
         _state_losses(conversion, _outcomes(conversion, done.values()), job.progress)
-        journal.publishing(_close(conversion, space.work, done))
+        manifest_crc = _close(conversion, space.work, done)
+        journal.publishing(manifest_crc, space.work.stat().st_ino)
         space.publish()
     return done, before
 
@@ -218,10 +219,10 @@ def _close(conversion: Conversion, work: Path, done: Mapping[int, Done]) -> int:
     return zlib.crc32(content)
 
 
-def _is_published(space: Workspace, manifest_crc: int) -> bool:
+def _is_published(space: Workspace, manifest_crc: int, inode: int) -> bool:
     """Whether an interrupted run had renamed its work to TARGET already."""
     path = space.target / manifest.NAME
-    if space.work.exists() or not path.is_file():
+    if not path.is_file() or space.target.stat().st_ino != inode:
         return False
     return zlib.crc32(path.read_bytes()) == manifest_crc
 

@@ -60,8 +60,7 @@ def test_a_replaced_target_is_the_old_one_or_the_new_one(folder: Path, from_the_
     replacing.target.mkdir()
     (replacing.target / "old").write_text("old")
     assert killed(replacing, points_of_overwriting(replacing) - from_the_end)
-    if replacing.target.exists():
-        assert contents(replacing.target) in ({"old": b"old"}, expected)
+    assert contents(replacing.target) in ({"old": b"old"}, expected)
     run(replacing)
     assert contents(replacing.target) == expected
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]

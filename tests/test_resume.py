@@ -160,7 +160,7 @@ def test_a_journal_of_another_form_is_refused_and_kept(conversion: Conversion) -
     text = json.dumps(header, separators=(",", ":")).encode()
     journal.write_bytes(b"%08x %s\n" % (zlib.crc32(text), text) + b"".join(others))
     before = journal.read_bytes()
-    with pytest.raises(UsageError, match=r"journal: 1 then, 2 now.*--restart"):
+    with pytest.raises(UsageError, match=r"journal: 1 then, 3 now.*--restart"):
         run(conversion)
     assert journal.read_bytes() == before
     restarting = replace(conversion, options=replace(conversion.options, restart=True))
@@ -255,6 +255,18 @@ def test_a_link_in_place_of_the_work_directory_is_not_followed(
     elsewhere.mkdir()
     (tmp_path / ".target.gptoss-convert").symlink_to(elsewhere)
     with pytest.raises(TargetError, match="not a directory of an interrupted run"):
+        run(conversion)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_link_in_the_work_directory_is_not_followed(
+    conversion: Conversion, tmp_path: Path
+) -> None:
+    elsewhere, work = tmp_path / "elsewhere", tmp_path / ".target.gptoss-convert"
+    elsewhere.mkdir()
+    work.mkdir()
+    (work / "mxfp4-scales").symlink_to(elsewhere)
+    with pytest.raises(TargetError, match="mxfp4-scales: a link, which no conversion makes"):
         run(conversion)
     assert list(elsewhere.iterdir()) == []
 
