@@ -1,7 +1,8 @@
 """Full-size conversions, check and verify under a cgroup's memory limit: do they keep to it?
 
 `python -m benchmarks.memory FOLDER --limit 2GB` as root, where cgroup v1 or v2 can be written.
-FOLDER needs 72 GB; SOURCE and TARGET of 42 GB each are never kept at once.
+FOLDER needs 72 GB; SOURCE and TARGET of 42 GB each are never kept at once. `--layers 2` rehearses
+it in 9 GB.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ class Group:
         self.peak_file = "memory.max_usage_in_bytes" if one else "memory.peak"
         self.kill_file = "memory.oom_control" if one else "memory.events"
 
+    def join(self) -> None:
+        """Put the calling process into the group; before exec, so that every allocation counts."""
+        (self.folder / "cgroup.procs").write_text("0")
+
     def run(self, line: list[str]) -> tuple[int, float, int]:
         """Exit status, seconds, peak resident bytes of a program that runs in the group."""
 
-        def join() -> None:
-            """Before exec, so that every allocation counts."""
-            (self.folder / "cgroup.procs").write_text("0")
-
         began = time.monotonic()
-        with subprocess.Popen(line, stdout=subprocess.DEVNULL, preexec_fn=join) as process:
+        with subprocess.Popen(line, stdout=subprocess.DEVNULL, preexec_fn=self.join) as process:
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         return process.returncode, time.monotonic() - began, usage.ru_maxrss * 1024
@@ -64,6 +65,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--limit", default="2GB")
     parser.add_argument("--model", default="20b")
+    parser.add_argument("--layers", help="Fewer layers than the model has, to rehearse.")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     limit = int(float(chosen.limit.removesuffix("GB")) * 1e9)
@@ -93,7 +95,8 @@ def main() -> int:
         step(f"values mxfp4 {name}", ["verify", str(place / "mxfp4"), str(place / name),
                                       "--level", "values", *memory])  # fmt: skip
 
-    step("synth", ["synth", str(place / "mxfp4"), "--model", chosen.model])
+    fewer = ["--layers", chosen.layers] if chosen.layers else []
+    step("synth", ["synth", str(place / "mxfp4"), "--model", chosen.model, *fewer])
     convert("mxfp4", "bf16", keep=True)
     look("bf16")
     convert("bf16", "mxfp4")

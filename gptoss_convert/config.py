@@ -20,8 +20,9 @@ MXFP4_CONFIG = {
 }
 """quantization_config as released: present exactly where the experts are MXFP4."""
 
+_ARCHITECTURES = ["GptOssForCausalLM"]
 _RELEASED: dict[str, Any] = {
-    "architectures": ["GptOssForCausalLM"],
+    "architectures": _ARCHITECTURES,
     "attention_bias": True,
     "attention_dropout": 0.0,
     "eos_token_id": 200002,
@@ -104,6 +105,8 @@ def from_hf(where: str, content: Mapping[str, Any]) -> Config:
         raise InputError(f"{where}: quantised with {method!r}; supported: 'mxfp4' or none")
     rope = _rope(where, content)
     notes = _check_rope(where, rope) + _check_layers(where, content)
+    if (named := content.get("architectures", _ARCHITECTURES)) != _ARCHITECTURES:
+        notes += (f"architectures is {named!r:.80}: read as {_ARCHITECTURES[0]}",)
     _check_fixed(where, content, rope)
     limit = 7.0
     if "swiglu_limit" in content:

@@ -23,12 +23,16 @@ def memory_limit() -> int:
 
 
 def _cgroup_limits() -> list[int]:
-    paths = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    two, one = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
+    paths = [two / "memory.max", one / "memory.limit_in_bytes"]
     try:
         for line in Path("/proc/self/cgroup").read_text().splitlines():
-            group = Path("/sys/fs/cgroup") / line.split(":", 2)[2].lstrip("/")
-            paths += [folder / "memory.max" for folder in (group, *group.parents)]
-    except (OSError, IndexError):
+            _, controllers, name = line.split(":", 2)
+            first = "memory" in controllers.split(",")
+            root, file = (one, "memory.limit_in_bytes") if first else (two, "memory.max")
+            group = root / name.lstrip("/")
+            paths += [folder / file for folder in (group, *group.parents)]
+    except (OSError, ValueError):
         pass
     limits = []
     for path in paths:

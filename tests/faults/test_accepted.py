@@ -90,6 +90,13 @@ def test_it_is_accepted(
         assert found.layers == expected.layers
 
 
+def test_another_architecture_is_noted(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "one", tmp_path / "source")
+    fsdp_architecture(tmp_path / "source")
+    notes = plan(tmp_path / "source", tmp_path / "target", Options("hf")).notes
+    assert notes == ("architectures is ['FSDPGptOssForCausalLM']: read as GptOssForCausalLM",)
+
+
 def test_a_missing_tokenizer_is_noted(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "one", tmp_path / "source")
     no_tokenizer(tmp_path / "source")

@@ -26,6 +26,7 @@ STARTS = {
     "megatron": Options("megatron", workers=1),
 }
 MANIFEST_CASE = 93
+TABLE = Path(__file__).parents[2] / "docs" / "faults.md"
 Command = Callable[..., tuple[int, str]]
 
 
@@ -96,8 +97,21 @@ def test_each_case_has_a_name_of_its_own() -> None:
 
 
 def test_each_case_stands_in_the_table_of_faults() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text(encoding="utf-8")
+    text = TABLE.read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (\d+) \|(.*)\|$", text, re.MULTILINE))
     assert sorted(map(int, rows)) == list(range(1, 97))
     for case in CASES:
         assert f"`{case.name}`" in rows[str(case.number)]
+
+
+def test_each_row_of_faults_names_tests_that_exist() -> None:
+    tests = Path(__file__).parents[1]
+    defined: set[str] = set()
+    for file in tests.rglob("*.py"):
+        defined |= set(re.findall(r"^def (\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE))
+    for row in TABLE.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"\| (\d+) \|.*\| ([^|]*) \|$", row):
+            uncovered = match[2].startswith(("not covered", "TARGET is not cut"))
+            names = set(re.findall(r"`(test_\w+)`" if uncovered else r"`(\w+)`", match[2]))
+            assert names or uncovered, row
+            assert names <= defined, (match[1], names - defined)

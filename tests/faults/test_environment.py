@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.memory import Group
 from gptoss_convert.conversion import plan
 from gptoss_convert.errors import TargetError, UsageError
 from gptoss_convert.manifest import NAME
@@ -20,6 +23,7 @@ from gptoss_convert.options import Options
 from gptoss_convert.run import run
 from gptoss_convert.synth import synth
 from gptoss_convert.targets import old_torch
+from tests.failing import needs_seccomp, refuse
 from tests.faults.cases import SHARD, bytes_of, overwrite
 from tests.killing import contents
 from tests.stopping import command
@@ -132,6 +136,77 @@ def test_few_file_descriptors_are_enough_or_named(tmp_path: Path, limit: int) ->
         assert "Too many open files; allow more open files (ulimit -n 4096)" in ended.error
 
 
+@needs_seccomp
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        ("flock", errno.ENOLCK, "the file system knows no locks; convert to a local disk, then"),
+        ("flock", errno.ENOSYS, "the file system knows no locks; convert to a local disk, then"),
+        ("fsync", errno.EDQUOT, "Disk quota exceeded; the quota is used up"),
+        ("fsync", errno.EIO, "Input/output error"),
+        ("pwrite64", errno.ENOSPC, "No space left on device; free some space and run the same"),
+        ("pwrite64", errno.EDQUOT, "Disk quota exceeded; the quota is used up"),
+        ("pwrite64", errno.EFBIG, "File too large; the file system or a limit allows no file of"),
+    ],
+)
+def test_what_the_kernel_refuses_is_status_5_and_the_run_goes_on(
+    source: Path, tmp_path: Path, call: str, error: int, said: str
+) -> None:
+    words = ("convert", source, tmp_path / "target", *TO_HF)
+    ended = command(*words, before=lambda: refuse(call, error))
+    assert ended.status == 5
+    assert said in ended.error
+    assert ended.error.count("\n") == 1
+    assert not (tmp_path / "target").exists()
+    assert command(*words).status == 0
+
+
+@as_root
+def test_the_limit_of_a_cgroup_is_named_before_any_work(source: Path, tmp_path: Path) -> None:
+    try:
+        group = Group(150_000_000)
+    except OSError:
+        pytest.skip("memory cgroups cannot be made here")
+    try:
+        ended = command("convert", source, tmp_path / "target", *TO_HF, before=group.join)
+        assert re.search(r"needs \d+ MB, the machine or its container allows 150 MB", ended.error)
+        assert ended.status == 7
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    finally:
+        group.close()
+
+
+@needs_seccomp
+def test_a_target_is_replaced_where_directories_cannot_be_exchanged(
+    source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "old").touch()
+    words = ("convert", source, tmp_path / "target", *TO_HF, "--overwrite")
+    assert command(*words, before=lambda: refuse("renameat2", errno.EINVAL)).status == 0
+    assert "old" not in contents(tmp_path / "target")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_a_very_deep_directory_works(source: Path, tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["x" * 200] * 15)
+    deep.mkdir(parents=True)
+    source.rename(deep / "source")
+    assert command("convert", deep / "source", deep / "target", *TO_HF).status == 0
+
+
+def test_a_name_that_is_no_utf8_works(source: Path, tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    source.rename(odd)
+    target = odd.with_name(f"{odd.name} out")
+    for words in (["convert", odd, target, *TO_HF], ["check", target], ["inspect", target]):
+        line = [sys.executable, "-m", "gptoss_convert", *words]
+        for environment in ({"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "C.UTF-8"}):
+            done = subprocess.run(line, capture_output=True, env={**os.environ, **environment})
+            assert done.returncode in {0, 8}, done.stderr
+            assert b"Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("name", ["with a space", "ünïcödé", "x" * 200, "-dash", "a\nb"])
 def test_odd_names_of_directories_work(source: Path, tmp_path: Path, name: str) -> None:
     odd = tmp_path / name
@@ -147,6 +222,18 @@ def test_the_locale_and_the_umask_do_not_matter(source: Path, tmp_path: Path) ->
     assert contents(tmp_path / "t") == contents(tmp_path / "expected")
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "t").iterdir()}
     assert modes == {0o644}
+
+
+@pytest.mark.parametrize(("mask", "files", "folders"), [(0, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_nothing_is_writable_for_all(
+    source: Path, tmp_path: Path, mask: int, files: int, folders: int
+) -> None:
+    target = tmp_path / "target"
+    words = ("convert", source, target, "--to", "hf", "--dtype", "bf16", "--workers", "1")
+    assert command(*words, before=lambda: os.umask(mask) and None).status == 0
+    made = [target, *target.rglob("*")]
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_file()} == {files}
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_dir()} == {folders}
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly(source: Path) -> None:
