@@ -193,13 +193,15 @@ def verify(
         choices = Options(**options, statistics=folder is not None)
         done = verify_checkpoints(source, target, choices, told, ranks)
         if ranks.rank == 0:
-            _write(done.summary(), json_to, folder, junit, quiet)
+            _write(done.summary(), json_to, folder, junit)
     if ranks.rank == 0:
         summary = done.summary()
         as_json = json_to == "-"
         show("verify", summary, report.verification(summary), as_json=as_json, quiet=quiet)
         if quiet and not done.same:
             complain(done.verdict)
+        if folder and not quiet:
+            click.echo(f"report: {folder / 'report.html'}", err=True)
     context.exit(0 if done.same else 1)
 
 
@@ -208,7 +210,6 @@ def _write(
     json_to: str | None,
     folder: Path | None,
     junit: Path | None,
-    quiet: bool,
 ) -> None:
     """Write a verification to the files that were asked for."""
     from gptoss_convert import report_page
@@ -218,8 +219,7 @@ def _write(
     if json_to not in (None, "-"):
         Path(json_to).write_text(document("verify", summary) + "\n", encoding="utf-8")
     if folder:
-        path = report_page.write(summary, folder, shlex.join(["gptoss-convert", *sys.argv[1:]]))
-        click.echo("" if quiet else f"report: {path}", err=True, nl=not quiet)
+        report_page.write(summary, folder, shlex.join(["gptoss-convert", *sys.argv[1:]]))
 
 
 @click.command(epilog=EPILOG)
