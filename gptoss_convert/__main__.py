@@ -151,7 +151,7 @@ def _prints_json(words: list[str]) -> bool:
     if "--json" not in words:
         return False
     after = words[words.index("--json") + 1 :][:1]
-    return words[0] != "verify" or after in ([], ["-"]) or after[0].startswith("--")
+    return words[0] != "verify" or not after or after[0].startswith("-")
 
 
 if __name__ == "__main__":
