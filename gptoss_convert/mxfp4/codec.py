@@ -180,11 +180,10 @@ def _walk(straight: Callable, across: Callable, *views: U8 | U16) -> bool:
 
 def _batches(mask: NDArray[np.bool_]) -> Iterator[tuple[Index, NDArray[np.intp]]]:
     """Indices of the true elements in C order, a bounded number at a time: (index, flat index)."""
-    marks = mask.reshape(-1)
-    for start in range(0, marks.size, _BATCH):
-        flat = np.flatnonzero(marks[start : start + _BATCH]) + start
-        if flat.size:
-            yield np.unravel_index(flat, mask.shape), flat
+    found = np.flatnonzero(mask)
+    for start in range(0, found.size, _BATCH):
+        flat = found[start : start + _BATCH]
+        yield np.unravel_index(flat, mask.shape), flat
 
 
 def refuse_overflow(blocks: U8, scales: U8) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import float64, int64, njit, uint8, uint16, uint32
+from numba import float64, int64, njit, uint16, uint32, uint64
 
 from gptoss_convert.mxfp4.jit import compiled
 from gptoss_convert.mxfp4.vectors import (
@@ -65,17 +65,6 @@ def _bias(scale):
     return uint16((uint16(scale) << 7) - 128)
 
 
-@njit(inline="always")
-def _prefetch_ahead(array, start, step, width, k, p):
-    """Prefetch the next 32 cache lines of rows `step` apart, from element `p` of row `k` on."""
-    for _ in range(32):
-        prefetch(array, start + k * step + p)
-        p += 32
-        if p >= width:
-            k, p = k + 1, 0
-    return k, p
-
-
 @compiled(DECODE)
 def decode_straight(values, blocks, scales, start, size, row, group, step):
     """Values of stride 1 along a group."""
@@ -101,9 +90,7 @@ def decode_across(values, blocks, scales, start, size, row, group, step):
             s = start[2] + first * row[2] + g * group[2]
             for r in range(rows):
                 biases[r] = _bias(scales[s + r * row[2]])
-            k, p = 0, 0
             for r in range(0, wide, WIDE):
-                k, p = _prefetch_ahead(values, v + group[0], step, wide, k, p)
                 decode_columns(blocks, b + r * row[1], row[1], biases, r, values, v + r, step)
             for r in range(wide, rows):
                 decode_block(blocks, b + r * row[1], tile, 0, biases[r])
@@ -114,28 +101,28 @@ def decode_across(values, blocks, scales, start, size, row, group, step):
 @njit(inline="always")
 def _choose(amax, hint):
     """(scale byte, status) of a block; only hints that could be exact are tried."""
-    exponent = int(amax >> 7)
-    if 5 <= exponent <= 254:
-        # At 8 times the rule's scale, the largest magnitude has the smallest nonzero code.
-        if exponent - 2 < hint <= min(exponent + 1, 254):
-            return hint, uint8(HINTED)
-        return uint8(exponent - 2), uint8(0)
-    if amax > 0:
-        return uint8(0), uint8(REDO)
-    if 0 < hint <= 252:
-        return hint, uint8(ZERO | HINTED)
-    return uint8(0), uint8(ZERO)
+    exponent, wanted = uint16(amax >> uint16(7)), uint16(hint)
+    # Differences wrap: what is below a range is far above it.
+    usual = uint16(exponent - uint16(5)) <= uint16(249)
+    # At 8 times the rule's scale, the largest magnitude has the smallest nonzero code.
+    above = uint16(wanted - exponent) + uint16(1)
+    close = (uint16(above) <= uint16(2)) & (wanted <= uint16(254))
+    zero = amax == uint16(0)
+    taken = (usual & close) | (zero & (uint16(wanted - uint16(1)) <= uint16(251)))
+    ruled = uint16(exponent - uint16(2)) if usual else uint16(0)
+    seen = uint16(0) if usual else uint16(ZERO) if zero else uint16(REDO)
+    return wanted if taken else ruled, seen | uint16(HINTED) if taken else seen
 
 
 @njit(inline="always")
 def _usable_bias(scale):
     """Zeros have the scale byte 0 but code 0 under any scale in the kernel's range."""
-    return _bias(max(scale, uint8(3)))
+    return _bias(max(uint16(scale), uint16(3)))
 
 
 @njit(inline="always")
 def _not_exact(status):
-    return uint8(REDO) if status else uint8(INEXACT)
+    return uint16(REDO) if status else uint16(INEXACT)
 
 
 @njit(inline="always")
@@ -158,15 +145,15 @@ def encode_straight(values, blocks, scales, hints, status, start, size, row, gro
             h = start[3] + r * row[3] + g * group[3]
             t = start[4] + r * row[4] + g * group[4]
             prefetch(values, v + AHEAD)
-            scales[s], status[t] = _encode(values, v, blocks, b, hints[h])
+            scale, seen = _encode(values, v, blocks, b, hints[uint64(h)])
+            scales[uint64(s)], status[uint64(t)] = scale, seen
 
 
 @compiled(ENCODE)
 def encode_across(values, blocks, scales, hints, status, start, size, row, group, step):
     """Values of any stride, fast if 1 along rows."""
     tile = np.empty(32, np.uint16)
-    largest_of, biases = np.empty(STRIP, np.uint16), np.empty(STRIP, np.uint16)
-    differ = np.empty(STRIP, np.uint16)
+    largest_of, hint_of, scale_of, status_of, biases, differ = np.empty((6, STRIP), np.uint16)
     for first in range(0, size[0], STRIP):
         rows = min(STRIP, size[0] - first)
         wide = rows // WIDE * WIDE if row[0] == 1 else 0
@@ -176,21 +163,23 @@ def encode_across(values, blocks, scales, hints, status, start, size, row, group
             s = start[2] + first * row[2] + g * group[2]
             h = start[3] + first * row[3] + g * group[3]
             t = start[4] + first * row[4] + g * group[4]
-            k, p = 0, 0
             for r in range(0, wide, WIDE):
-                k, p = _prefetch_ahead(values, v + group[0], step, wide, k, p)
                 largest_of_columns(values, v + r, step, largest_of, r)
             for r in range(wide):
-                scale, seen = _choose(largest_of[r], hints[h + r * row[3]])
-                scales[s + r * row[2]], status[t + r * row[4]] = scale, seen
-                biases[r] = _usable_bias(scale)
+                hint_of[r] = hints[uint64(h + r * row[3])]
+            for r in range(wide):
+                scale_of[r], status_of[r] = _choose(largest_of[r], hint_of[r])
+                biases[r] = _usable_bias(scale_of[r])
             for r in range(0, wide, WIDE):
                 encode_columns(
                     values, v + r, step, biases, r, blocks, b + r * row[1], row[1], differ, r
                 )
             for r in range(wide):
-                if differ[r]:
-                    status[t + r * row[4]] = _not_exact(status[t + r * row[4]])
+                status_of[r] = _not_exact(status_of[r]) if differ[r] else status_of[r]
+            for r in range(wide):
+                scales[uint64(s + r * row[2])] = scale_of[r]
+            for r in range(wide):
+                status[uint64(t + r * row[4])] = status_of[r]
             for r in range(wide, rows):
                 for k in range(32):
                     tile[k] = values[v + r * row[0] + k * step]
