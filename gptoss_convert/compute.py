@@ -10,6 +10,7 @@ from gptoss_convert import mxfp4
 from gptoss_convert.errors import CodecError, IntegrityError
 from gptoss_convert.extents import overlap
 from gptoss_convert.fingerprint import (
+    MASK,
     ScaleStatistics,
     fingerprint,
     packed_fingerprint,
@@ -145,4 +146,4 @@ def share(step: Step, held: Parts, taken: Parts, encoded: mxfp4.EncodeStats) -> 
     if not weights:
         return None
     sums = (fingerprint(p.array, p.box, step.lengths, step.layer_axis) for p in weights)
-    return sum(sums) & ((1 << 64) - 1)
+    return sum(sums) & MASK

@@ -5,18 +5,19 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from isal import isal_zlib
 
 from gptoss_convert import mxfp4
 from gptoss_convert.compute import compute, share, statistics
+from gptoss_convert.extents import Extent
 from gptoss_convert.files import Arena, ByteSource, TargetFiles
-from gptoss_convert.fingerprint import ScaleStatistics
+from gptoss_convert.fingerprint import MASK, ScaleStatistics
 from gptoss_convert.mxfp4 import jit
 from gptoss_convert.oddities import Oddities, examine
-from gptoss_convert.parts import Part, cast, lay_out, read, runs
+from gptoss_convert.parts import Part, Parts, cast, lay_out, read, runs
 from gptoss_convert.steps import Plan, Step
 from gptoss_convert.workers import run_all
 
@@ -89,34 +90,67 @@ class _Worker:
     def run(self, number: int) -> tuple[Done, int]:
         """Do one step; returns what it did, and the bytes it read and wrote."""
         step = self._plan.steps[number]
-        self._arena.reset(sum(step.buffer_bytes()))
+        self._arena.reset(step.buffer_bytes())
         held: dict[str, list[Part]] = defaultdict(list)
-        taken: dict[str, list[Part]] = defaultdict(list)
         nbytes = rounded = 0
         for part in lay_out(step, step.sources, self._arena):
             nbytes += read(part, self._sources, self._arena)
             rounded += cast(part)
             held[part.extent.param].append(part)
-        for part in lay_out(step, step.targets, self._arena):
-            taken[part.extent.param].append(part)
         oddities = examine(step, held)
+        written = _Written()
+        weight, beside = step.split_targets()
+        taken = self._lay_out(step, beside)
         encoded = compute(step, held, taken)
         scales = statistics(step, held, taken)
-        regions = tuple(
-            region for part in itertools.chain(*taken.values()) for region in self._write(part)
-        )
-        mark = share(step, held, taken, encoded)
+        self._write(taken, written)
+        mark = None if weight else share(step, held, taken, encoded)
+        made = self._arena.mark()
+        for piece in step.pieces() if weight else ():
+            self._arena.rewind(made)
+            taken = self._lay_out(piece, weight)
+            compute(piece, held, taken)
+            mark = ((mark or 0) + (share(piece, held, taken, encoded) or 0)) & MASK
+            self._write(taken, written)
+        regions = written.regions()
         nbytes += sum(region.length for region in regions)
         return Done(number, regions, mark, scales, encoded, rounded, oddities), nbytes
 
-    def _write(self, part: Part) -> Iterator[Region]:
-        first = part.extent.at(part.box)
+    def _lay_out(self, step: Step, extents: Sequence[Extent]) -> dict[str, list[Part]]:
+        taken: dict[str, list[Part]] = defaultdict(list)
+        for part in lay_out(step, extents, self._arena):
+            taken[part.extent.param].append(part)
+        return taken
+
+    def _write(self, taken: Parts, written: _Written) -> None:
         memory = memoryview(self._arena.memory)
-        for skip, length in runs(part.extent, part.box):
-            position = part.position + skip
-            crc = isal_zlib.crc32(memory[position : position + length])
-            self._targets.write(part.extent.file, first + skip, length, self._arena, position)
-            yield Region(part.extent.file, first + skip, length, crc)
+        for part in itertools.chain(*taken.values()):
+            first = part.extent.at(part.box)
+            for skip, length in runs(part.extent, part.box):
+                position = part.position + skip
+                written.add(part.extent, first + skip, memory[position : position + length])
+                self._targets.write(part.extent.file, first + skip, length, self._arena, position)
+
+
+class _Written:
+    """The runs of bytes that a step has written; in an extent, each piece goes on where the one
+    before ended."""
+
+    def __init__(self) -> None:
+        self._regions: dict[Extent, list[Region]] = defaultdict(list)
+
+    def add(self, extent: Extent, offset: int, content: memoryview) -> None:
+        regions = self._regions[extent]
+        before = regions[-1] if regions else None
+        if before is not None and before.offset + before.length == offset:
+            crc = isal_zlib.crc32(content, before.crc)
+            length = before.length + len(content)
+            regions[-1] = Region(extent.file, before.offset, length, crc)
+        else:
+            regions.append(Region(extent.file, offset, len(content), isal_zlib.crc32(content)))
+
+    def regions(self) -> tuple[Region, ...]:
+        return tuple(itertools.chain(*self._regions.values()))
 
 
 def places(step: Step) -> set[tuple[str, int, int]]:

@@ -46,6 +46,14 @@ class Arena:
         if nbytes > len(self.memory):
             self._allocate(nbytes)
 
+    def mark(self) -> int:
+        """Where the memory begins that has not been handed out."""
+        return self._free
+
+    def rewind(self, mark: int) -> None:
+        """Take back all that was handed out since `mark`."""
+        self._free = mark
+
     def take(self, nbytes: int, phase: int) -> int:
         """A position with room for `nbytes`, whole pages around it, at `phase` within its page."""
         position = self._free + phase % PAGE

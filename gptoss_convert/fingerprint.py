@@ -23,7 +23,8 @@ from gptoss_convert.model import BLOCK
 from gptoss_convert.mxfp4 import jit
 
 U64 = npt.NDArray[np.uint64]
-_MASK = (1 << 64) - 1
+MASK = (1 << 64) - 1
+"""Fingerprints are sums modulo 2^64."""
 _SCRATCH_BYTES = 1 << 19
 """Decoded values that are summed while they are in the cache."""
 _SHORT = 64
@@ -74,7 +75,7 @@ def fingerprint(bits: npt.NDArray[np.uint16], box: Box, lengths: Sequence[int], 
         for axis, (lo, hi) in enumerate(box)
         if axis != layer
     ]
-    scale = reduce(lambda a, b: a * b & _MASK, (int(w[0]) for _, w in axes if len(w) == 1), 1)
+    scale = reduce(lambda a, b: a * b & MASK, (int(w[0]) for _, w in axes if len(w) == 1), 1)
     longer = sorted(((s, w) for s, w in axes if len(w) > 1), key=lambda axis: axis[0])
     step, columns = longer.pop(0) if longer else (1, np.ones(1, np.uint64))
     while longer and len(columns) < _SHORT and longer[0][0] == step * len(columns):
@@ -86,7 +87,7 @@ def fingerprint(bits: npt.NDArray[np.uint16], box: Box, lengths: Sequence[int], 
     span = int(offsets[-1]) + step * (len(columns) - 1) + 1
     flat = np.lib.stride_tricks.as_strided(bits, (span,), (2,))
     total = _weighted_sum(flat, offsets, rows, step, columns)
-    return total * scale & _MASK
+    return total * scale & MASK
 
 
 def packed_fingerprint(
@@ -124,7 +125,7 @@ def packed_fingerprint(
         )
     )
     total += _rare_blocks(blocks, scales, box, lengths, layer)
-    return total & _MASK
+    return total & MASK
 
 
 def _rare_blocks(
@@ -169,7 +170,7 @@ def _fingerprint_by_pieces(
         values = np.empty(tuple(hi - lo for lo, hi in piece), np.uint16)
         mxfp4.decode(blocks[rows], scales[rows], values)
         total += fingerprint(values, piece, lengths, layer)
-    return total & _MASK
+    return total & MASK
 
 
 def _row_pieces(box: Box) -> Iterator[tuple[tuple[slice, ...], Box]]:
@@ -202,13 +203,13 @@ def _weighted_sum(
     for offset, weight in zip(offsets.tolist(), rows.tolist(), strict=True):
         line = flat[offset : offset + reach : step].astype(np.uint64) * columns
         total += int(line.sum(dtype=np.uint64)) * weight
-    return total & _MASK
+    return total & MASK
 
 
 def combine(layers: Sequence[int]) -> int:
     """The fingerprint of a whole parameter from those of its layers, in order."""
     weights = axis_weights(0, len(layers)).tolist()
-    return sum(part * weight for part, weight in zip(layers, weights, strict=True)) & _MASK
+    return sum(part * weight for part, weight in zip(layers, weights, strict=True)) & MASK
 
 
 def scale_statistics(

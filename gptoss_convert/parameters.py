@@ -203,7 +203,7 @@ class Parameter:
 
 def _read_step(step: Step, files: ByteSource, arena: Arena) -> dict[str, list[Part]]:
     """What the step's sources hold of its box, by parameter."""
-    arena.reset(sum(step.buffer_bytes()))
+    arena.reset(step.source_bytes())
     parts: dict[str, list[Part]] = defaultdict(list)
     for part in lay_out(step, step.sources, arena):
         read(part, files, arena)

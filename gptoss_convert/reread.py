@@ -14,6 +14,7 @@ from gptoss_convert.compute import share
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.execute import Region
 from gptoss_convert.files import Arena, SourceFiles
+from gptoss_convert.fingerprint import MASK
 from gptoss_convert.model import load_model
 from gptoss_convert.mxfp4 import EncodeStats
 from gptoss_convert.oddities import Oddities, examine
@@ -21,8 +22,6 @@ from gptoss_convert.parts import Part, cast, lay_out, read, runs
 from gptoss_convert.progress import Progress
 from gptoss_convert.steps import Plan, make_plan
 from gptoss_convert.workers import run_all
-
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ def reread(
 ) -> list[Seen]:
     """Read the steps of these numbers; raises IntegrityError for files that change meanwhile."""
     # The plan's targets are its sources again: a worker holds them once.
-    room = max((plan.steps[number].buffer_bytes()[0] for number in numbers), default=0)
+    room = max((plan.steps[number].source_bytes() for number in numbers), default=0)
     count = resources.choose_workers(room, max_memory, workers)
     seen: list[Seen] = []
     total = plan.read_bytes * len(numbers) // max(len(plan.steps), 1)
@@ -115,5 +114,5 @@ def layers_of(plan: Plan, seen: Iterable[Seen]) -> Mapping[str, Mapping[int, int
     for result in seen:
         step = plan.steps[result.step]
         layers = found[step.family.weight]
-        layers[step.layer] = (layers.get(step.layer, 0) + result.fingerprint) & _MASK
+        layers[step.layer] = (layers.get(step.layer, 0) + result.fingerprint) & MASK
     return found

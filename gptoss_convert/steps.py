@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from gptoss_convert.containers import DTYPE_BYTES
@@ -19,6 +19,8 @@ TILE_BYTES = 32 << 20
 """Largest tile of an expert weight as BF16: one expert's gate_up of the released models fits."""
 _PLAIN_TILE_BYTES = 8 << 20
 """Largest tile of any other weight: long enough runs for the disk, small buffers."""
+PIECE_BYTES = 8 << 20
+"""About what is computed and written of a tile at once: little memory, still in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,47 @@ class Step:
         """Bytes that the step reads and writes."""
         return _payload(self, self.sources) + _payload(self, self.targets)
 
-    def buffer_bytes(self) -> tuple[int, int]:
-        """Bytes of buffer that the source parts and the target parts need, page phases included."""
-        return _span(self, self.sources), _span(self, self.targets)
+    def source_bytes(self) -> int:
+        """Bytes of buffer that the source parts need, page phases included."""
+        return _span(self, self.sources)
+
+    def target_bytes(self) -> int:
+        """The same of the target parts, all at once."""
+        return _span(self, self.targets)
+
+    def buffer_bytes(self) -> int:
+        """Bytes of buffer that a conversion needs: the target's weight is made piece by piece."""
+        weight, beside = self.split_targets()
+        largest = next(self.pieces())
+        return self.source_bytes() + _span(self, beside) + _span(largest, weight)
+
+    def split_targets(self) -> tuple[tuple[Extent, ...], tuple[Extent, ...]]:
+        """The target's extents of the weight itself, and the others."""
+        weight = self.family.weight
+        return (
+            tuple(extent for extent in self.targets if extent.param == weight),
+            tuple(extent for extent in self.targets if extent.param != weight),
+        )
+
+    def pieces(self) -> Iterator[Step]:
+        """The step for parts of the weight that follow one another in every extent of the target.
+
+        Blocks are never cut, and pages are not if the rows are of the released models' lengths.
+        """
+        weight, _ = self.split_targets()
+        slowest = {_slowest(extent, self.box) for extent in weight}
+        count = -(-2 * volume(self.box) // PIECE_BYTES)
+        if len(slowest) != 1 or count < 2:
+            yield self
+            return
+        (axis,) = slowest
+        lo, hi = self.box[axis]
+        cut = axis == len(self.box) - 1 or hi - lo >= count * BLOCK
+        length = -(-(hi - lo) // count)
+        length = -(-length // BLOCK) * BLOCK if cut else length
+        for start in range(lo, hi, length):
+            span = (start, min(start + length, hi))
+            yield replace(self, box=(*self.box[:axis], span, *self.box[axis + 1 :]))
 
 
 @dataclass(frozen=True)
@@ -218,6 +258,14 @@ def _position(step: Step, order: Mapping[str, int]) -> tuple[int, int]:
     return order[extent.file], extent.at(overlap(extent.box, box) or box)
 
 
+def _slowest(extent: Extent, box: Box) -> int:
+    """The axis that the extent's part of a box lies along."""
+    part = overlap(extent.box, box) or box
+    return max(
+        range(len(part)), key=lambda axis: (part[axis][1] - part[axis][0] > 1, extent.strides[axis])
+    )
+
+
 def _span(step: Step, extents: Sequence[Extent]) -> int:
     total = 0
     for member in {extent.param for extent in extents}:
@@ -227,10 +275,10 @@ def _span(step: Step, extents: Sequence[Extent]) -> int:
 
 
 def _totals(steps: Sequence[Step]) -> tuple[int, int, int]:
-    """(bytes to read, bytes to write, largest buffer)."""
+    """(bytes to read, bytes to write, largest buffer of a conversion)."""
     read = sum(_payload(step, step.sources) for step in steps)
     written = sum(_payload(step, step.targets) for step in steps)
-    return read, written, max((sum(step.buffer_bytes()) for step in steps), default=0)
+    return read, written, max((step.buffer_bytes() for step in steps), default=0)
 
 
 def _payload(step: Step, extents: Sequence[Extent]) -> int:

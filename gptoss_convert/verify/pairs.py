@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gptoss_convert import mxfp4, resources
 from gptoss_convert.checkpoint import Checkpoint
 from gptoss_convert.extents import Extent, overlap, volume
-from gptoss_convert.files import Arena, SourceFiles
+from gptoss_convert.files import PAGE, Arena, SourceFiles
 from gptoss_convert.layout import Box
 from gptoss_convert.parts import Part, Parts, cast, lay_out, read
 from gptoss_convert.progress import Progress
@@ -67,7 +67,7 @@ def judge_steps(
     So many `processes` do so on this machine. Raises ResourceError where memory is too small for
     one step.
     """
-    room = plan.buffer_bytes + 2 * max((2 * volume(s.box) + 4096 for s in plan.steps), default=0)
+    room = max(map(_room, plan.steps), default=0)
     count = resources.choose_workers(room, max_memory, workers, processes)
     judged: list[T] = []
     with ExitStack() as stack:
@@ -127,6 +127,11 @@ class _Worker(Generic[T]):
             values,
         )
         return values
+
+
+def _room(step: Step) -> int:
+    """Bytes of buffer for both sides of a step, as they are read and as contiguous values."""
+    return step.source_bytes() + step.target_bytes() + 2 * (2 * volume(step.box) + PAGE)
 
 
 def _copy_into(values: npt.NDArray[Any], box: Box, part: Part) -> None:
