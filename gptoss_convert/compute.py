@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from gptoss_convert.extents import overlap
 from gptoss_convert.fingerprint import (
     MASK,
     ScaleStatistics,
-    fingerprint,
+    examined,
     packed_fingerprint,
     scale_statistics,
 )
@@ -126,24 +127,40 @@ def statistics(step: Step, held: Parts, taken: Parts) -> ScaleStatistics:
     return ScaleStatistics()
 
 
-def share(step: Step, held: Parts, taken: Parts, encoded: mxfp4.EncodeStats) -> int | None:
-    """What the target's values add to the fingerprint of their weight and layer, None without."""
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What the values of a step, or of a piece of it, are."""
+
+    fingerprint: int | None
+    """Their share in the fingerprint of their weight and layer, None if there are scales only."""
+    finite: bool
+    """Whether none of them is an infinity or NaN."""
+
+
+def share(step: Step, held: Parts, taken: Parts, encoded: mxfp4.EncodeStats) -> Share:
+    """Sum up the target's values; raises IntegrityError for blocks that are not finite."""
     family = step.family
     if family.weight in taken:
-        weights = [part for part in taken[family.weight] if not part.extent.alias]
-    elif family.weight in held and not encoded.inexact_blocks:
-        weights = list(held[family.weight])
-    elif family.blocks and family.scales and family.blocks in taken and family.scales in taken:
+        return _share_of(step, taken[family.weight])
+    if family.weight in held and not encoded.inexact_blocks:
+        return _share_of(step, held[family.weight])
+    if family.blocks and family.scales and family.blocks in taken and family.scales in taken:
         blocks = gather(taken[family.blocks], member_box(family, family.blocks, step.box))
         scales = gather(taken[family.scales], member_box(family, family.scales, step.box))
         try:
-            return packed_fingerprint(blocks, scales, step.box, step.lengths, step.layer_axis)
+            total = packed_fingerprint(blocks, scales, step.box, step.lengths, step.layer_axis)
         except CodecError as error:
             tensor = taken[family.scales][0].extent.tensor
             raise IntegrityError(f"{tensor}: box {_show(step.box)}: {error}") from None
-    else:
-        return None
-    if not weights:
-        return None
-    sums = (fingerprint(p.array, p.box, step.lengths, step.layer_axis) for p in weights)
-    return sum(sums) & MASK
+        return Share(total, True)
+    return Share(None, True)
+
+
+def _share_of(step: Step, weights: Sequence[Part]) -> Share:
+    total, odd, counted = 0, False, False
+    for part in weights:
+        one, found = examined(part.array, part.box, step.lengths, step.layer_axis)
+        odd |= found
+        if not part.extent.alias:
+            total, counted = total + one & MASK, True
+    return Share(total if counted else None, not odd)

@@ -52,8 +52,7 @@ def warm() -> None:
     """Load or compile every kernel that a step may call."""
     mxfp4.warm()
     if jit.kernels() is not None:
-        for name in ("fingerprint_kernels", "oddity_kernels"):
-            importlib.import_module(f"gptoss_convert.{name}")
+        importlib.import_module("gptoss_convert.fingerprint_kernels")
 
 
 def execute(
@@ -97,21 +96,23 @@ class _Worker:
             nbytes += read(part, self._sources, self._arena)
             rounded += cast(part)
             held[part.extent.param].append(part)
-        oddities = examine(step, held)
         written = _Written()
         weight, beside = step.split_targets()
         taken = self._lay_out(step, beside)
         encoded = compute(step, held, taken)
         scales = statistics(step, held, taken)
         self._write(taken, written)
-        mark = None if weight else share(step, held, taken, encoded)
+        shares = [] if weight else [share(step, held, taken, encoded)]
         made = self._arena.mark()
         for piece in step.pieces() if weight else ():
             self._arena.rewind(made)
             taken = self._lay_out(piece, weight)
             compute(piece, held, taken)
-            mark = ((mark or 0) + (share(piece, held, taken, encoded) or 0)) & MASK
+            shares.append(share(piece, held, taken, encoded))
             self._write(taken, written)
+        marks = [one.fingerprint for one in shares if one.fingerprint is not None]
+        mark = sum(marks) & MASK if marks else None
+        oddities = examine(step, held, all(one.finite for one in shares))
         regions = written.regions()
         nbytes += sum(region.length for region in regions)
         return Done(number, regions, mark, scales, encoded, rounded, oddities), nbytes

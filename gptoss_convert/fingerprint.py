@@ -25,6 +25,8 @@ from gptoss_convert.mxfp4 import jit
 U64 = npt.NDArray[np.uint64]
 MASK = (1 << 64) - 1
 """Fingerprints are sums modulo 2^64."""
+EXPONENT = 0x7F80
+"""Exponent bits of BF16: all set in infinities and NaN."""
 _SCRATCH_BYTES = 1 << 19
 """Decoded values that are summed while they are in the cache."""
 _SHORT = 64
@@ -65,7 +67,15 @@ def axis_weights(axis: int, length: int) -> U64:
 
 
 def fingerprint(bits: npt.NDArray[np.uint16], box: Box, lengths: Sequence[int], layer: int) -> int:
-    """The part of a parameter's fingerprint that the elements of `box` make.
+    """The part of a parameter's fingerprint that the elements of `box` make; see `examined`."""
+    return examined(bits, box, lengths, layer)[0]
+
+
+def examined(
+    bits: npt.NDArray[np.uint16], box: Box, lengths: Sequence[int], layer: int
+) -> tuple[int, bool]:
+    """(the part of a parameter's fingerprint that the elements of `box` make, whether any of them
+    is an infinity or NaN).
 
     `bits` is a view of any strides, one axis per axis of the parameter; `layer` is the axis that
     does not count, -1 for none.
@@ -86,8 +96,8 @@ def fingerprint(bits: npt.NDArray[np.uint16], box: Box, lengths: Sequence[int], 
         rows = np.multiply.outer(rows, weights).ravel()
     span = int(offsets[-1]) + step * (len(columns) - 1) + 1
     flat = np.lib.stride_tricks.as_strided(bits, (span,), (2,))
-    total = _weighted_sum(flat, offsets, rows, step, columns)
-    return total * scale & MASK
+    total, odd = _weighted_sum(flat, offsets, rows, step, columns)
+    return total * scale & MASK, odd
 
 
 def packed_fingerprint(
@@ -191,19 +201,23 @@ def _row_pieces(box: Box) -> Iterator[tuple[tuple[slice, ...], Box]]:
 
 def _weighted_sum(
     flat: npt.NDArray[np.uint16], offsets: npt.NDArray[np.int64], rows: U64, step: int, columns: U64
-) -> int:
+) -> tuple[int, bool]:
     if jit.kernels() is not None:
         from gptoss_convert import fingerprint_kernels as kernels
 
         if step == 1:
-            return int(kernels.weighted_sum(flat, offsets, rows, columns))
-        return int(kernels.strided_sum(flat, offsets, rows, step, columns))
-    total = 0
+            total, odd = kernels.weighted_sum(flat, offsets, rows, columns)
+        else:
+            total, odd = kernels.strided_sum(flat, offsets, rows, step, columns)
+        return int(total), bool(odd)
+    total, found = 0, False
     reach = step * (len(columns) - 1) + 1
     for offset, weight in zip(offsets.tolist(), rows.tolist(), strict=True):
-        line = flat[offset : offset + reach : step].astype(np.uint64) * columns
+        bits = flat[offset : offset + reach : step]
+        line = bits.astype(np.uint64) * columns
         total += int(line.sum(dtype=np.uint64)) * weight
-    return total & MASK
+        found = found or bool(((bits & EXPONENT) == EXPONENT).any())
+    return total & MASK, found
 
 
 def combine(layers: Sequence[int]) -> int:

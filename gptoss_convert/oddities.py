@@ -7,23 +7,17 @@ A matrix of zeros is what a hole in a file, a lost write or a skipped tensor loo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gptoss_convert.containers import DTYPE_BYTES
-from gptoss_convert.mxfp4 import jit
+from gptoss_convert.fingerprint import EXPONENT
 from gptoss_convert.parts import Array, Part, Parts
 from gptoss_convert.steps import Plan, Step
 
-_EXPONENT = 0x7F80
-"""Exponent bits of BF16: all set in infinities and NaN."""
-_COPIED = 1 << 14
-"""Elements of a line that is copied together from shorter ones."""
-_LANES = 0x0001_0001_0001_0001
 Matrix = tuple[str, int, int]
 """Weight, layer and expert (0 where there are none) of one matrix or vector."""
 
@@ -39,14 +33,15 @@ class Oddities:
     """Experts of which all that the step holds is zero."""
 
 
-def examine(step: Step, held: Parts) -> Oddities:
-    """Look at every value that a step has read, as BF16 bits or as blocks of MXFP4."""
+def examine(step: Step, held: Parts, finite: bool) -> Oddities:
+    """What is odd in what a step has read, BF16 bits or blocks of MXFP4; `finite`: no infinity or
+    NaN is among it."""
     family = step.family
     axis = family.axes.index("expert") if "expert" in family.axes else -1
     experts = range(*step.box[axis]) if axis >= 0 else range(1)
     parts, mask = held.get(family.weight, ()), 0x7FFF
     nonfinite, first = 0, ""
-    for part in parts:
+    for part in () if finite else parts:
         count, where = _nonfinite(step, part)
         nonfinite, first = nonfinite + count, first or where
     if not parts:
@@ -77,9 +72,9 @@ def _any(array: Array, mask: int) -> bool:
 
 def _nonfinite(step: Step, part: Part) -> tuple[int, str]:
     """How many infinities and NaN a part holds, and the first of them in words."""
-    if not any(map(_suspicious, _lines(part.array))):
+    odd = np.argwhere((part.array & EXPONENT) == EXPONENT)
+    if not len(odd):
         return 0, ""
-    odd = np.argwhere((part.array & _EXPONENT) == _EXPONENT)
     inside = tuple(int(i) for i in odd[0])
     bits = int(part.array[inside])
     value = "NaN" if bits & 0x7F else "-inf" if bits >> 15 else "inf"
@@ -91,39 +86,6 @@ def _nonfinite(step: Step, part: Part) -> tuple[int, str]:
         f"{extent.tensor}: {value} at {index} ({axes}), {DTYPE_BYTES[extent.dtype]} bytes at "
         f"{byte} of {extent.file}"
     )
-
-
-def _lines(array: Array) -> Iterator[npt.NDArray[np.uint16]]:
-    """All elements, in lines without gaps: as they lie where that makes them long, else copied."""
-    ordered = array.transpose(sorted(range(array.ndim), key=lambda axis: -array.strides[axis]))
-    if ordered.flags.c_contiguous:
-        yield ordered.reshape(-1)
-    elif ordered.ndim > 1 and ordered[0].size > _COPIED:
-        for row in ordered:
-            yield from _lines(row)
-    else:
-        rows = max(1, _COPIED // max(1, ordered[0].size))
-        for start in range(0, len(ordered), rows):
-            yield np.ascontiguousarray(ordered[start : start + rows]).reshape(-1)
-
-
-def _suspicious(line: npt.NDArray[np.uint16]) -> bool:
-    """Whether a line holds an infinity or a NaN."""
-    address: int = line.__array_interface__["data"][0]
-    if address % 2:
-        line, address = line.copy(), 0
-    head = -(address // 2) % 4
-    tail = head + (len(line) - head) // 4 * 4 if len(line) > head else head
-    ends = np.concatenate((line[:head], line[tail:]))
-    if np.any((ends & _EXPONENT) == _EXPONENT):
-        return True
-    words = line[head:tail].view(np.uint64)
-    if jit.kernels() is not None:
-        from gptoss_convert import oddity_kernels
-
-        return bool(oddity_kernels.exponents_full(words))
-    full = (words & np.uint64(_EXPONENT * _LANES)) + np.uint64(0x80 * _LANES)
-    return bool(np.any(full & np.uint64(0x8000 * _LANES)))
 
 
 def zero_matrices(plan: Plan, found: Mapping[int, Oddities]) -> list[Matrix]:

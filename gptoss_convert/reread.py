@@ -10,7 +10,7 @@ from isal import isal_zlib
 
 from gptoss_convert import resources
 from gptoss_convert.checkpoint import Checkpoint, casts
-from gptoss_convert.compute import share
+from gptoss_convert.compute import Share, share
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.execute import Region
 from gptoss_convert.files import Arena, SourceFiles
@@ -91,12 +91,13 @@ class _Worker:
             regions.extend(self._regions(part))
             cast(part)
             held[part.extent.param].append(part)
-        mark = problem = None
+        mark, problem = Share(None, True), None
         try:
             mark = share(step, held, held, EncodeStats())
         except IntegrityError as error:
             problem = str(error)
-        found = Seen(number, tuple(regions), mark or 0, examine(step, held), problem)
+        oddities = examine(step, held, mark.finite)
+        found = Seen(number, tuple(regions), mark.fingerprint or 0, oddities, problem)
         return found, nbytes
 
     def _regions(self, part: Part) -> Iterator[Region]:

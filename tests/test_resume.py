@@ -91,8 +91,9 @@ def test_steps_whose_bytes_changed_are_done_again(
     work = stop(conversion, after=7)
     shard = work / "model.safetensors"
     regions = [json.loads(line[9:]) for line in journal_of(work).read_bytes().splitlines()[1:]]
-    file, offset, length, _ = regions[2][1][0]
-    assert file == shard.name
+    offset, length = next(
+        (offset, length) for file, offset, length, _ in regions[2][1] if file == shard.name
+    )
     with shard.open("r+b") as stream:
         stream.seek(offset + length // 2)
         stream.write(b"behind the journal's back")

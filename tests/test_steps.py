@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import tomllib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -23,8 +24,8 @@ from torch import Tensor
 
 from gptoss_convert.containers import Chunk
 from gptoss_convert.errors import InputError, IntegrityError
-from gptoss_convert.execute import execute
-from gptoss_convert.extents import Extent, extents
+from gptoss_convert.execute import Done, execute, places
+from gptoss_convert.extents import Extent, extents, volume
 from gptoss_convert.files import Arena, TargetFiles
 from gptoss_convert.model import load_model
 from gptoss_convert.steps import Plan, make_plan
@@ -260,15 +261,22 @@ class MemoryTarget(TargetFiles):
 
 def run_plan(plan: Plan, source: MemorySource, chunks: Sequence[Chunk]) -> dict[str, np.ndarray]:
     target = MemoryTarget(chunks)
+    results: list[Done] = []
     execute(
         plan,
         range(len(plan.steps)),
         source,
         target,
         workers=1,
-        finished=lambda done: None,
+        finished=results.extend,
         advance=lambda nbytes: None,
     )
+    for done in results:
+        described = {(region.file, region.offset, region.length) for region in done.regions}
+        assert described == places(plan.steps[done.step])
+        for region in done.regions:
+            written = target.content[region.offset : region.offset + region.length]
+            assert region.crc == zlib.crc32(written)
     return read_back(target.content, chunks)
 
 
@@ -344,6 +352,34 @@ def test_every_element_arrives_where_independent_code_puts_it(source: Side, targ
 @pytest.mark.parametrize(("source", "target"), PAIRS[::5], ids=map(name_of, PAIRS[::5]))
 def test_every_element_arrives_however_the_tensors_are_cut(source: Side, target: Side):
     assert misplaced(source, target, seed=3, tile_bytes=10000, runs=(1, 5)) == []
+
+
+@pytest.mark.parametrize("seed", [None, 4])
+@pytest.mark.parametrize("piece_bytes", [1, 3000, 11000])
+def test_every_element_arrives_however_small_the_pieces(
+    piece_bytes: int, seed: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("gptoss_convert.steps.PIECE_BYTES", piece_bytes)
+    for source, target in (
+        *((MXFP4[0], target) for target in BF16[:3]),
+        (BF16[0], BF16[1]),
+        (BF16[1], BF16[0]),
+    ):
+        assert misplaced(source, target, seed=seed, runs=(0, 5)) == []
+
+
+def test_pieces_follow_one_another_in_the_target(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gptoss_convert.steps.PIECE_BYTES", 3000)
+    held = extents_of(BF16[1], chunks_of(BF16[1]))
+    taken = extents_of(BF16[0], chunks_of(BF16[0]))
+    plan = make_plan(load_model(), SIZES, held, taken, 1 << 14)
+    cut = [pieces for step in plan.steps if len(pieces := list(step.pieces())) > 1]
+    assert {pieces[0].family.weight for pieces in cut} >= {"gate_up.weight"}
+    for pieces in cut:
+        (extent,) = pieces[0].targets
+        places = [extent.at(piece.box) for piece in pieces]
+        assert places == sorted(places)
+        assert all(2 * volume(piece.box) < 3000 + 2 * 160 * 32 for piece in pieces)
 
 
 def test_packed_experts_move_without_a_change_of_their_bytes():
