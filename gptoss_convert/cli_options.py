@@ -100,7 +100,7 @@ strict_flag = click.option(
 workers_option = click.option(
     "--workers",
     type=click.IntRange(1, 256),
-    help="Steps in flight at once.  [default: processors + 1, at most 16]",
+    help="Steps in flight at once.  [default: processors + 2, at most 16]",
 )
 rank_log_option = click.option(
     "--rank-log", type=PATH, help="Under torchrun: directory for a log of each rank."

@@ -59,7 +59,7 @@ def choose_workers(
 ) -> int:
     """How many workers fit into `max_memory`; raises ResourceError if not even one does.
 
-    Without a wish: one more than there are processors, at most 16, as more only wait for the disk.
+    Without a wish: two more than there are processors, at most 16, as more only wait for the disk.
     So many `processes` share the machine's memory and processors.
     """
     limit = memory_limit() // processes
@@ -72,7 +72,7 @@ def choose_workers(
             f"{allowed / 1e6:.0f} MB"
         )
     cores = len(os.sched_getaffinity(0)) // processes
-    return int(min(workers or min(cores + 1, 16), fit))
+    return int(min(workers or min(cores + 2, 16), fit))
 
 
 def check_disk(folder: Path, needed: int) -> None:

@@ -34,7 +34,7 @@ from gptoss_convert.publish import (
     workspace,
 )
 from gptoss_convert.ranks import ALONE, Ranks
-from gptoss_convert.shares import deal, require_kept, require_same_plan, require_shared
+from gptoss_convert.shares import deal, require_kept, require_same_plan, require_shared, spread
 
 
 @dataclass
@@ -259,7 +259,7 @@ def _execute(
 
         execute(
             plan,
-            stream.begin(plan, mine) if stream else mine,
+            stream.begin(plan, mine) if stream else spread(plan, mine),
             sources,
             files,
             workers=conversion.workers,

@@ -28,6 +28,25 @@ def deal(plan: Plan, numbers: Sequence[int], ranks: int) -> list[Sequence[int]]:
     return [numbers[run.start : run.stop] for run in runs(sizes, ranks)]
 
 
+def spread(plan: Plan, numbers: Sequence[int]) -> list[int]:
+    """The same steps, those of each target file spread evenly over the whole.
+
+    A file system may let one thread at a time write to a file; workers that take neighbouring
+    steps of this order write to different ones.
+    """
+    of_file: dict[str, list[int]] = defaultdict(list)
+    for number in numbers:
+        of_file[plan.steps[number].targets[0].file].append(number)
+    return [
+        number
+        for _, number in sorted(
+            (place / len(steps), number)
+            for steps in of_file.values()
+            for place, number in enumerate(steps)
+        )
+    ]
+
+
 def runs(sizes: Sequence[int], count: int) -> list[range]:
     """So many runs of indexes; the largest sum of sizes of a run is as small as can be."""
     low, high = max([-(-sum(sizes) // count), *sizes]), sum(sizes)

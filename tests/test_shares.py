@@ -11,7 +11,7 @@ import pytest
 
 from gptoss_convert.conversion import plan
 from gptoss_convert.options import Options
-from gptoss_convert.shares import deal, runs
+from gptoss_convert.shares import deal, runs, spread
 from tests.test_golden import LABELS, SIZES, inventory, published_config, write_header_only
 
 RANKS = (2, 3, 8, 31, 48, 63, 64)
@@ -80,3 +80,21 @@ def test_the_largest_run_is_as_small_as_can_be() -> None:
     assert ends([3, 3, 3, 3], 3) == [2, 4, 4]
     assert ends([9], 4) == [1, 1, 1, 1]
     assert ends([], 2) == [0, 0]
+
+
+def test_neighbouring_steps_write_to_different_files(
+    headers: Mapping[tuple[str, str], Path],
+) -> None:
+    steps = plan(headers["20b", "hf-mxfp4"], Path("target"), Options("hf", "bf16")).plan
+    numbers = range(len(steps.steps))
+    order = spread(steps, numbers)
+    assert sorted(order) == [*numbers]
+    files = [steps.steps[number].targets[0].file for number in order]
+    count = len(set(files))
+    assert count > 4
+    # The shards hold about as many steps each, so that each comes up once in about as many.
+    windows = [len(set(files[i : i + 2 * count])) for i in range(0, len(files) - 2 * count)]
+    assert min(windows) >= count - 1
+    for file in set(files):
+        mine = [n for n, name in zip(order, files, strict=True) if name == file]
+        assert mine == sorted(mine)
