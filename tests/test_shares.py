@@ -93,7 +93,7 @@ def test_neighbouring_steps_write_to_different_files(
     count = len(set(files))
     assert count > 4
     # The shards hold about as many steps each, so that each comes up once in about as many.
-    windows = [len(set(files[i : i + 2 * count])) for i in range(0, len(files) - 2 * count)]
+    windows = [len(set(files[i : i + 2 * count])) for i in range(len(files) - 2 * count)]
     assert min(windows) >= count - 1
     for file in set(files):
         mine = [n for n, name in zip(order, files, strict=True) if name == file]
