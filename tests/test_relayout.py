@@ -12,8 +12,8 @@ def numbered(shape: tuple[int, ...], dtype: type = np.uint16) -> np.ndarray:
     return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
 
 
-@pytest.mark.parametrize("hidden", [8, 64, 71, 130])
-@pytest.mark.parametrize("inter", [4, 32, 37, 100])
+@pytest.mark.parametrize("hidden", [8, 64, 71, 130, 520])
+@pytest.mark.parametrize("inter", [4, 32, 37, 100, 260])
 def test_gate_and_up_are_split_and_joined_while_transposing(hidden: int, inter: int) -> None:
     interleaved = numbered((hidden, 2 * inter))
     halves = np.zeros((2, inter, hidden), np.uint16)

@@ -39,6 +39,9 @@ INEXACT = 8
 STRIP = 256
 """Rows that are treated together: long runs for the memory, and all they touch fits in a cache."""
 
+TILE = 512
+"""Rows and columns that are transposed together: long runs on both sides, all in a cache."""
+
 AHEAD = 1024
 """Elements to prefetch ahead of a straight read: the block that depends on it takes long."""
 
@@ -231,23 +234,20 @@ def copy_across(source, target, start, size, source_steps, target_steps):
     """
     source_pair, source_step = source_steps
     target_pair, target_step = target_steps
-    for q0 in range(0, size[1], 32):
-        for p0 in range(0, size[0], WIDE):
-            q1, p1 = min(q0 + 32, size[1]), min(p0 + WIDE, size[0])
-            q8 = q0 + (q1 - q0) // SIDE * SIDE if p1 - p0 == WIDE else q0
-            for p in range(p0 + WIDE, p0 + 2 * WIDE):
-                prefetch(source, start[0] + p // 2 * source_pair + p % 2 * source_step + q0)
-            for q in range(q0, q0 + 32):
-                t = start[1] + q // 2 * target_pair + q % 2 * target_step
-                prefetch(target, t + p0 + WIDE)
-            s = start[0] + p0 // 2 * source_pair
-            for q in range(q0, q8, SIDE):
-                t = start[1] + q // 2 * target_pair + p0
-                transpose(
-                    source, s + q, source_pair, source_step, target, t, target_pair, target_step
-                )
-            for q in range(q8, q1):
-                for p in range(p0, p1):
-                    s = start[0] + p // 2 * source_pair + p % 2 * source_step + q
-                    t = start[1] + q // 2 * target_pair + q % 2 * target_step + p
-                    target[t] = source[s]
+    for corner in range(0, size[0], TILE):
+        for q0 in range(0, size[1], TILE):
+            q1 = min(q0 + TILE, size[1])
+            for p0 in range(corner, min(corner + TILE, size[0]), WIDE):
+                p1 = min(p0 + WIDE, size[0])
+                q8 = q0 + (q1 - q0) // SIDE * SIDE if p1 - p0 == WIDE else q0
+                s = start[0] + p0 // 2 * source_pair
+                for q in range(q0, q8, SIDE):
+                    t = start[1] + q // 2 * target_pair + p0
+                    transpose(
+                        source, s + q, source_pair, source_step, target, t, target_pair, target_step
+                    )
+                for q in range(q8, q1):
+                    for p in range(p0, p1):
+                        s = start[0] + p // 2 * source_pair + p % 2 * source_step + q
+                        t = start[1] + q // 2 * target_pair + q % 2 * target_step + p
+                        target[t] = source[s]
