@@ -1,9 +1,10 @@
-"""Speed of the MXFP4 and copy kernels on one expert, as ratios to a memory copy of its BF16 bytes.
+"""Speed of the kernels on one expert, as ratios to a memory copy of its BF16 bytes.
 
-Run `python benchmarks/kernels.py [rounds]`: one thread; in each round every variant runs once, in
-random order, and the ratios are taken within the round. With transformers installed, its function
-for the same job runs too; with a wheel of megatron-bridge (`pip download --no-deps`) named in
-BRIDGE_WHEEL, the one that Megatron-Bridge decodes with. It has none that encodes.
+Run `python -m benchmarks.kernels [rounds]`: one thread and its CPU time; in each round every
+variant runs once, in random order, and the ratios are taken within the round. With transformers
+installed, its function for the same job runs too; with a wheel of megatron-bridge
+(`pip download --no-deps`) named in BRIDGE_WHEEL, the one that Megatron-Bridge decodes with. It has
+none that encodes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from gptoss_convert import mxfp4
+from gptoss_convert.fingerprint import fingerprint, packed_fingerprint
 
 INTER, HIDDEN = 2880, 2880
 ROWS, GROUPS = 2 * INTER, HIDDEN // 32
@@ -78,6 +80,7 @@ def variants() -> dict[str, Call]:
     normal = rng.normal(size=straight.shape).astype(np.float32)
     rounded = np.zeros_like(straight)
     mxfp4.cast(normal, rounded)
+    box, lengths = ((0, ROWS), (0, HIDDEN)), (ROWS, HIDDEN)
     split = halves.transpose(1, 0, 2), (INTER, 2, GROUPS)
     return {
         "copy": lambda: np.copyto(room, straight),
@@ -93,6 +96,8 @@ def variants() -> dict[str, Call]:
         "encode, across, hints": lambda: mxfp4.encode(across.T, packed, exponents, scales),
         "relayout, transpose and split": lambda: mxfp4.copy(pairs, halves),
         "relayout, join and transpose": lambda: mxfp4.copy(halves, pairs),
+        "fingerprint": lambda: fingerprint(straight, box, lengths, -1),
+        "fingerprint of MXFP4": lambda: packed_fingerprint(blocks, scales, box, lengths, -1),
         **peer(blocks, scales),
         **bridge(blocks, scales),
     }
@@ -104,10 +109,10 @@ def main(rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name in random.sample(list(calls), len(calls)):
-            begin = time.perf_counter()
+            begin = time.thread_time()
             calls[name]()
             if turn:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(time.thread_time() - begin)
     gigabytes = ROWS * HIDDEN * 2 / 1e9
     print(f"{'':38} GB/s of BF16 min/med/max      x copy min/med/max")
     for name, spent in seconds.items():

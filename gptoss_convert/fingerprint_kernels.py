@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, uint16, uint64
+from numba import int16, int64, njit, uint16, uint64
 
 from gptoss_convert.mxfp4.jit import compiled
-from gptoss_convert.mxfp4.vectors import decode_block, prefetch
+from gptoss_convert.mxfp4.vectors import dot_blocks, prefetch
 
 PIECE = 128
 """Elements of one vectorized loop."""
@@ -79,21 +79,21 @@ def strided_sum(flat, offsets, rows, step, columns):
 _IN8 = "Array(uint8, 1, 'C', readonly=True)"
 
 
+RUN = 32
+"""Blocks that `dot_blocks` sums at once, at most."""
+
+
 @njit(inline="always")
-def _line(elements, columns):
-    """The sum of elements·weight."""
-    line = uint64(0)
-    length = len(columns)
-    whole = length // PIECE * PIECE
-    for begin in range(0, whole, PIECE):
-        # Slices: numba vectorizes no loop in whose index it must expect a negative number.
-        part = elements[begin : begin + PIECE]
-        weights = columns[begin : begin + PIECE]
-        for k in range(PIECE):
-            line += uint64(part[k]) * weights[k]
-    for k in range(whole, length):
-        line += uint64(elements[k]) * columns[k]
-    return line
+def _limbs(columns):
+    """The weights as four signed 16-bit numbers each, 32 of one place side by side."""
+    limbs = np.empty(4 * len(columns), np.int16)
+    for column in range(len(columns)):
+        rest = int64(columns[column])
+        for place in range(4):
+            limb = int16(rest)
+            limbs[column // 32 * 128 + place * 32 + column % 32] = limb
+            rest = (rest - limb) >> 16
+    return limbs
 
 
 @compiled(
@@ -101,21 +101,20 @@ def _line(elements, columns):
     f"{_IN64.format(1)}, {_IN64.format(1)})"
 )
 def block_sum(blocks, scales, block_rows, scale_rows, group, rows, columns):
-    """The sum of MXFP4 blocks whose scales are 2..252, decoded a row at a time.
+    """The same sum over the bits of MXFP4 blocks whose scales are 2..252.
 
     `group` is how far, in bytes, blocks and scales of a row lie apart.
     """
-    values = np.empty(len(columns), np.uint16)
+    limbs = _limbs(columns)
+    groups = len(columns) // 32
     total = uint64(0)
     for row in range(len(rows)):
-        for g in range(len(columns) // 32):
-            b = block_rows[row] + g * group[0]
-            scale = scales[scale_rows[row] + g * group[1]]
-            if 2 <= scale <= 252:
-                decode_block(blocks, b, values, g * 32, uint16((uint16(scale) << 7) - 128))
-            else:
-                values[g * 32 : g * 32 + 32] = 0
-        total += _line(values, columns) * rows[row]
+        line = uint64(0)
+        for g in range(0, groups, RUN):
+            b, s = block_rows[row] + g * group[0], scale_rows[row] + g * group[1]
+            count = min(RUN, groups - g)
+            line += dot_blocks(blocks, b, group[0], scales, s, group[1], limbs, 128 * g, 128, count)
+        total += line * rows[row]
     return total
 
 

@@ -49,6 +49,17 @@ def test_every_byte_of_a_block_counts(byte: int) -> None:
     assert packed_fingerprint(blocks, scales, box, lengths, -1) != before
 
 
+@pytest.mark.parametrize("weight", [0x7FFF7FFF7FFF7FFF, 0x8000800080008000, (1 << 64) - 1])
+def test_the_largest_values_and_weights_do_not_overflow(weight: int) -> None:
+    kernels = pytest.importorskip("gptoss_convert.fingerprint_kernels")
+    blocks, scales = np.full(70 * 16, 0xFF, np.uint8), np.full(70, 252, np.uint8)
+    starts, columns = np.zeros(1, np.int64), np.full(70 * 32, weight, np.uint64)
+    row = np.ones(1, np.uint64)
+    found = kernels.block_sum(blocks, scales, starts, starts, (16, 1), row, columns)
+    bits = int(decoded(blocks[None, None, :16], scales[None, :1])[0, 0])
+    assert int(found) == bits * weight * len(columns) % (1 << 64)
+
+
 def test_a_scale_that_is_no_number_is_refused() -> None:
     blocks, scales = np.zeros((1, 1, 1, 16), np.uint8), np.full((1, 1, 1), 255, np.uint8)
     with pytest.raises(CodecError):

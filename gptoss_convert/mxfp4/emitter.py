@@ -9,7 +9,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+I8, I16, I32, I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
 
 
 class Emitter:
@@ -23,11 +23,11 @@ class Emitter:
         """The value of an argument that is no array."""
         return self.arguments[argument][1]
 
-    def pointer(self, argument: int, index: Any, vector: ir.VectorType) -> Any:
-        """The address of an array's element, as that of a vector."""
-        kind, value = self.arguments[argument]
-        array = self.context.make_array(kind)(self.context, self.builder, value)
-        return self.builder.bitcast(self.builder.gep(array.data, [index]), ir.PointerType(vector))
+    def pointer(self, argument: int, index: Any, kind: ir.Type) -> Any:
+        """The address of an array's element, as that of a vector or an integer."""
+        array_type, value = self.arguments[argument]
+        array = self.context.make_array(array_type)(self.context, self.builder, value)
+        return self.builder.bitcast(self.builder.gep(array.data, [index]), ir.PointerType(kind))
 
     def load(self, argument: int, index: Any, lanes: int, lane: ir.IntType) -> Any:
         """A vector from an array, from the element at `index` on."""
@@ -44,8 +44,8 @@ class Emitter:
         byte = ir.PointerType(I8)
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = self.builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        line = self.builder.bitcast(self.pointer(argument, index, ir.VectorType(I8, 1)), byte)
-        self.builder.call(function, [line, *(ir.Constant(I32, option) for option in (0, 3, 1))])
+        options = (ir.Constant(I32, option) for option in (0, 3, 1))
+        self.builder.call(function, [self.pointer(argument, index, I8), *options])
 
     def number(self, value: int, like: Any) -> Any:
         """`value` in every lane of the type of `like`."""
@@ -59,10 +59,11 @@ class Emitter:
         )
         return self.shuffle(first, first, [0] * lanes)
 
-    def line(self, argument: int, i: int) -> Any:
+    def line(self, argument: int, i: Any) -> Any:
         """Index of line `i`, from two arguments: start, step."""
         start, step = self.scalar(argument), self.scalar(argument + 1)
-        return self.builder.add(start, self.builder.mul(step, ir.Constant(step.type, i)))
+        i = ir.Constant(I64, i) if isinstance(i, int) else i
+        return self.builder.add(start, self.builder.mul(step, i))
 
     def row(self, argument: int, i: int) -> Any:
         """Index of row `i`, from three arguments: start, step of a pair of rows, step within."""
@@ -114,13 +115,29 @@ class Emitter:
 
     def saturating_sum(self, left: Any, right: Any) -> Any:
         """The sum in each lane, at most all ones."""
-        kind = left.type
+        return self._intrinsic("llvm.uadd.sat", left.type, left, right)
+
+    def reduced(self, operation: str, lanes: Any) -> Any:
+        """All lanes in one by "add", "umax" or the like."""
+        return self._intrinsic(f"llvm.vector.reduce.{operation}", lanes.type.element, lanes)
+
+    def _intrinsic(self, name: str, result: ir.Type, *vectors: Any) -> Any:
+        kind = vectors[0].type
         function = cgutils.get_or_insert_function(
             self.builder.module,
-            ir.FunctionType(kind, [kind, kind]),
-            f"llvm.uadd.sat.v{kind.count}i{kind.element.width}",
+            ir.FunctionType(result, [vector.type for vector in vectors]),
+            f"{name}.v{kind.count}i{kind.element.width}",
         )
-        return self.builder.call(function, [left, right])
+        return self.builder.call(function, vectors)
+
+    def dot(self, left: Any, right: Any) -> Any:
+        """Sums of two products each, in lanes of twice the width, of signed lanes."""
+        double = ir.VectorType(ir.IntType(2 * left.type.element.width), left.type.count)
+        products = self.builder.mul(*(self.builder.sext(x, double) for x in (left, right)))
+        even, odd = (range(first, double.count, 2) for first in (0, 1))
+        return self.builder.add(
+            self.shuffle(products, products, even), self.shuffle(products, products, odd)
+        )
 
     def moved(self, bits: Any, up: int) -> Any:
         """Shifted by `up` places, down if negative."""
@@ -137,14 +154,17 @@ class Emitter:
         """BF16 bits without their signs."""
         return self.builder.and_(bits, self.number(0x7FFF, bits))
 
-    def values(self, codes: Any, bias: Any) -> Any:
-        """BF16 bits of codes in bits 6..9 of 16-bit lanes; bias is (scale << 7) - 128."""
+    def values(self, codes: Any, bias: Any, unit: int = 6) -> Any:
+        """BF16 bits of codes in bits `unit`.. of 16-bit lanes; bias is (scale << 7) - 128.
+
+        Both the bits and the bias are shifted down by 6 - unit: the lowest six are always 0.
+        """
         b, number = self.builder, self.number
-        large = b.and_(codes, number(7 << 6, codes))
+        large = b.and_(codes, number(7 << unit, codes))
         # 64 bits of BF16 make a code from 1.0 (code 2) on; 0.5 (code 1) is the bias itself.
-        steps = self.where(large, ">", 1 << 6, large)
+        steps = self.where(large, ">", 1 << unit, large)
         magnitudes = self.where(large, "!=", 0, b.add(steps, bias))
-        return self.picked(0x8000, self.moved(codes, 6), magnitudes)
+        return self.picked(1 << (unit + 9), self.moved(codes, 6), magnitudes)
 
     def encoded(self, bits: Any, bias: Any) -> tuple[Any, Any]:
         """(E2M1 codes of BF16 bits, nearest even and saturated; not 0 where that is not exact).

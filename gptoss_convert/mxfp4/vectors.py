@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
 
-from gptoss_convert.mxfp4.emitter import I8, I16, I32, Emitter
+from gptoss_convert.mxfp4.emitter import I8, I16, I32, I64, Emitter
 
 SIDE = 8
 """Columns of a transpose."""
@@ -50,10 +50,7 @@ def largest(typingctx, values, v):
     def emit(context, builder, signature, arguments):
         e = Emitter(context, builder, signature, arguments)
         bits = e.load(0, e.scalar(1), 32, I16)
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(I16, [bits.type]), "llvm.vector.reduce.umax.v32i16"
-        )
-        return builder.call(function, [e.magnitudes(bits)])
+        return e.reduced("umax", e.magnitudes(bits))
 
     return types.uint16(values, types.int64), emit
 
@@ -147,6 +144,50 @@ def encode_columns(typingctx, values, v, step, biases, a, blocks, b, block_step,
     return types.void(
         values, index, index, biases, index, blocks, index, index, differ, index
     ), emit
+
+
+@intrinsic
+def dot_blocks(typingctx, blocks, b, block_step, scales, s, scale_step, limbs, w, w_step, count):
+    """The sum of the BF16 bits of `count` blocks, at most 32, each times a weight, modulo 2^64.
+
+    A weight is the sum of its four signed limbs times 1, 2^16, 2^32, 2^48: `limbs` has 32 of each
+    a block. Blocks whose scale is not 2..252 count as zeros.
+    """
+
+    def emit(context, builder, signature, arguments):
+        e = Emitter(context, builder, signature, arguments)
+        zeros = ir.Constant(ir.VectorType(I32, 16), [0] * 16)
+        sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(4)]
+        with cgutils.for_range(builder, e.scalar(9)) as loop:
+            scale = builder.load(e.pointer(3, e.line(4, loop.index), I8))
+            above = builder.sub(scale, ir.Constant(I8, 2))
+            usual = builder.icmp_unsigned("<=", above, ir.Constant(I8, 250))
+            with builder.if_then(usual, likely=True):
+                bits = _bits_over_64(e, e.line(1, loop.index), scale)
+                for i, total in enumerate(sums):
+                    at = builder.add(e.line(7, loop.index), ir.Constant(I64, 32 * i))
+                    pairs = e.dot(bits, e.load(6, at, 32, I16))
+                    builder.store(builder.add(builder.load(total), pairs), total)
+        line = ir.Constant(I64, 0)
+        for i, total in enumerate(sums):
+            limb_sum = e.reduced("add", builder.sext(builder.load(total), ir.VectorType(I64, 16)))
+            line = builder.add(line, builder.shl(limb_sum, ir.Constant(I64, 16 * i + 6)))
+        return line
+
+    i = types.int64
+    return types.uint64(blocks, i, i, scales, i, i, limbs, i, i, i), emit
+
+
+def _bits_over_64(e: Emitter, index: Any, scale: Any) -> Any:
+    """The BF16 bits of the first argument's block at `index` over 64: at most 1021.
+
+    So 2 * 32 products with 16-bit limbs add up to less than 2^31.
+    """
+    b = e.builder
+    pairs = b.zext(e.load(0, index, 16, I8), ir.VectorType(I32, 16))
+    codes = b.bitcast(b.or_(pairs, e.moved(pairs, 12)), ir.VectorType(I16, 32))
+    bias = b.sub(b.shl(b.zext(scale, I16), ir.Constant(I16, 1)), ir.Constant(I16, 2))
+    return e.values(codes, e.spread(bias, 32), unit=0)
 
 
 @intrinsic
