@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert import config as configs
@@ -27,7 +25,6 @@ _DISTCP_FILES = 8
 """About how many `.distcp` files hold the weights: loaders read them side by side."""
 _DISTCP_MIN_BYTES = 2_000_000_000
 """No `.distcp` file is limited below this: the largest tensor is one chunk."""
-_TESTED_TORCH = (2, 6)
 _TAGS = {"blocks": "FP4", "scales": "UE8"}
 
 
@@ -60,9 +57,9 @@ def _megatron_image(source: Checkpoint, variant: str, options: Options) -> tuple
     table = load_table("megatron")
     config = source.config
     sizes = load_model().sizes(config.numbers)
-    iteration = torch_dist.image_apart(
+    iteration = torch_dist.image(
         shards.specs_of(table.tensors(variant, sizes)),
-        table.object_names(variant, sizes),
+        torch_dist.extra_state_objects(table.object_names(variant, sizes)),
         megatron_state.common_state(config, options.layout),
         files=_DISTCP_FILES,
         max_file_bytes=max(options.max_shard_size, _DISTCP_MIN_BYTES),
@@ -70,7 +67,6 @@ def _megatron_image(source: Checkpoint, variant: str, options: Options) -> tuple
     folder = f"iter_{megatron.ITERATION:07d}/"
     side = _sidecar_image(source, variant, options)
     carried, notes = _carried(source, options)
-    notes += old_torch()
     hf_config = source.hf_config
     text = hf_config.encode() if hf_config else configs.hf_json(config, None, mxfp4=False)
     *state, declared = ((folder + name, content) for name, content in iteration.closing)
@@ -88,19 +84,6 @@ def _megatron_image(source: Checkpoint, variant: str, options: Options) -> tuple
     files = (*(replace(f, name=folder + f.name) for f in iteration.files), *side.files)
     chunks = (*(replace(c, file=folder + c.file) for c in iteration.chunks), *side.chunks)
     return Image(files, chunks, closing), notes
-
-
-def old_torch() -> list[str]:
-    """A note if the installed torch, whose classes stand in the metadata, was never tested."""
-    try:
-        version = metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return []
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None or (int(numbers[1]), int(numbers[2])) >= _TESTED_TORCH:
-        return []
-    tested = ".".join(map(str, _TESTED_TORCH))
-    return [f"torch {version} is older than {tested}, the oldest that was tested"]
 
 
 _MAKERS = {"hf": _hf_image, "openai": _openai_image, "megatron": _megatron_image}

@@ -24,7 +24,6 @@ from gptoss_convert.containers.torch_dist import (
     extra_state_objects,
     find_iteration,
     image,
-    image_apart,
     read,
 )
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
@@ -295,22 +294,3 @@ def test_a_nested_state_dict_is_named(tmp_path: Path) -> None:
     save_with_dcp(tmp_path / "it", {"model": {"module.embedding.weight": torch.zeros(2)}})
     with pytest.raises(InputError, match="fsdp_dtensor or torch_dcp"):
         read(tmp_path / "it")
-
-
-def test_without_torch_writing_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "torch.py").write_text('raise ImportError("No module named torch")')
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    spec = TensorSpec("w", "BF16", (2, 2))
-    with pytest.raises(UsageError, match=r"needs torch \(No module named torch\): pip install"):
-        image_apart([spec], [], {}, files=1, max_file_bytes=1 << 20)
-
-
-def test_the_image_made_apart_is_the_image() -> None:
-    spec = TensorSpec("w", "BF16", (4, 6), (2, 6))
-    common = {"iteration": 1}
-    states = ["a._extra_state/shard_0_1"]
-    apart = image_apart([spec], states, common, files=1, max_file_bytes=1 << 20)
-    objects = extra_state_objects(states)
-    assert apart == image([spec], objects, common, files=1, max_file_bytes=1 << 20)

@@ -272,9 +272,9 @@ def test_one_odd_item_among_equal_ones_is_noticed(path: Path) -> None:
     file = path / info.relative_path
     raw = bytearray(file.read_bytes())
     item = raw[info.offset : info.offset + info.length]
-    extent = b"J\x01\0\0\0J\x03\0\0\0J\x0a\0\0\0t"
+    extent = b"K\x01K\x03K\x0a\x87"
     assert item.count(extent) == 1
-    item = item.replace(extent, b"J\x03\0\0\0J\x01\0\0\0J\x0a\0\0\0t")
+    item = item.replace(extent, b"K\x03K\x01K\x0a\x87")
     raw[info.offset : info.offset + info.length] = item
     file.write_bytes(raw)
     refused(path, IntegrityError, r"\(2, 0, 0\): declared .*\(1, 3, 10\), the item .*\(3, 1, 10\)")

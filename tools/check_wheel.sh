@@ -29,4 +29,7 @@ gptoss-convert synth mxfp4 --model tiny
 gptoss-convert convert mxfp4 bf16 --to hf --dtype bf16
 gptoss-convert convert bf16 back --to hf --dtype mxfp4
 diff -r -x gptoss-convert.json mxfp4 back
+gptoss-convert convert mxfp4 megatron --to megatron
+gptoss-convert convert megatron from-megatron --to hf --dtype mxfp4
+diff -r -x gptoss-convert.json mxfp4 from-megatron
 echo "the wheel holds the checkout's tables and converts"

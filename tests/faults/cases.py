@@ -759,7 +759,7 @@ def format_of_a_huge_number(path: Path) -> None:
 @case(58, "megatron", 3, ".metadata: *: storage path 'xxx*' leaves the checkpoint directory")
 def storage_path_of_300_bytes(path: Path) -> None:
     file = iteration(path) / ".metadata"
-    short, long = b"\x8c\x0c__0_0.distcp", b"X" + (300).to_bytes(4, "little") + b"x" * 300
+    short, long = b"X\x0c\0\0\0__0_0.distcp", b"X" + (300).to_bytes(4, "little") + b"x" * 300
     text = file.read_bytes()
     assert text.count(short) == 1
     file.write_bytes(text.replace(short, long))

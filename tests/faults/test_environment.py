@@ -22,7 +22,6 @@ from gptoss_convert.manifest import NAME
 from gptoss_convert.options import Options
 from gptoss_convert.run import run
 from gptoss_convert.synth import synth
-from gptoss_convert.targets import old_torch
 from tests.failing import needs_seccomp, refuse
 from tests.faults.cases import SHARD, bytes_of, overwrite
 from tests.killing import contents
@@ -265,9 +264,3 @@ def test_a_bias_of_zeros_is_no_fault(source: Path, tmp_path: Path) -> None:
     bias = "model.layers.0.self_attn.q_proj.bias"
     overwrite(source / SHARD, bias, bytes(bytes_of(source / SHARD, bias)))
     assert command("convert", source, tmp_path / "target", *TO_HF).status == 0
-
-
-def test_an_old_torch_is_noted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert old_torch() == []
-    monkeypatch.setattr("gptoss_convert.targets.metadata.version", lambda name: "2.3.1+cpu")
-    assert old_torch() == ["torch 2.3.1+cpu is older than 2.6, the oldest that was tested"]

@@ -14,7 +14,7 @@ import zlib
 from dataclasses import dataclass
 
 from gptoss_convert.containers import DTYPE_BYTES
-from gptoss_convert.containers.torch_dist import zips
+from gptoss_convert.containers.torch_dist import emit, zips
 from gptoss_convert.errors import UsageError
 
 RECORD_ALIGNMENT = 64
@@ -23,10 +23,10 @@ MAX_DATA_BYTES = (1 << 32) - (1 << 16)
 """Beyond, an archive needs zip64 fields."""
 
 _STORAGES = {
-    "BF16": "BFloat16Storage",
-    "F16": "HalfStorage",
-    "F32": "FloatStorage",
-    "U8": "ByteStorage",
+    "BF16": "torch.BFloat16Storage",
+    "F16": "torch.HalfStorage",
+    "F32": "torch.FloatStorage",
+    "U8": "torch.ByteStorage",
 }
 _DATE_1980 = 0x21
 _PADDING_TAG = b"FB"
@@ -56,19 +56,46 @@ def item_form(dtype: str, extent: tuple[int, ...]) -> ItemForm:
         raise UsageError(
             f"chunk of shape {extent} takes {nbytes} bytes; expected 1 to {MAX_DATA_BYTES}"
         )
+    return archive(emit.HEADER + tensor(dtype, extent) + emit.STOP, nbytes)
+
+
+def archive(pickled: bytes, nbytes: int | None = None) -> ItemForm:
+    """Return the form of what `torch.save` writes: a pickle, and its storage if it has one."""
     prefix, directory = bytearray(), bytearray()
-    records = (
-        ("archive/data.pkl", _tensor_pickle(dtype, extent)),
-        ("archive/byteorder", b"little"),
-        ("archive/version", b"3\n"),
-    )
-    for name, content in records:
+    records = {
+        "archive/data.pkl": pickled,
+        "archive/byteorder": b"little",
+        "archive/version": b"3\n",
+    }
+    for name, content in records.items():
         _append(prefix, directory, name, len(content), zlib.crc32(content))
         prefix += content
-    _append(prefix, directory, "archive/data/0", nbytes, 0)
-    count, start = len(records) + 1, len(prefix) + nbytes
+    if nbytes is not None:
+        _append(prefix, directory, "archive/data/0", nbytes, 0)
+    count, start = len(records) + (nbytes is not None), len(prefix) + (nbytes or 0)
     end = zips.END.pack(zips.END_MAGIC, 0, 0, count, count, len(directory), start, 0)
-    return ItemForm(bytes(prefix), nbytes, bytes(directory + end))
+    return ItemForm(bytes(prefix), nbytes or 0, bytes(directory + end))
+
+
+def tensor(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Return the opcodes that rebuild a row-major tensor, which is all of the storage "0"."""
+    storage = emit.sequence(
+        emit.string("storage"),
+        emit.named(_STORAGES[dtype]),
+        emit.string("0"),
+        emit.string("cpu"),
+        emit.integer(math.prod(shape)),
+    )
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return emit.call(
+        emit.named("torch._utils._rebuild_tensor_v2"),
+        storage + emit.PERSISTENT,
+        emit.integer(0),
+        emit.integers(shape),
+        emit.integers(strides),
+        emit.FALSE,
+        emit.call(emit.named("collections.OrderedDict")),
+    )
 
 
 def _append(prefix: bytearray, directory: bytearray, name: str, size: int, crc: int) -> None:
@@ -80,43 +107,3 @@ def _append(prefix: bytearray, directory: bytearray, name: str, size: int, crc: 
     prefix += zips.LOCAL.pack(zips.LOCAL_MAGIC, *common, padding + 4)
     prefix += raw_name + struct.pack("<2sH", _PADDING_TAG, padding) + b"Z" * padding
     directory += zips.ENTRY.pack(zips.ENTRY_MAGIC, 10, *common, 0, 0, 0, 0, 0, header) + raw_name
-
-
-def _tensor_pickle(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Return what `torch.save` pickles for a tensor: a call of `_rebuild_tensor_v2`, protocol 2."""
-    storage = (
-        b"("
-        + _string("storage")
-        + _global("torch", _STORAGES[dtype])
-        + _string("0")
-        + _string("cpu")
-        + _integer(math.prod(shape))
-        + b"tQ"
-    )
-    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    arguments = storage + _integer(0) + _dims(shape) + _dims(strides) + b"\x89"
-    hooks = _global("collections", "OrderedDict") + b")R"
-    return (
-        b"\x80\x02"
-        + _global("torch._utils", "_rebuild_tensor_v2")
-        + b"("
-        + (arguments + hooks + b"tR.")
-    )
-
-
-def _global(module: str, name: str) -> bytes:
-    return f"c{module}\n{name}\n".encode()
-
-
-def _string(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def _integer(value: int) -> bytes:
-    if value < 1 << 31:
-        return b"J" + struct.pack("<i", value)
-    return b"\x8a\x08" + struct.pack("<q", value)
-
-
-def _dims(dims: tuple[int, ...]) -> bytes:
-    return b"(" + b"".join(map(_integer, dims)) + b"t"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gptoss_convert.containers import Chunk, FileImage, Image, TensorSpec
+from gptoss_convert.containers.torch_dist import serialized
 from gptoss_convert.containers.torch_dist.item_form import ItemForm, item_form
 from gptoss_convert.containers.torch_dist.metadata import Box, Item
 from gptoss_convert.errors import UsageError
@@ -36,11 +37,9 @@ def image(
 
     Tensors lie in the order of `specs`, each cut into boxes of its `chunk_shape` (empty: whole;
     the last box of an axis may be smaller), spread over about `files` files of at most
-    `max_file_bytes`; `objects` follow in a file of their own. torch is imported to serialize
-    `.metadata` and `common`. Raises UsageError for a chunk that no file can hold.
+    `max_file_bytes`; `objects` follow in a file of their own. Raises UsageError for a chunk that no
+    file can hold.
     """
-    from gptoss_convert.containers.torch_dist import serialized
-
     boxes = [(spec, box, form) for spec, box, form in _boxes(specs)]
     goal = -(-sum(form.length + PAGE for _, _, form in boxes) // max(files, 1))
     placed = _Placed(max_file_bytes)
@@ -50,7 +49,7 @@ def image(
     placed.close_file()
     stored = [(spec, box, item) for (spec, box, _), item in zip(boxes, tensor_items, strict=True)]
     closing = (
-        ("common.pt", serialized.saved(dict(common))),
+        ("common.pt", serialized.common(common)),
         (".metadata", serialized.metadata(stored, object_items)),
         # Last: its presence declares the checkpoint complete.
         ("metadata.json", json.dumps(_BACKENDS).encode()),
@@ -85,7 +84,6 @@ class _Placed:
     chunks: list[Chunk] = field(default_factory=list)
     fixed: list[tuple[int, bytes]] = field(default_factory=list)
     size: int = 0
-    # One string object for all items of a file: the pickle of `.metadata` shares by identity.
     name: str = "__0_0.distcp"
 
     def close_file(self) -> None:
