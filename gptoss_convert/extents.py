@@ -51,8 +51,17 @@ def volume(box: Box) -> int:
 
 def overlap(a: Box, b: Box) -> Box | None:
     """The common part of two boxes, None if there is none."""
-    common = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
-    return common if all(lo < hi for lo, hi in common) else None
+    common: list[tuple[int, int]] = []
+    # A loop, without calls: plans of 120b spend half their time here.
+    for (lo, hi), (low, high) in zip(a, b, strict=True):
+        if low > lo:
+            lo = low
+        if high < hi:
+            hi = high
+        if lo >= hi:
+            return None
+        common.append((lo, hi))
+    return tuple(common)
 
 
 def disjoint(boxes: Sequence[Box], axis: int = 0) -> bool:
