@@ -114,7 +114,7 @@ def transformers(source: str, target: str) -> Result:
     import torch
     from transformers import GptOssForCausalLM, Mxfp4Config  # pyright: ignore
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     began = time.monotonic()
     model = GptOssForCausalLM.from_pretrained(
         source, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True)
