@@ -119,7 +119,15 @@ def _sources(work: Path, options: argparse.Namespace) -> dict[str, Path]:
         shutil.copytree(sources["hf-mxfp4"], sources["ram disk"], dirs_exist_ok=True)
     if options.peers:
         sources["peers"] = _synth(work / "peers", "20b", 2)
+        os.environ.setdefault("BRIDGE_WHEEL", _bridge_wheel(work / "wheels"))
     return sources
+
+
+def _bridge_wheel(folder: Path) -> str:
+    """Megatron-Bridge's wheel from the package index, "" without one; it is read, not installed."""
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary"]
+    subprocess.run([*download, ":all:", "--dest", str(folder), "megatron-bridge"], check=False)
+    return next(map(str, sorted(folder.glob("megatron_bridge-*.whl"))), "")
 
 
 def _cases(
@@ -143,6 +151,7 @@ def _cases(
     cases[CP] = ("copy", bf16, target)
     cases[VALUES] = ("verify", mxfp4, bf16)
     cases[f"{VALUES}, reading alone"] = ("verify", mxfp4, bf16, "kernels")
+    cases[KERNELS] = ("kernels", "5")
     cases |= _start_up(str(sources["120b"]), target)
     if "ram disk" in sources:
         cases[FROM_RAM] = ("convert", str(sources["ram disk"]), target, "megatron", "keep")
@@ -193,6 +202,10 @@ FROM_RAM = "hf-mxfp4 on a RAM disk -> megatron"
 DD_DISTCP = "dd direct, write the Megatron bytes"
 PEER = "2 layers: transformers load + save"
 DCP = "DCP, default writer"
+KERNELS = "kernels, one thread"
+
+
+Figure = Callable[[dict[str, Any]], float]
 
 
 def _seconds(result: dict[str, Any]) -> float:
@@ -207,6 +220,10 @@ def _memory(result: dict[str, Any]) -> float:
     return result["peak_rss"]
 
 
+def _kernel(name: str) -> Figure:
+    return lambda result: statistics.median(result["kernels"][name])
+
+
 @dataclass(frozen=True)
 class Ratio:
     """One case's figure over another's, within a round, and what it should come to."""
@@ -215,11 +232,13 @@ class Ratio:
     over: str
     under: str
     goal: str
-    figure: Callable[[dict[str, Any]], float] = _seconds
+    figure: Figure = _seconds
+    figure_under: Figure | None = None
+    """Of the other case; the same unless it is given."""
 
     def row(self, rounds: Rounds) -> str:
         pairs = zip(rounds[self.over], rounds[self.under], strict=True)
-        ratios = sorted(self.figure(a) / self.figure(b) for a, b in pairs)
+        ratios = sorted(self.figure(a) / (self.figure_under or self.figure)(b) for a, b in pairs)
         middle = statistics.median(ratios)
         met = (
             middle >= float(self.goal[2:])
@@ -227,7 +246,7 @@ class Ratio:
             else middle <= float(self.goal[2:])
         )
         spread = f"{middle:>8.2f}{ratios[0]:>7.2f}{ratios[-1]:>7.2f}"
-        return f"{self.what:<52}{spread}  {self.goal:>7}  {'met' if met else 'missed'}"
+        return f"{self.what:<66}{spread}  {self.goal:>7}  {'met' if met else 'missed'}"
 
 
 RATIOS = (
@@ -247,6 +266,18 @@ RATIOS = (
     Ratio("2 layers: times as fast as transformers", PEER, f"2 layers: {MAIN}", ">=20"),
     Ratio("2 layers: memory of transformers", f"2 layers: {MAIN}", PEER, "<=0.05", _memory),
 )
+KERNEL_RATIOS = (
+    ("copy", "decode, straight", ">=1.0"),
+    ("copy", "decode, across", ">=0.45"),
+    ("copy", "encode, straight", ">=0.45"),
+    ("copy", "encode, across", ">=0.45"),
+    ("copy", "relayout, transpose and split", ">=0.3"),
+    ("copy", "relayout, join and transpose", ">=0.3"),
+    ("Megatron-Bridge decode, straight", "decode, straight", ">=100"),
+    ("transformers decode, across", "decode, across", ">=50"),
+    ("Megatron-Bridge encode, straight", "encode, straight", ">=70"),
+)
+"""Whose time over whose, and the goal; the peers' where they are installed."""
 
 
 def table(rounds: Rounds) -> str:
@@ -262,8 +293,13 @@ def table(rounds: Rounds) -> str:
             f"{name:<44}{middle:>9.2f}{seconds[0]:>8.2f}{seconds[-1]:>8.2f}{moved:>7.2f}"
             f"{peak:>9.0f}{cpu:>7.1f}"
         )
-    rows += ["", f"{'ratio, within each round':<52}{'median':>8}{'min':>7}{'max':>7}  goal"]
+    rows += ["", f"{'ratio, within each round':<66}{'median':>8}{'min':>7}{'max':>7}  goal"]
     rows += [one.row(rounds) for one in RATIOS if one.over in rounds and one.under in rounds]
+    for over, under, goal in KERNEL_RATIOS:
+        if all(over in result["kernels"] for result in rounds.get(KERNELS, [{"kernels": ()}])):
+            what = f"{under}: {'speed of' if over == 'copy' else 'times as fast as'} {over}"
+            one = Ratio(what, KERNELS, KERNELS, goal, _kernel(over), _kernel(under))
+            rows.append(one.row(rounds))
     return "\n".join(rows)
 
 

@@ -162,11 +162,21 @@ def planning(source: str, target: str) -> Result:
     return {"seconds": time.monotonic() - began, "read": 0, "written": 0}
 
 
+def kernels(rounds: str) -> Result:
+    """Processor seconds of each kernel, of `np.copyto`, and of the peers' functions."""
+    from benchmarks.kernels import measured
+
+    began = time.monotonic()
+    spent = measured(int(rounds))
+    return {"seconds": time.monotonic() - began, "read": 0, "written": 0, "kernels": spent}
+
+
 CASES: dict[str, Callable[..., Result]] = {
     "both_limits": both_limits,
     "convert": convert,
     "copy": copy,
     "dcp": dcp,
+    "kernels": kernels,
     "planning": planning,
     "python": python,
     "read_limit": read_limit,

@@ -3,8 +3,9 @@
 Run `python -m benchmarks.kernels [rounds]`: one thread and its CPU time; in each round every
 variant runs once, in random order, and the ratios are taken within the round. With transformers
 installed, its function for the same job runs too; with a wheel of megatron-bridge
-(`pip download --no-deps`) named in BRIDGE_WHEEL, the one that Megatron-Bridge decodes with. It has
-none that encodes.
+(`pip download --no-deps`) named in BRIDGE_WHEEL, the one that Megatron-Bridge decodes with. Its
+release 0.3.1 has none that encodes; BRIDGE_QUANTIZATION may name a copy of the unreleased module
+quantization_utils.py that has.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,26 +45,41 @@ def peer(blocks: np.ndarray, scales: np.ndarray) -> dict[str, Call]:
     return {"transformers decode, across": lambda: convert_moe_packed_tensors(b, s)}
 
 
-def bridge(blocks: np.ndarray, scales: np.ndarray) -> dict[str, Call]:
-    """Megatron-Bridge's decoding, taken out of its wheel: the package needs a GPU to import."""
-    wheel = os.environ.get("BRIDGE_WHEEL")
-    if not wheel:
-        print("not measured: Megatron-Bridge (BRIDGE_WHEEL is not set)", file=sys.stderr)
-        return {}
+def bridge(blocks: np.ndarray, scales: np.ndarray, values: np.ndarray) -> dict[str, Call]:
+    """Megatron-Bridge's functions, taken out of its files: the package needs a GPU to import."""
     import torch
 
-    text = zipfile.ZipFile(wheel).read("megatron/bridge/models/gpt_oss/gpt_oss_bridge.py")
-    found: list[ast.stmt] = [
+    torch.set_num_threads(1)
+    found: dict[str, Call] = {}
+    b, s = torch.from_numpy(blocks), torch.from_numpy(scales)
+    if wheel := os.environ.get("BRIDGE_WHEEL"):
+        text = zipfile.ZipFile(wheel).read("megatron/bridge/models/gpt_oss/gpt_oss_bridge.py")
+        decode = _function(text, "_dequantize_mxfp4")
+        found["Megatron-Bridge decode, straight"] = lambda: decode(b, s)
+    else:
+        print("not measured: Megatron-Bridge's decoding (BRIDGE_WHEEL is not set)", file=sys.stderr)
+    if module := os.environ.get("BRIDGE_QUANTIZATION"):
+        encode = _function(Path(module).read_bytes(), "quantize_mxfp4_e2m1_like_scale")
+        bits = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+        found["Megatron-Bridge encode, straight"] = lambda: encode(bits, s)
+    else:
+        print("not measured: Megatron-Bridge's encoding (BRIDGE_QUANTIZATION)", file=sys.stderr)
+    return found
+
+
+def _function(text: bytes, name: str) -> Any:
+    """A function of a module, with the module's plain constants, compiled alone."""
+    import torch
+
+    kept: list[ast.stmt] = [
         node
         for node in ast.parse(text).body
-        if isinstance(node, ast.FunctionDef) and node.name == "_dequantize_mxfp4"
+        if (isinstance(node, ast.FunctionDef) and node.name == name)
+        or (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant))
     ]
     scope: dict[str, Any] = {"torch": torch, "math": math}
-    exec(compile(ast.Module(found, []), "gpt_oss_bridge.py", "exec"), scope)
-    decode: Any = scope["_dequantize_mxfp4"]
-    torch.set_num_threads(1)
-    b, s = torch.from_numpy(blocks), torch.from_numpy(scales)
-    return {"Megatron-Bridge decode, straight": lambda: decode(b, s)}
+    exec(compile(ast.Module(kept, []), name, "exec"), scope)
+    return scope[name]
 
 
 def variants() -> dict[str, Call]:
@@ -99,11 +116,12 @@ def variants() -> dict[str, Call]:
         "fingerprint": lambda: fingerprint(straight, box, lengths, -1),
         "fingerprint of MXFP4": lambda: packed_fingerprint(blocks, scales, box, lengths, -1),
         **peer(blocks, scales),
-        **bridge(blocks, scales),
+        **bridge(blocks, scales, straight),
     }
 
 
-def main(rounds: int) -> None:
+def measured(rounds: int) -> dict[str, list[float]]:
+    """Processor seconds of each variant, one a round; a round before them warms up."""
     calls = variants()
     mxfp4.warm()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -113,16 +131,21 @@ def main(rounds: int) -> None:
             calls[name]()
             if turn:
                 seconds[name].append(time.thread_time() - begin)
+    return seconds
+
+
+def table(seconds: dict[str, list[float]]) -> str:
     gigabytes = ROWS * HIDDEN * 2 / 1e9
-    print(f"{'':38} GB/s of BF16 min/med/max      x copy min/med/max")
+    rows = [f"{'':38} GB/s of BF16 min/med/max      x copy min/med/max"]
     for name, spent in seconds.items():
         rates = sorted(gigabytes / value for value in spent)
         ratios = sorted(c / s for c, s in zip(seconds["copy"], spent, strict=True))
         cells = [
             f"{row[0]:6.2f} {statistics.median(row):6.2f} {row[-1]:6.2f}" for row in (rates, ratios)
         ]
-        print(f"{name:38} {cells[0]}          {cells[1]}")
+        rows.append(f"{name:38} {cells[0]}          {cells[1]}")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 9)
+    print(table(measured(int(sys.argv[1]) if len(sys.argv) > 1 else 9)))
