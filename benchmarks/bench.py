@@ -45,8 +45,16 @@ def main() -> None:
     result = {"machine": _machine(work), "layers": options.layers, "rounds": rounds}
     for number in range(options.rounds):
         for name in random.Random(number).sample(sorted(cases), len(cases)):
-            rounds[name].append(measure(*cases[name]))
-            remove(work / "target")
+            try:
+                rounds[name].append(measure(*cases[name]))
+            except subprocess.CalledProcessError as error:
+                print(f"{name}: failed, left out: {error}", file=sys.stderr)
+                del cases[name]
+                rounds.pop(name, None)
+                continue
+            finally:
+                for left in (work / "target", *work.glob(".target*")):
+                    remove(left)
             seconds = rounds[name][-1]["seconds"]
             print(f"round {number + 1}  {name:<40} {seconds:8.2f} s", file=sys.stderr)
         # After every round: what has been measured is kept if a later one is stopped.

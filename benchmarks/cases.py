@@ -26,13 +26,14 @@ _BLOCK = 32 << 20
 def convert(source: str, target: str, to: str, dtype: str, leave_out: str = "nothing") -> Result:
     """A conversion; `leave_out` kernels (I/O alone), or digests (no CRC, fingerprint, checks)."""
     from gptoss_convert import Options, execute, mxfp4, oddities, plan
+    from gptoss_convert.compute import Share
     from gptoss_convert.fingerprint import ScaleStatistics
     from gptoss_convert.run import run
 
     if leave_out in {"kernels", "digests"}:
         nothing = type("NoChecksum", (), {"crc32": staticmethod(lambda *_: 0)})
         execute.isal_zlib = nothing
-        execute.share = lambda *_: None
+        execute.share = lambda *_: Share(None, True)
         execute.statistics = lambda *_: ScaleStatistics()
         execute.examine = lambda *_: oddities.Oddities()
     if leave_out == "kernels":
