@@ -71,11 +71,14 @@ def _bias(scale):
 @compiled(DECODE)
 def decode_straight(values, blocks, scales, start, size, row, group, step):
     """Values of stride 1 along a group."""
+    gaps = row[1] != size[1] * group[1]  # The processor foresees a row only if it follows.
     for r in range(size[0]):
         for g in range(size[1]):
             v = start[0] + r * row[0] + g * group[0]
             b = start[1] + r * row[1] + g * group[1]
             s = start[2] + r * row[2] + g * group[2]
+            if gaps and g % 4 == 0:
+                prefetch(blocks, b + row[1])
             decode_block(blocks, b, values, v, _bias(scales[s]))
 
 
