@@ -381,15 +381,15 @@ def test_every_kernel_encodes_as_the_reference_does(
 
 def test_statistics_say_what_an_encoding_lost(path: str) -> None:
     values = np.zeros((1, 128))
-    values[0, 32] = 7.0  # clipped to 6
-    values[0, 33] = 0.25  # a tie with 0
-    values[0, 34] = 1.0
+    values[0, 32] = 448.0  # clipped to 384
+    values[0, 33] = 16.0  # a tie with 0
+    values[0, 34] = 64.0
     values[0, 64:67] = 4.0, 1.25, -0.125  # 1.25 becomes 1, 0.125 becomes 0
     values[0, 96] = 6.0
     bits = bits_of(values)
     bits[0, 97] = 0x7FC0
     _, scales, stats = encoded(bits)
-    assert scales.tolist() == [[0, 127, 127, 127]]
+    assert scales.tolist() == [[0, 133, 127, 127]]
     assert stats == EncodeStats(
         blocks=4,
         inexact_blocks=3,
@@ -399,10 +399,10 @@ def test_statistics_say_what_an_encoding_lost(path: str) -> None:
         flushed=2,
         zero_blocks=1,
         min_scale=127,
-        max_scale=127,
-        squares=49 + 0.0625 + 1 + 16 + 1.5625 + 0.015625 + 36,
-        squared_error=1 + 0.0625 + 0.0625 + 0.015625,
-        max_abs_error=1.0,
+        max_scale=133,
+        squares=64**2 * (49 + 0.0625 + 1) + 16 + 1.5625 + 0.015625 + 36,
+        squared_error=64**2 * (1 + 0.0625) + 0.0625 + 0.015625,
+        max_abs_error=64.0,
         hinted_blocks=0,
         first_inexact=1,
     )

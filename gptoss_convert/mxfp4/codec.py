@@ -101,20 +101,24 @@ def _measured(module: ModuleType, values: U16, blocks: U8, scales: U8, status: U
     inexact = status == module.INEXACT
     if not inexact.any():
         return EncodeStats()
-    counts, sums = np.zeros(3, np.int64), np.zeros(3)
+    # A sum per lane, so that the lanes of a vector need not wait for each other.
+    totals = np.zeros((3, 32), np.int64), np.zeros((2, 32)), np.zeros(32, np.uint32)
 
-    def kernel(*arguments: object) -> None:
-        module.measure(*arguments[:4], counts, sums, *arguments[4:])
+    def adding(kernel: Callable) -> Callable:
+        return lambda *arguments: kernel(*arguments[:4], totals, *arguments[4:])
 
-    _walk(kernel, kernel, values, blocks, scales, status)
+    straight, across = adding(module.measure_straight), adding(module.measure_across)
+    _walk(straight, across, values, blocks, scales, status)
+    changed, clipped, flushed = totals[0].sum(axis=1)
+    squares, squared_error = totals[1].sum(axis=1)
     return EncodeStats(
         inexact_blocks=int(np.count_nonzero(inexact)),
-        inexact_values=int(counts[0]),
-        clipped=int(counts[1]),
-        flushed=int(counts[2]),
-        squares=float(sums[0]),
-        squared_error=float(sums[1]),
-        max_abs_error=float(sums[2]),
+        inexact_values=int(changed),
+        clipped=int(clipped),
+        flushed=int(flushed),
+        squares=float(squares),
+        squared_error=float(squared_error),
+        max_abs_error=float(totals[2].view(np.float32).max()),
         first_inexact=int(inexact.argmax()),
     )
 

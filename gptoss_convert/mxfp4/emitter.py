@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -29,7 +29,7 @@ class Emitter:
         array = self.context.make_array(array_type)(self.context, self.builder, value)
         return self.builder.bitcast(self.builder.gep(array.data, [index]), ir.PointerType(kind))
 
-    def load(self, argument: int, index: Any, lanes: int, lane: ir.IntType) -> Any:
+    def load(self, argument: int, index: Any, lanes: int, lane: ir.Type) -> Any:
         """A vector from an array, from the element at `index` on."""
         pointer = self.pointer(argument, index, ir.VectorType(lane, lanes))
         return self.builder.load(pointer, align=self.arguments[argument][0].dtype.bitwidth // 8)
@@ -38,6 +38,17 @@ class Emitter:
         """Write a vector to an array."""
         pointer = self.pointer(argument, index, value.type)
         self.builder.store(value, pointer, align=self.arguments[argument][0].dtype.bitwidth // 8)
+
+    def update(self, operation: Callable, value: Any, argument: int, at: int) -> None:
+        """Replace a vector in an array by the result of an operation on it and `value`."""
+        index = ir.Constant(I64, at)
+        now = self.load(argument, index, value.type.count, value.type.element)
+        self.store(operation(now, value), argument, index)
+
+    def total(self, lanes: int, lane: ir.Type) -> Any:
+        """The address of a variable vector for a loop, of zeros."""
+        zeros = ir.Constant(ir.VectorType(lane, lanes), [0] * lanes)
+        return cgutils.alloca_once_value(self.builder, zeros)
 
     def prefetch(self, argument: int, index: Any) -> None:
         """Ask for an element's cache line; the element may lie beyond the array's end."""
@@ -103,6 +114,16 @@ class Emitter:
                 for part in (0, 1)
             ]
         return rows
+
+    def nonzero(self, lanes: Any) -> Any:
+        """Truth values of the lanes."""
+        return self.builder.icmp_unsigned("!=", lanes, self.number(0, lanes))
+
+    def floats(self, bits: Any) -> Any:
+        """The float32 values of BF16 bits."""
+        count = bits.type.count
+        wide = self.builder.zext(bits, ir.VectorType(I32, count))
+        return self.builder.bitcast(self.moved(wide, 16), ir.VectorType(ir.FloatType(), count))
 
     def where(self, lanes: Any, comparison: str, limit: int, chosen: Any) -> Any:
         """`chosen` where the comparison with a number holds, 0 elsewhere."""

@@ -7,10 +7,8 @@ Tuples hold one number per array, in their order; `step` is the values' stride a
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-from numba import float64, int64, njit, uint16, uint32, uint64
+from numba import njit, uint16, uint64
 
 from gptoss_convert.mxfp4.jit import compiled
 from gptoss_convert.mxfp4.vectors import (
@@ -22,6 +20,8 @@ from gptoss_convert.mxfp4.vectors import (
     encode_columns,
     largest,
     largest_of_columns,
+    measure_blocks,
+    measure_columns,
     prefetch,
     transpose,
 )
@@ -56,7 +56,8 @@ ENCODE = (
     f"{TUPLE[5]}, {TUPLE[2]}, {TUPLE[5]}, {TUPLE[5]}, int64)"
 )
 MEASURE = (
-    f"void({IN16}, {IN8}, {IN8}, {IN8}, Array(int64, 1, 'C'), Array(float64, 1, 'C'), "
+    f"void({IN16}, {IN8}, {IN8}, {IN8}, "
+    "Tuple((Array(int64, 2, 'C'), Array(float64, 2, 'C'), Array(uint32, 1, 'C'))), "
     f"{TUPLE[4]}, {TUPLE[2]}, {TUPLE[4]}, {TUPLE[4]}, int64)"
 )
 COPY = f"void({IN16}, {OUT16}, {TUPLE[2]}, {TUPLE[2]}, {TUPLE[2]}, {TUPLE[2]})"
@@ -194,39 +195,58 @@ def encode_across(values, blocks, scales, hints, status, start, size, row, group
                 )
 
 
+@njit(inline="always")
+def _bias_and_mask(scale, status):
+    """What `measure_blocks` sees a block by: only inexact blocks count."""
+    return _usable_bias(scale), uint16(0xFFFF) if status == INEXACT else uint16(0)
+
+
 @compiled(MEASURE)
-def measure(values, blocks, scales, status, counts, sums, start, size, row, group, step):
-    """Add up the inexact blocks' values: counts (changed, clipped, flushed) and, as float64,
-    sums (squares, squared errors, largest absolute error)."""
-    decoded = np.empty(32, np.uint16)
-    # A sum per lane, so that the lanes of a vector need not wait for each other.
-    wide = np.empty((2, 32), np.uint32)
-    exact, rounded = wide.view(np.float32)
-    changed, clipped, flushed = np.zeros((3, 32), np.int64)
-    squares, errors, largest_error = np.zeros((3, 32))
+def measure_straight(values, blocks, scales, status, totals, start, size, row, group, step):
+    """What `measure_blocks` adds up, of the inexact blocks; their bytes are not needed."""
+    biases, masks = np.empty((2, STRIP), np.uint16)
     for r in range(size[0]):
+        for first in range(0, size[1], STRIP):
+            v = start[0] + r * row[0] + first * group[0]
+            s = start[2] + r * row[2] + first * group[2]
+            t = start[3] + r * row[3] + first * group[3]
+            count = min(STRIP, size[1] - first)
+            used = uint16(0)
+            for g in range(count):
+                biases[g], masks[g] = _bias_and_mask(
+                    scales[uint64(s + g * group[2])], status[uint64(t + g * group[3])]
+                )
+                used |= masks[g]
+            if used:
+                measure_blocks(values, v, group[0], biases, masks, 0, count, *totals)
+
+
+@compiled(MEASURE)
+def measure_across(values, blocks, scales, status, totals, start, size, row, group, step):
+    """Values of any stride, fast if 1 along rows."""
+    tile = np.empty(32, np.uint16)
+    biases, masks = np.empty((2, STRIP), np.uint16)
+    for first in range(0, size[0], STRIP):
+        rows = min(STRIP, size[0] - first)
+        wide = rows // WIDE * WIDE if row[0] == 1 else 0
         for g in range(size[1]):
-            if status[start[3] + r * row[3] + g * group[3]] != INEXACT:
+            v = start[0] + first * row[0] + g * group[0]
+            s = start[2] + first * row[2] + g * group[2]
+            t = start[3] + first * row[3] + g * group[3]
+            used = uint16(0)
+            for r in range(rows):
+                biases[r], masks[r] = _bias_and_mask(
+                    scales[uint64(s + r * row[2])], status[uint64(t + r * row[3])]
+                )
+                used |= masks[r]
+            if not used:
                 continue
-            v = start[0] + r * row[0] + g * group[0]
-            b = start[1] + r * row[1] + g * group[1]
-            scale = scales[start[2] + r * row[2] + g * group[2]]
-            decode_block(blocks, b, decoded, 0, _bias(scale))
-            for k in range(32):
-                wide[0, k] = uint32(values[v + k * step] & 0x7FFF) << uint32(16)
-                wide[1, k] = uint32(decoded[k] & 0x7FFF) << uint32(16)
-            most = np.float32(math.ldexp(6.0, int64(scale) - 127))
-            for k in range(32):
-                value, error = exact[k], abs(exact[k] - rounded[k])
-                changed[k] += error != 0
-                clipped[k] += value > most
-                flushed[k] += (rounded[k] == 0) & (value > 0)
-                squares[k] += float64(value) * float64(value)
-                errors[k] += float64(error) * float64(error)
-                largest_error[k] = max(largest_error[k], float64(error))
-    counts += np.array([changed.sum(), clipped.sum(), flushed.sum()])
-    sums[:2] += np.array([squares.sum(), errors.sum()])
-    sums[2] = max(sums[2], largest_error.max())
+            for r in range(0, wide, WIDE):
+                measure_columns(values, v + r, step, biases, masks, r, 32, *totals)
+            for r in range(wide, rows):
+                for k in range(32):
+                    tile[k] = values[v + r * row[0] + k * step]
+                measure_blocks(tile, 0, 0, biases, masks, r, 1, *totals)
 
 
 @compiled(COPY)

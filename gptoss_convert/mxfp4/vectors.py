@@ -156,8 +156,7 @@ def dot_blocks(typingctx, blocks, b, block_step, scales, s, scale_step, limbs, w
 
     def emit(context, builder, signature, arguments):
         e = Emitter(context, builder, signature, arguments)
-        zeros = ir.Constant(ir.VectorType(I32, 16), [0] * 16)
-        sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(4)]
+        sums = [e.total(16, I32) for _ in range(4)]
         with cgutils.for_range(builder, e.scalar(9)) as loop:
             scale = builder.load(e.pointer(3, e.line(4, loop.index), I8))
             above = builder.sub(scale, ir.Constant(I8, 2))
@@ -188,6 +187,73 @@ def _bits_over_64(e: Emitter, index: Any, scale: Any) -> Any:
     codes = b.bitcast(b.or_(pairs, e.moved(pairs, 12)), ir.VectorType(I16, 32))
     bias = b.sub(b.shl(b.zext(scale, I16), ir.Constant(I16, 1)), ir.Constant(I16, 2))
     return e.values(codes, e.spread(bias, 32), unit=0)
+
+
+@intrinsic
+def measure_blocks(typingctx, values, v, step, biases, masks, a, count, counts, sums, largest_of):
+    """Add up what encoding `count` blocks of values, `step` apart, did: block k by biases[a + k].
+
+    The values are seen through masks[a + k]. Of 32 lanes each, `counts` gets the values changed,
+    clipped and flushed, `sums` the squares and squared errors; `largest_of` the largest error, as
+    float32 bits. At most 65535 blocks.
+    """
+
+    def emit(context, builder, signature, arguments):
+        e = Emitter(context, builder, signature, arguments)
+
+        def of_block(argument: int, k: Any) -> Any:
+            pointer = e.pointer(argument, builder.add(e.scalar(5), k), I16)
+            return e.spread(builder.load(pointer), 32)
+
+        _measure(e, lambda k: (of_block(3, k), of_block(4, k)))
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(values, i, i, biases, masks, i, i, counts, sums, largest_of), emit
+
+
+@intrinsic
+def measure_columns(typingctx, values, v, step, biases, masks, a, count, counts, sums, largest_of):
+    """The same of `count` values each of WIDE blocks side by side: block i by biases[a + i]."""
+
+    def emit(context, builder, signature, arguments):
+        e = Emitter(context, builder, signature, arguments)
+        bias, mask = (e.load(argument, e.scalar(5), WIDE, I16) for argument in (3, 4))
+        _measure(e, lambda k: (bias, mask))
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(values, i, i, biases, masks, i, i, counts, sums, largest_of), emit
+
+
+def _measure(e: Emitter, seen_by: Callable[[Any], tuple[Any, Any]]) -> None:
+    """Emit the loop over lines of 32 values, of which `seen_by` returns bias and mask."""
+    b, double = e.builder, ir.DoubleType()
+    counts, sums = [e.total(32, I16) for _ in range(3)], [e.total(32, double) for _ in range(2)]
+    largest_error = e.total(32, I32)
+    with cgutils.for_range(b, e.scalar(6)) as loop:
+        bias, mask = seen_by(loop.index)
+        bits = b.and_(e.load(0, e.line(1, loop.index), 32, I16), mask)
+        _, differ = e.encoded(bits, bias)
+        magnitudes = e.magnitudes(bits)
+        back = b.xor(differ, magnitudes)
+        clipped = b.icmp_unsigned(">", magnitudes, b.add(bias, e.number(7 << 6, bias)))
+        flushed = b.and_(e.nonzero(magnitudes), b.not_(e.nonzero(back)))
+        for total, found in zip(counts, (e.nonzero(differ), clipped, flushed), strict=True):
+            b.store(b.add(b.load(total), b.zext(found, bits.type)), total)
+        exact, error = e.floats(magnitudes), b.fsub(e.floats(magnitudes), e.floats(back))
+        for total, number in zip(sums, (exact, error), strict=True):
+            wide = b.fpext(number, ir.VectorType(double, 32))
+            b.store(b.fadd(b.load(total), b.fmul(wide, wide)), total)
+        absolute = b.bitcast(error, ir.VectorType(I32, 32))
+        absolute = b.and_(absolute, e.number(0x7FFFFFFF, absolute))
+        b.store(e.larger(b.load(largest_error), absolute), largest_error)
+    for i, total in enumerate(counts):
+        wide = b.zext(b.load(total), ir.VectorType(I64, 32))
+        e.update(b.add, wide, 7, 32 * i)
+    for i, total in enumerate(sums):
+        e.update(b.fadd, b.load(total), 8, 32 * i)
+    e.update(e.larger, b.load(largest_error), 9, 0)
 
 
 @intrinsic
