@@ -80,18 +80,21 @@ def _encode_piece(
     views = values, blocks, scales, hints, status
     if not _walk(module.encode_straight, module.encode_across, *views):
         return _encode_by_reference(values, blocks, scales, hints)
-    if not status.any():
-        least, most = int(scales.min()), int(scales.max())
-        return EncodeStats(blocks=scales.size, min_scale=least, max_scale=most)
-    stats = _measured(module, values, blocks, scales, status)
-    for index, flat in _batches(status == module.REDO):
-        stats = _with(stats, _redo(index, flat, values, blocks, scales, hints))
-    left_out = (status & (module.REDO | module.ZERO)) != 0
+    seen = int(np.bitwise_or.reduce(status, axis=None))
+    stats = EncodeStats()
+    if seen & module.INEXACT:
+        stats = _measured(module, values, blocks, scales, status)
+    if seen & module.REDO:
+        for index, flat in _batches(status == module.REDO):
+            stats = _with(stats, _redo(index, flat, values, blocks, scales, hints))
+    counted = scales
+    if seen & (module.REDO | module.ZERO):
+        counted = scales[(status & (module.REDO | module.ZERO)) == 0]
     return stats + EncodeStats(
         blocks=scales.size,
         zero_blocks=int(np.count_nonzero(status & module.ZERO)),
-        min_scale=int(np.where(left_out, 255, scales).min()),
-        max_scale=int(np.where(left_out, 0, scales).max()),
+        min_scale=int(counted.min(initial=255)),
+        max_scale=int(counted.max(initial=0)),
         hinted_blocks=int(np.count_nonzero(status & module.HINTED)),
     )
 
@@ -99,8 +102,6 @@ def _encode_piece(
 def _measured(module: ModuleType, values: U16, blocks: U8, scales: U8, status: U8) -> EncodeStats:
     """What the kernel rounded; the blocks themselves are left uncounted."""
     inexact = status == module.INEXACT
-    if not inexact.any():
-        return EncodeStats()
     # A sum per lane, so that the lanes of a vector need not wait for each other.
     totals = np.zeros((3, 32), np.int64), np.zeros((2, 32)), np.zeros(32, np.uint32)
 
