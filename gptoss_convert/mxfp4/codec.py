@@ -76,7 +76,7 @@ def _encode_piece(
     module: ModuleType, values: U16, blocks: U8, scales: U8, hints: U8
 ) -> EncodeStats:
     """Encode by kernel, then the blocks that it leaves to the reference; or all by the latter."""
-    status = np.empty(scales.shape, np.uint8)
+    status = np.empty_like(values[..., 0], np.uint8)  # Its axes in the order of the values'.
     views = values, blocks, scales, hints, status
     if not _walk(module.encode_straight, module.encode_across, *views):
         return _encode_by_reference(values, blocks, scales, hints)

@@ -36,7 +36,7 @@ HINTED = 4
 INEXACT = 8
 """Status of a block whose values were rounded: `measure` says how far."""
 
-STRIP = 256
+STRIP = 384
 """Rows that are treated together: long runs for the memory, and all they touch fits in a cache."""
 
 TILE = 512
