@@ -41,6 +41,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     sources = _sources(work, options)
     cases = _cases(sources, work, options)
+    if options.only:
+        cases = {name: case for name, case in cases.items() if any(p in name for p in options.only)}
     rounds: Rounds = defaultdict(list)
     result = {"machine": _machine(work), "layers": options.layers, "rounds": rounds}
     for number in range(options.rounds):
@@ -79,6 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ram-disk", type=Path, help="a folder in memory, to measure writing alone"
     )
+    parser.add_argument("--only", nargs="+", help="cases with one of these words in their names")
     parser.add_argument("--scaling", action="store_true", help="1 to 8 layers, and 2 of 120b")
     parser.add_argument("--full", action="store_true", help="with --scaling: all 24 layers too")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints in --work")

@@ -86,7 +86,11 @@ def cli() -> None:
     "always by size; or OpenAI's own names, order and boundaries.",
 )
 @click.option("--max-shard-size", type=Size(), default="5GB", help="Largest file, by size.")
-@click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
+@click.option(
+    "--max-memory",
+    type=Size(),
+    help="Limit that buffers must fit in.  [default: 400MB, or what --workers take]",
+)
 @workers_option
 @click.option(
     "--scales",

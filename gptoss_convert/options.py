@@ -23,7 +23,8 @@ class Options:
     shards: str = "auto"
     """`auto`: as the MXFP4 source was, where a sidecar remembers it, else by size."""
     max_shard_size: int = 5_000_000_000
-    max_memory: int = 4_000_000_000
+    max_memory: int | None = None
+    """Bytes; None: 400 MB, or what `workers` take."""
     workers: int | None = None
     scales: Path | None = None
     """An MXFP4 checkpoint, or a BF16 one with a sidecar, whose block scales are preferred."""

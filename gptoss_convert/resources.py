@@ -8,8 +8,10 @@ from pathlib import Path
 
 from gptoss_convert.errors import DiskError, ResourceError
 
-BASE_BYTES = 160_000_000
-"""Resident memory of the interpreter, numpy and the compiled kernels, before any buffer."""
+BASE_BYTES = 200_000_000
+"""Resident memory before any buffer: the interpreter, numpy, compiled kernels, a plan of 120b."""
+USUAL_BYTES = 400_000_000
+"""What a program may take without being asked."""
 
 
 def memory_limit() -> int:
@@ -55,18 +57,20 @@ def peak_memory() -> int:
 
 
 def choose_workers(
-    buffer_bytes: int, max_memory: int, workers: int | None, processes: int = 1
+    buffer_bytes: int, max_memory: int | None, workers: int | None, processes: int = 1
 ) -> int:
     """How many workers fit into `max_memory`; raises ResourceError if not even one does.
 
-    Without a wish: two more than there are processors, at most 16, as more only wait for the disk.
-    So many `processes` share the machine's memory and processors.
+    Without a wish: two more than there are processors, at most 16, as more only wait for the disk,
+    and only as many as the usual memory holds. So many `processes` share the machine's memory and
+    processors.
     """
     limit = memory_limit() // processes
-    allowed = min(max_memory, limit)
+    wanted = max_memory or (limit if workers else USUAL_BYTES)
+    allowed = min(wanted, limit)
     fit = (allowed - BASE_BYTES) // max(buffer_bytes, 1)
     if fit < 1:
-        whose = "the machine or its container allows" if limit < max_memory else "--max-memory is"
+        whose = "the machine or its container allows" if limit < wanted else "--max-memory is"
         raise ResourceError(
             f"one worker needs {(BASE_BYTES + buffer_bytes) / 1e6:.0f} MB, {whose} "
             f"{allowed / 1e6:.0f} MB"

@@ -83,19 +83,8 @@ class Step:
         Blocks are never cut, and pages are not if the rows are of the released models' lengths.
         """
         weight, _ = self.split_targets()
-        slowest = {_slowest(extent, self.box) for extent in weight}
-        count = -(-2 * volume(self.box) // PIECE_BYTES)
-        if len(slowest) != 1 or count < 2:
-            yield self
-            return
-        (axis,) = slowest
-        lo, hi = self.box[axis]
-        cut = axis == len(self.box) - 1 or hi - lo >= count * BLOCK
-        length = -(-(hi - lo) // count)
-        length = -(-length // BLOCK) * BLOCK if cut else length
-        for start in range(lo, hi, length):
-            span = (start, min(start + length, hi))
-            yield replace(self, box=(*self.box[:axis], span, *self.box[axis + 1 :]))
+        for box in _pieces(self.box, weight):
+            yield replace(self, box=box)
 
 
 @dataclass(frozen=True)
@@ -256,6 +245,26 @@ def _position(step: Step, order: Mapping[str, int]) -> tuple[int, int]:
     extent = step.targets[0]
     box = member_box(step.family, extent.param, step.box)
     return order[extent.file], extent.at(overlap(extent.box, box) or box)
+
+
+def _pieces(box: Box, extents: Sequence[Extent]) -> Iterator[Box]:
+    slowest = {_slowest(extent, box) for extent in extents}
+    count = -(-2 * volume(box) // PIECE_BYTES)
+    if len(slowest) != 1 or count < 2:
+        yield box
+        return
+    (axis,) = slowest
+    lo, hi = box[axis]
+    blocks = axis == len(box) - 1
+    length = max(1, (hi - lo) // count)
+    if blocks or length > BLOCK:
+        length = -(-length // BLOCK) * BLOCK
+    for start in range(lo, hi, length):
+        part = (*box[:axis], (start, min(start + length, hi)), *box[axis + 1 :])
+        if length > 1 or blocks:
+            yield part
+        else:
+            yield from _pieces(part, extents)
 
 
 def _slowest(extent: Extent, box: Box) -> int:

@@ -1,7 +1,12 @@
-"""The peak memory that is reported is this program's own, not its parent's."""
+"""The memory that is reported is this program's own, and what is taken unasked is bounded."""
 
 import subprocess
 import sys
+
+import pytest
+
+from gptoss_convert import resources
+from gptoss_convert.resources import choose_workers
 
 PARENT = """
 import subprocess, sys
@@ -14,3 +19,16 @@ print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=Tr
 def test_a_large_parent_does_not_count() -> None:
     said = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True)
     assert 1_000_000 < int(said.stdout) < 300_000_000
+
+
+def test_a_large_machine_takes_no_more_memory_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr(resources, "memory_limit", lambda: 10**12)
+    expert, packed = 43_000_000, 18_000_000
+    assert choose_workers(expert, None, None) == 4
+    assert choose_workers(packed, None, None) == 11
+    assert choose_workers(expert, 10**9, None) == 16
+    assert choose_workers(expert, None, 24) == 24
+    assert choose_workers(expert, 300_000_000, 24) == 2
+    monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: range(2))
+    assert choose_workers(packed, None, None) == 4
