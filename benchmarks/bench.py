@@ -62,14 +62,15 @@ def main() -> None:
         # After every round: what has been measured is kept if a later one is stopped.
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rounds))
+    if not options.keep:
+        for source in sources.values():
+            remove(source)
     if options.scaling:
         result["scaling"] = scaling = _scaling(work, options)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(scaling_table(scaling))
     if not options.keep:
         remove(work)
-        if options.ram_disk:
-            remove(options.ram_disk / "hf-mxfp4")
 
 
 def _arguments() -> argparse.Namespace:

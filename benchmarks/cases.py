@@ -38,6 +38,8 @@ def convert(source: str, target: str, to: str, dtype: str, leave_out: str = "not
         execute.examine = lambda *_: oddities.Oddities()
     if leave_out == "kernels":
         execute.compute = lambda *_: mxfp4.EncodeStats()
+    # A case of its own: the program loads its kernels while it plans.
+    execute.warm()
     began = time.monotonic()
     conversion = plan(source, target, Options(to=to, dtype=dtype))
     planned = time.monotonic() - began
@@ -52,9 +54,11 @@ def convert(source: str, target: str, to: str, dtype: str, leave_out: str = "not
 
 def verify(source: str, target: str, leave_out: str = "nothing") -> Result:
     """Compare all values of two checkpoints; `leave_out` the comparison to read both alone."""
+    from gptoss_convert.execute import warm
     from gptoss_convert.opening import open_checkpoint
     from gptoss_convert.verify import pairs, values
 
+    warm()
     if leave_out == "kernels":
         compared = values.Compared
         pairs._Worker._values = lambda *_: None  # pyright: ignore
