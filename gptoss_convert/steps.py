@@ -168,7 +168,7 @@ def _family_steps(
     lengths = tuple(sizes[axis] for axis in family.axes)
     if family.blocks is None:
         tile_bytes = min(tile_bytes, _PLAIN_TILE_BYTES)
-    tile = _tile(family, lengths, targets[0], tile_bytes)
+    tile = _tile(family, lengths, (sources[0], targets[0]), tile_bytes)
     source_cells = _cells(lengths, tile, sources)
     target_cells = _cells(lengths, tile, targets)
     held, taken = {e.param for e in sources}, {e.param for e in targets}
@@ -184,16 +184,21 @@ def _family_steps(
         yield step
 
 
-def _tile(family: Family, lengths: Sequence[int], target: Extent, tile_bytes: int) -> list[int]:
+def _tile(
+    family: Family, lengths: Sequence[int], sides: tuple[Extent, Extent], tile_bytes: int
+) -> list[int]:
     """The longest box of one layer that fits, cut along the target's slowest axes.
 
-    Blocks are never cut.
+    What lies between its parts on either side counts too, as buffers hold it. Blocks are never cut.
     """
     tile = [1 if axis == "layer" else n for axis, n in zip(family.axes, lengths, strict=True)]
+    _, target = sides
     # An axis of stride 0 is bound by the tensor's name: no tensor holds two of its indexes.
     slowest = sorted(range(len(tile) - 1), key=lambda i: -(target.strides[i] or math.inf))
     for axis in slowest:
         unit = 2 * math.prod(tile) // tile[axis]
+        if family.blocks is None:
+            unit = max(unit, *(side.strides[axis] for side in sides))
         if unit >= tile_bytes or target.strides[axis] == 0:
             tile[axis] = 1
         elif unit * tile[axis] > tile_bytes:

@@ -26,7 +26,7 @@ def test_a_large_machine_takes_no_more_memory_unasked(monkeypatch: pytest.Monkey
     monkeypatch.setattr(resources, "memory_limit", lambda: 10**12)
     expert, packed = 43_000_000, 18_000_000
     assert choose_workers(expert, None, None) == 4
-    assert choose_workers(packed, None, None) == 11
+    assert choose_workers(packed, None, None) == 10
     assert choose_workers(expert, 10**9, None) == 16
     assert choose_workers(expert, None, 24) == 24
     assert choose_workers(expert, 300_000_000, 24) == 2
