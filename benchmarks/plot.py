@@ -67,8 +67,8 @@ def _scaling(time: Any, memory: Any, scaling: dict[str, Any]) -> None:
     for axes, label in ((time, "seconds, synced"), (memory, "peak memory, MB")):
         axes.set_xlabel("GB written, hf-mxfp4 → hf-bf16")
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False)
+        axes.set_ylim(bottom=0, top=1.15 * axes.get_ylim()[1])
+        axes.legend(frameon=False, loc="lower right")
 
 
 if __name__ == "__main__":
