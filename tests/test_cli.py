@@ -314,3 +314,25 @@ def test_odd_paths_work_in_any_locale(given: Path, tmp_path: Path, name: str):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "dtypes.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "on_stdout"),
+    [
+        ("inspect missing --json", True),
+        ("inspect missing", False),
+        ("verify missing missing --json", True),
+        ("verify missing missing --json -q", True),
+        ("verify --json report.json missing missing", False),
+        ("verify missing missing --json report.json", False),
+        ("verify missing missing -q -- --json", False),
+    ],
+)
+def test_an_error_is_json_where_json_goes_to_stdout(
+    words: str, on_stdout: bool, tmp_path: Path
+) -> None:
+    done = command(*words.split(), cwd=tmp_path)
+    assert done.returncode in (2, 3)
+    assert bool(done.stdout) == on_stdout
+    if on_stdout:
+        assert json.loads(done.stdout)["exit_code"] == done.returncode
