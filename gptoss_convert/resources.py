@@ -70,7 +70,7 @@ def choose_workers(
     allowed = min(wanted, limit)
     fit = (allowed - BASE_BYTES) // max(buffer_bytes, 1)
     if fit < 1:
-        whose = "the machine or its container allows" if limit < wanted else "--max-memory is"
+        whose = "the machine or its container allows" if allowed == limit else "--max-memory is"
         raise ResourceError(
             f"one worker needs {(BASE_BYTES + buffer_bytes) / 1e6:.0f} MB, {whose} "
             f"{allowed / 1e6:.0f} MB"

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from gptoss_convert import resources
+from gptoss_convert.errors import ResourceError
 from gptoss_convert.resources import choose_workers
 
 PARENT = """
@@ -32,3 +33,12 @@ def test_a_large_machine_takes_no_more_memory_unasked(monkeypatch: pytest.Monkey
     assert choose_workers(expert, 300_000_000, 24) == 2
     monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: range(2))
     assert choose_workers(packed, None, None) == 4
+
+
+def test_who_allows_too_little_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "memory_limit", lambda: 220_000_000)
+    for workers in (None, 3):
+        with pytest.raises(ResourceError, match="253 MB, the machine or its container allows 220"):
+            choose_workers(43_000_000, None, workers)
+    with pytest.raises(ResourceError, match="253 MB, --max-memory is 215 MB"):
+        choose_workers(43_000_000, 215_000_000, 3)
