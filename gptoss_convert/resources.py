@@ -66,7 +66,9 @@ def choose_workers(
     processors.
     """
     limit = memory_limit() // processes
-    wanted = max_memory or (limit if workers else USUAL_BYTES)
+    wanted = max_memory
+    if wanted is None:
+        wanted = limit if workers else USUAL_BYTES
     allowed = min(wanted, limit)
     fit = (allowed - BASE_BYTES) // max(buffer_bytes, 1)
     if fit < 1:

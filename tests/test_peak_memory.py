@@ -40,5 +40,6 @@ def test_who_allows_too_little_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     for workers in (None, 3):
         with pytest.raises(ResourceError, match="253 MB, the machine or its container allows 220"):
             choose_workers(43_000_000, None, workers)
-    with pytest.raises(ResourceError, match="253 MB, --max-memory is 215 MB"):
-        choose_workers(43_000_000, 215_000_000, 3)
+    for most, said in ((215_000_000, "215 MB"), (0, "0 MB")):
+        with pytest.raises(ResourceError, match=f"253 MB, --max-memory is {said}"):
+            choose_workers(43_000_000, most, 3)
