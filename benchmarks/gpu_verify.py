@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.kernels import measured, table
 from gptoss_convert.opening import open_checkpoint
 from gptoss_convert.ranks import ALONE
 from gptoss_convert.verify import forward
@@ -325,10 +326,9 @@ def grouped(bench: Bench) -> None:
 
 
 def kernels(bench: Bench) -> None:
-    line = [sys.executable, "benchmarks/kernels.py", "5"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    print(done.stdout, flush=True)
-    bench.results["kernels"] = done.stdout
+    found = table(measured(5))
+    print(found, flush=True)
+    bench.results["kernels"] = found
 
 
 STEPS: dict[str, Callable[[Bench], None]] = {

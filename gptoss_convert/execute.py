@@ -89,7 +89,7 @@ class _Worker:
     def run(self, number: int) -> tuple[Done, int]:
         """Do one step; returns what it did, and the bytes it read and wrote."""
         step = self._plan.steps[number]
-        self._arena.reset(step.buffer_bytes())
+        self._arena.reset(self._plan.buffer_bytes)
         held: dict[str, list[Part]] = defaultdict(list)
         nbytes = rounded = 0
         for part in lay_out(step, step.sources, self._arena):
@@ -126,11 +126,9 @@ class _Worker:
     def _write(self, taken: Parts, written: _Written) -> None:
         memory = memoryview(self._arena.memory)
         for part in itertools.chain(*taken.values()):
-            first = part.extent.at(part.box)
-            for skip, length in runs(part.extent, part.box):
-                position = part.position + skip
-                written.add(part.extent, first + skip, memory[position : position + length])
-                self._targets.write(part.extent.file, first + skip, length, self._arena, position)
+            for offset, position, length in part.runs():
+                written.add(part.extent, offset, memory[position : position + length])
+                self._targets.write(part.extent.file, offset, length, self._arena, position)
 
 
 class _Written:

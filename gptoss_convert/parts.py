@@ -39,6 +39,15 @@ class Part:
             )
         ]
 
+    def runs(self, gap: int = 0) -> Iterator[tuple[int, int, int]]:
+        """The contiguous runs of this part, as (byte of the file, position in the arena, length).
+
+        See `runs` for `gap`.
+        """
+        first = self.extent.at(self.box)
+        for skip, length in runs(self.extent, self.box, gap):
+            yield first + skip, self.position + skip, length
+
 
 Parts = Mapping[str, Sequence[Part]]
 """By parameter: the parts that hold it, or take it."""
@@ -96,8 +105,8 @@ def read(part: Part, sources: ByteSource, arena: Arena) -> int:
     if 2 * useful >= span:
         sources.read(extent.file, first, span, arena, part.position)
     else:
-        for skip, length in runs(extent, box, gap=PAGE):
-            sources.read(extent.file, first + skip, length, arena, part.position + skip)
+        for offset, position, length in part.runs(gap=PAGE):
+            sources.read(extent.file, offset, length, arena, position)
     return useful
 
 

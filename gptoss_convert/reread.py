@@ -18,7 +18,7 @@ from gptoss_convert.fingerprint import MASK
 from gptoss_convert.model import load_model
 from gptoss_convert.mxfp4 import EncodeStats
 from gptoss_convert.oddities import Oddities, examine
-from gptoss_convert.parts import Part, cast, lay_out, read, runs
+from gptoss_convert.parts import Part, cast, lay_out, read
 from gptoss_convert.progress import Progress
 from gptoss_convert.steps import Plan, make_plan
 from gptoss_convert.workers import run_all
@@ -101,12 +101,10 @@ class _Worker:
         return found, nbytes
 
     def _regions(self, part: Part) -> Iterator[Region]:
-        first = part.extent.at(part.box)
         memory = memoryview(self._arena.memory)
-        for skip, length in runs(part.extent, part.box):
-            position = part.position + skip
+        for offset, position, length in part.runs():
             crc = isal_zlib.crc32(memory[position : position + length])
-            yield Region(part.extent.file, first + skip, length, crc)
+            yield Region(part.extent.file, offset, length, crc)
 
 
 def layers_of(plan: Plan, seen: Iterable[Seen]) -> Mapping[str, Mapping[int, int]]:

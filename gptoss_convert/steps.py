@@ -196,9 +196,8 @@ def _tile(
     # An axis of stride 0 is bound by the tensor's name: no tensor holds two of its indexes.
     slowest = sorted(range(len(tile) - 1), key=lambda i: -(target.strides[i] or math.inf))
     for axis in slowest:
-        unit = 2 * math.prod(tile) // tile[axis]
-        if family.blocks is None:
-            unit = max(unit, *(side.strides[axis] for side in sides))
+        payload = 2 * math.prod(tile) // tile[axis]
+        unit = max(payload, *(side.strides[axis] for side in sides))
         if unit >= tile_bytes or target.strides[axis] == 0:
             tile[axis] = 1
         elif unit * tile[axis] > tile_bytes:
