@@ -15,8 +15,10 @@ import click
 from gptoss_convert.cli_options import complain, say
 from gptoss_convert.documents import document
 from gptoss_convert.errors import GptossError, ResourceError
-from gptoss_convert.pages import printable
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+_LATER = 0.02
+"""Seconds after which a signal that came during an import is looked at again."""
 _REPORT = "this is a bug in gptoss-convert: please report it with the traceback above"
 _BUG = 70
 
@@ -31,15 +33,33 @@ class StoppedError(BaseException):
 
 def _stop(number: int, frame: FrameType | None) -> None:
     """Unwind once; a second signal leaves at once, as a kill would, which loses no more."""
-    for again in (signal.SIGINT, signal.SIGTERM):
+    for again in _STOPS:
         signal.signal(again, lambda second, frame: os._exit(128 + second))
-    raise StoppedError(number)
+    _unwind(number, frame)
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    """Raise StoppedError, after the import that is at work: its callbacks swallow an exception
+    and keep the import lock, for which everybody would wait forever."""
+    if not _imports(frame):
+        raise StoppedError(number)
+    signal.signal(signal.SIGALRM, lambda alarm, frame: _unwind(number, frame))
+    signal.setitimer(signal.ITIMER_REAL, _LATER)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a frame or a caller of it belongs to Python's import."""
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def main() -> None:
     """Run the command line and leave with its exit status."""
-    signal.signal(signal.SIGINT, _stop)
-    signal.signal(signal.SIGTERM, _stop)
+    for number in _STOPS:
+        signal.signal(number, _stop)
     _allow_open_files()
     sys.exit(_run())
 
@@ -102,6 +122,9 @@ def _ended(error: GptossError) -> int:
     """Say why this rank ends, to its user and to the other ranks; returns the exit status."""
     from gptoss_convert.ranks import joined
 
+    for number in (*_STOPS, signal.SIGALRM):
+        # torchrun terminates who is about to say why another one has ended.
+        signal.signal(number, signal.SIG_IGN)
     _say(f"error: {error}")
     joined().fail(str(error), error.exit_code)
     return _told(str(error), error.exit_code)
@@ -132,8 +155,7 @@ def _say(text: str) -> None:
     from gptoss_convert.ranks import joined
 
     complain(text)
-    if log := joined().log:
-        print(printable(text), file=log)
+    joined().note(text)
 
 
 def _told(error: str, exit_code: int) -> int:

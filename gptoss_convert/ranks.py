@@ -25,6 +25,7 @@ from typing import Any, Self, TextIO
 
 import gptoss_convert
 from gptoss_convert.errors import EXIT_LOST, NetworkError, RankError
+from gptoss_convert.pages import printable
 
 _PATIENCE = 300.0
 """Seconds in which all ranks must have found one another."""
@@ -79,6 +80,11 @@ class Ranks:
         self.log = (folder / f"rank-{self.rank:05d}.log").open("a", 1, "utf-8")
         who = f"rank {self.rank} of {self.size} on {self.host}, process {os.getpid()}:"
         print(who, *sys.argv[1:], file=self.log)
+
+    def note(self, text: str) -> None:
+        """Write a line to this rank's log, if it keeps one."""
+        if self.log:
+            print(printable(text), file=self.log)
 
     def connect(self, peers: Mapping[int, socket.socket]) -> None:
         """Speak through these connections from now on: to every rank from rank 0, else to it."""
@@ -260,6 +266,7 @@ def _insist(ranks: Ranks) -> None:
     if reason := ranks.failure(within=threading.TIMEOUT_MAX):
         time.sleep(_GRACE)
         print(f"error: {reason}", file=sys.stderr, flush=True)
+        ranks.note(f"error: {reason}")
         os._exit(reason.exit_code)
 
 

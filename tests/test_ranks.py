@@ -134,13 +134,15 @@ def test_without_torchruns_store_there_is_no_run(monkeypatch: pytest.MonkeyPatch
 
 
 BUSY = """
-import socket, threading, time
+import socket, sys, threading, time
+from pathlib import Path
 from gptoss_convert import ranks
 ranks._GRACE = 0.1
 with socket.create_server(("127.0.0.1", 0)) as server:
     mine = socket.create_connection(server.getsockname())
     other = server.accept()[0]
 me = ranks.Ranks(1, 2)
+me.keep_log(Path(sys.argv[1]))
 me.connect({0: mine})
 threading.Thread(target=ranks._insist, args=(me,), daemon=True).start()
 other.close()
@@ -148,11 +150,12 @@ time.sleep(60)
 """
 
 
-def test_a_rank_that_is_busy_with_something_else_ends_all_the_same() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BUSY], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.stderr == f"error: {ENDED.replace('rank 2', 'rank 0')}\n"
+def test_a_rank_that_is_busy_with_something_else_ends_all_the_same(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", BUSY, tmp_path]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    reason = f"error: {ENDED.replace('rank 2', 'rank 0')}"
+    assert done.stderr == f"{reason}\n"
+    assert (tmp_path / "rank-00001.log").read_text().splitlines()[1:] == [reason]
     assert done.returncode == 6
 
 

@@ -9,13 +9,17 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from gptoss_convert import __main__ as entry
+from gptoss_convert.cli import cli
 from gptoss_convert.conversion import Conversion, plan
 from gptoss_convert.errors import DiskError, IntegrityError, TargetError, UsageError
 from gptoss_convert.options import Options
@@ -293,6 +297,52 @@ def test_a_signal_ends_with_its_status_and_the_command_to_go_on(
     assert not conversion.target.exists()
     assert 5 <= run(conversion).resumed_steps < len(conversion.plan.steps)
     assert same_weights(conversion.target, expected)
+
+
+SWALLOWS = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    [None for _ in range(1000)]
+except BaseException:
+    pass
+"""
+
+
+def test_a_signal_is_not_lost_in_an_import(
+    conversion: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Python's own import loses one that comes while it forgets a module's lock."""
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    monkeypatch.syspath_prepend(tmp_path)
+    main = cli.main
+
+    def importing(*, standalone_mode: bool) -> None:
+        import_module("swallows")
+        time.sleep(1)
+        main(standalone_mode=standalone_mode)
+
+    monkeypatch.setattr(cli, "main", importing)
+    ended = command(*words(conversion))
+    assert ended.error.startswith("terminated: nothing was published; the same command goes on: ")
+    assert ended.status == 143
+    assert not conversion.target.exists()
+
+
+def test_a_signal_does_not_cut_off_the_last_words(
+    conversion: Conversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun terminates all ranks as soon as one has ended."""
+    complain = entry.complain
+
+    def terminated(text: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        complain(text)
+
+    monkeypatch.setattr(entry, "complain", terminated)
+    ended = command("convert", conversion.source.root / "nothing", conversion.target, "--to", "hf")
+    assert ended.error.startswith("error: ")
+    assert ended.status == 2
 
 
 @pytest.fixture

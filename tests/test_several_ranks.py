@@ -260,7 +260,7 @@ def test_ranks_that_torchrun_starts_write_the_same(
 
 
 def test_torchrun_ends_when_a_rank_is_killed(folder: Path, planned: Planned) -> None:
-    """It is killed while all plan, which takes a Megatron target seconds."""
+    """It is killed as soon as all have met: while they import, plan or take their first step."""
     conversion, expected = planned("hf-mxfp4", "megatron")
     words = ["-m", "gptoss_convert", "convert", conversion.source.root, conversion.target]
     words += ["--to", "megatron", "--workers", "1", "--rank-log", "logs"]
