@@ -5,22 +5,14 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from gptoss_convert import Options, convert
 from tests.test_megatron import ARGS, SHAPE, WEIGHTS, run_config
 from tests.tiny_files import write_hf_mxfp4
-
-
-def torch_load(path: Path) -> dict[str, Any]:
-    """A file by torch's own safe loader, with the one class that Megatron's loaders allow."""
-    # As megatron-core does when it is imported; a context would take its entry away again.
-    torch.serialization.add_safe_globals([Namespace])
-    return torch.load(path, weights_only=True)
+from tests.torch_dist_files import load_common
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +32,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_common_state_holds_what_megatron_lm_takes_from_a_checkpoint(
     converted: dict[str, Path],
 ) -> None:
-    common = torch_load(converted["modern"] / "common.pt")
+    common = load_common((converted["modern"] / "common.pt").read_bytes())
     assert {k: v for k, v in common.items() if k != "args"} == {
         "checkpoint_version": 3.0,
         "iteration": 1,
@@ -79,7 +71,7 @@ LOADED_ARGS = """
 
 def test_the_naming_of_the_layers_is_part_of_the_common_state(converted: dict[str, Path]) -> None:
     """Loaders ask their model's names with it; without it they would look for stacked ones."""
-    common = torch_load(converted["legacy"] / "common.pt")
+    common = load_common((converted["legacy"] / "common.pt").read_bytes())
     assert common["content_metadata"]["non_homogeneous_layers"] is True
 
 

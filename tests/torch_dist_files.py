@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,3 +118,13 @@ def write_small(path: Path, specs: Sequence[TensorSpec], *, files: int = 1) -> d
     plan = image(specs, objects, {"iteration": 1}, files=files, max_file_bytes=1 << 20)
     write_image(plan, tensors, path)
     return tensors
+
+
+def load_common(content: bytes) -> dict[str, Any]:
+    """A common.pt by torch's safe loader, with the one class that megatron-core allows.
+
+    It allows it when it is imported, once in a process: torch's own context for this would take
+    that entry away again, and every load of a test after it would fail.
+    """
+    torch.serialization.add_safe_globals([Namespace])
+    return torch.load(io.BytesIO(content), weights_only=True)

@@ -42,7 +42,8 @@ def integer(value: int) -> bytes:
         return b"M" + value.to_bytes(2, "little")
     if -(1 << 31) <= value < 1 << 31:
         return b"J" + value.to_bytes(4, "little", signed=True)
-    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    bits = (value if value >= 0 else ~value).bit_length()
+    raw = value.to_bytes(bits // 8 + 1, "little", signed=True)
     return b"\x8a" + len(raw).to_bytes(1, "little") + raw
 
 
