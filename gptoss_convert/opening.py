@@ -78,7 +78,7 @@ def _open_hf(root: Path, choices: Choices) -> Checkpoint:
         what = "BF16 experts under the names of packed blocks, as transformers 5.21 to 5.23 save"
         if not choices.repair:
             raise IntegrityError(f"{root}: {what}; pass --repair to read them as BF16")
-        notes.append(f"repaired: {what}")
+        notes.append(f"{what}; --repair reads them as BF16")
     elif ("quantization_config" in content) != (variant == "mxfp4"):
         says = "has" if "quantization_config" in content else "has no"
         held = "MXFP4" if variant == "mxfp4" else "BF16"

@@ -25,6 +25,7 @@ from gptoss_convert.errors import (
     TargetError,
     UsageError,
 )
+from gptoss_convert.inspection import inspect
 from gptoss_convert.progress import SILENT
 from tests.tiny_files import (
     hf_config,
@@ -455,6 +456,8 @@ def test_a_mis_saved_directory_is_repaired_when_told(bf16: Path, tmp_path: Path)
     change(bf16, misname)
     with pytest.raises(IntegrityError, match=r"pass --repair to read them as BF16$"):
         convert(bf16, tmp_path / "out", options_to("hf-bf16"))
+    (note,) = inspect(bf16).checkpoint.notes
+    assert note.endswith("; --repair reads them as BF16")
     convert(bf16, tmp_path / "out", options_to("hf-bf16", repair=True))
     assert same(tensors_in(tmp_path / "out"), before)
 
