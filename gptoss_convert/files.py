@@ -29,15 +29,20 @@ _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 class Arena:
-    """One worker's buffer: page-aligned anonymous memory, handed out anew for every step."""
+    """One worker's buffer: page-aligned anonymous memory, handed out anew for every step.
+
+    Private, since huge pages, and with them long requests to the disk, are seldom allowed for
+    shared memory. Not inherited by fork, which would copy pages that a disk is writing to.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self._allocate(nbytes)
 
     def _allocate(self, nbytes: int) -> None:
-        self.memory = mmap.mmap(-1, max(nbytes, PAGE))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self.memory = mmap.mmap(-1, max(nbytes, PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            with suppress(AttributeError, OSError):
+                self.memory.madvise(getattr(mmap, advice))
         self._free = 0
 
     def reset(self, nbytes: int) -> None:

@@ -1,0 +1,29 @@
+"""Buffers for direct I/O: what the kernel knows of their memory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from gptoss_convert.files import Arena
+
+
+def flags_of(address: int) -> list[str]:
+    """The flags of the mapping that an address of this process lies in, as proc(5) spells them."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
+def test_a_buffer_may_have_huge_pages_and_no_fork_copies_it() -> None:
+    """In shared memory the advice for huge pages is accepted, too, and has no effect."""
+    arena = Arena(64 << 20)
+    flags = flags_of(np.frombuffer(arena.memory, np.uint8).ctypes.data)
+    assert {"hg", "dc"} <= set(flags)
+    assert "sh" not in flags
