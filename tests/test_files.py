@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from gptoss_convert.files import Arena
 
@@ -21,6 +22,9 @@ def flags_of(address: int) -> list[str]:
     raise AssertionError(f"nothing is mapped at {address:#x}")
 
 
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages in this kernel"
+)
 def test_a_buffer_may_have_huge_pages_and_no_fork_copies_it() -> None:
     """In shared memory the advice for huge pages is accepted, too, and has no effect."""
     arena = Arena(64 << 20)
