@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import measure, remove
-from gptoss_convert.synth import plan_synth
+from gptoss_convert.synth.synth import plan_synth
 
 FORMATS = {
     "hf-mxfp4": ("hf", "mxfp4"),

@@ -25,10 +25,13 @@ _BLOCK = 32 << 20
 
 def convert(source: str, target: str, to: str, dtype: str, leave_out: str = "nothing") -> Result:
     """A conversion; `leave_out` kernels (I/O alone), or digests (no CRC, fingerprint, checks)."""
-    from gptoss_convert import Options, execute, mxfp4, oddities, plan
-    from gptoss_convert.compute import Share
-    from gptoss_convert.fingerprint import ScaleStatistics
-    from gptoss_convert.run import run
+    from gptoss_convert import Options, plan
+    from gptoss_convert.codecs import mxfp4
+    from gptoss_convert.conversion.run import run
+    from gptoss_convert.engine import anomalies as oddities
+    from gptoss_convert.engine import execute
+    from gptoss_convert.engine.compute import Share
+    from gptoss_convert.engine.fingerprint import ScaleStatistics
 
     if leave_out in {"kernels", "digests"}:
         nothing = type("NoChecksum", (), {"crc32": staticmethod(lambda *_: 0)})
@@ -54,9 +57,9 @@ def convert(source: str, target: str, to: str, dtype: str, leave_out: str = "not
 
 def verify(source: str, target: str, leave_out: str = "nothing") -> Result:
     """Compare all values of two checkpoints; `leave_out` the comparison to read both alone."""
-    from gptoss_convert.execute import warm
-    from gptoss_convert.opening import open_checkpoint
-    from gptoss_convert.verify import pairs, values
+    from gptoss_convert.compare import pairs, values
+    from gptoss_convert.engine.execute import warm
+    from gptoss_convert.formats.opening import open_checkpoint
 
     warm()
     if leave_out == "kernels":

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from gptoss_convert.verify.first_calls import settle_kernels
+from gptoss_convert.witness.first_calls import settle_kernels
 
 ANGLES = 4097 * 32
 """A rotary table of 4,097 positions."""

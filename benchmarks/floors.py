@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.containers.torch_dist import read
-from gptoss_convert.verify import forward, metrics
-from gptoss_convert.verify.forward import Numerics
-from gptoss_convert.verify.hf_reader import HfReader
-from gptoss_convert.verify.megatron_oracle import megatron_logits
-from gptoss_convert.verify.megatron_reader import MegatronReader
-from gptoss_convert.verify.oracles import transformers_logits
-from gptoss_convert.verify.readers import Reader
-from gptoss_convert.verify.tokens import token_set
-from gptoss_convert.verify.walk import Prompts, State, all_logits, walk
+from gptoss_convert.witness import forward, metrics
+from gptoss_convert.witness.forward import Numerics
+from gptoss_convert.witness.hf import HfReader
+from gptoss_convert.witness.megatron import MegatronReader
+from gptoss_convert.witness.megatron_oracle import megatron_logits
+from gptoss_convert.witness.oracles import transformers_logits
+from gptoss_convert.witness.readers import Reader
+from gptoss_convert.witness.tokens import token_set
+from gptoss_convert.witness.walk import Prompts, State, all_logits, walk
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4, write_megatron
 from tests.tiny_models import DISTINCT, SQUARE, random_weights
 

@@ -126,7 +126,7 @@ def without_elsewhere(report: Any) -> Any:
 KILLED = """
 import os, signal, sys, time
 from gptoss_convert.__main__ import main
-from gptoss_convert.verify import observe
+from gptoss_convert.witness import observe
 
 note = observe._Batch.note
 def noted(self, ours, *words):

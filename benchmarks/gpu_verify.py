@@ -20,20 +20,19 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels import measured, table
-from gptoss_convert.opening import open_checkpoint
-from gptoss_convert.ranks import ALONE
-from gptoss_convert.verify import forward
-from gptoss_convert.verify.fetch import Fetcher
-from gptoss_convert.verify.forward import Numerics
-from gptoss_convert.verify.limits import load_limits
-from gptoss_convert.verify.node import choose_device
-from gptoss_convert.verify.oracle_level import distances
-from gptoss_convert.verify.oracles import oracle_logits
-from gptoss_convert.verify.parity import compare
-from gptoss_convert.verify.parity_report import ParityReport
-from gptoss_convert.verify.readers import Reader
+from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.machine.ranks import ALONE
+from gptoss_convert.verify.oracle_level import distances, oracle_logits
 from gptoss_convert.verify.sides import open_reader
-from gptoss_convert.verify.tokens import TokenSequence, sequence, token_set
+from gptoss_convert.witness import forward
+from gptoss_convert.witness.fetch import Fetcher
+from gptoss_convert.witness.forward import Numerics
+from gptoss_convert.witness.limits import load_limits
+from gptoss_convert.witness.node import choose_device
+from gptoss_convert.witness.parity import compare
+from gptoss_convert.witness.parity_report import ParityReport
+from gptoss_convert.witness.readers import Reader
+from gptoss_convert.witness.tokens import TokenSequence, sequence, token_set
 from tests.mutants import MUTANTS, MutantReader, zeroed_expert
 
 DEVICE = choose_device("auto", ALONE)

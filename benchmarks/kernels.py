@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_convert import mxfp4
-from gptoss_convert.fingerprint import fingerprint, packed_fingerprint
+from gptoss_convert.codecs import mxfp4
+from gptoss_convert.engine.fingerprint import fingerprint, packed_fingerprint
 
 INTER, HIDDEN = 2880, 2880
 ROWS, GROUPS = 2 * INTER, HIDDEN // 32

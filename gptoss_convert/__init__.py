@@ -14,11 +14,11 @@ from gptoss_convert.errors import GptossError
 from gptoss_convert.version import VERSION
 
 if TYPE_CHECKING:
-    from gptoss_convert.conversion import Conversion, plan
-    from gptoss_convert.inspection import Inspection, inspect
-    from gptoss_convert.options import Options
+    from gptoss_convert.check.inspection import Inspection, inspect
+    from gptoss_convert.conversion.options import Options
+    from gptoss_convert.conversion.plan import Conversion, plan
+    from gptoss_convert.conversion.run import Report, convert
     from gptoss_convert.parameters import Parameter, Parameters, open
-    from gptoss_convert.run import Report, convert
     from gptoss_convert.verify.gate import Verification, verify_checkpoints
 
 __all__ = [
@@ -41,17 +41,17 @@ __all__ = [
 __version__ = VERSION
 
 _HOME = {
-    "Conversion": "conversion",
-    "Inspection": "inspection",
-    "Options": "options",
+    "Conversion": "conversion.plan",
+    "Inspection": "check.inspection",
+    "Options": "conversion.options",
     "Parameter": "parameters",
     "Parameters": "parameters",
-    "Report": "run",
+    "Report": "conversion.run",
     "Verification": "verify.gate",
-    "convert": "run",
-    "inspect": "inspection",
+    "convert": "conversion.run",
+    "inspect": "check.inspection",
     "open": "parameters",
-    "plan": "conversion",
+    "plan": "conversion.plan",
     "verify_checkpoints": "verify.gate",
 }
 

@@ -12,9 +12,9 @@ from types import FrameType
 
 import click
 
-from gptoss_convert.cli_options import complain, say
-from gptoss_convert.documents import document
+from gptoss_convert.cli.options import complain, say
 from gptoss_convert.errors import GptossError, ResourceError
+from gptoss_convert.show.documents import document
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _LATER = 0.02
@@ -72,7 +72,7 @@ def _allow_open_files() -> None:
 
 
 def _run() -> int:
-    from gptoss_convert.cli import cli
+    from gptoss_convert.cli.main import cli
 
     try:
         result = cli.main(standalone_mode=False)
@@ -94,7 +94,7 @@ def _run() -> int:
     except Exception as error:
         import traceback
 
-        from gptoss_convert.ranks import joined
+        from gptoss_convert.machine.ranks import joined
 
         traceback.print_exc()
         print(_REPORT, file=sys.stderr)
@@ -112,7 +112,7 @@ def _failed(error: GptossError | OSError | MemoryError) -> int:
     if isinstance(error, MemoryError):
         error = ResourceError("out of memory; lower --workers or --max-memory")
     elif isinstance(error, OSError):
-        from gptoss_convert.files import disk_error
+        from gptoss_convert.machine.files import disk_error
 
         error = disk_error(error.filename or "input or output", error)
     return _ended(error)
@@ -120,7 +120,7 @@ def _failed(error: GptossError | OSError | MemoryError) -> int:
 
 def _ended(error: GptossError) -> int:
     """Say why this rank ends, to its user and to the other ranks; returns the exit status."""
-    from gptoss_convert.ranks import joined
+    from gptoss_convert.machine.ranks import joined
 
     for number in (*_STOPS, signal.SIGALRM):
         # torchrun terminates who is about to say why another one has ended.
@@ -135,7 +135,7 @@ def _stopped(number: int) -> int:
 
     torchrun terminates the ranks of its machine when one has failed: that one's reason counts.
     """
-    from gptoss_convert.ranks import joined
+    from gptoss_convert.machine.ranks import joined
 
     ranks = joined()
     how = "interrupted" if number == signal.SIGINT else "terminated"
@@ -152,7 +152,7 @@ def _stopped(number: int) -> int:
 
 def _say(text: str) -> None:
     """A line to stderr, and to this rank's log."""
-    from gptoss_convert.ranks import joined
+    from gptoss_convert.machine.ranks import joined
 
     complain(text)
     joined().note(text)
@@ -160,7 +160,7 @@ def _say(text: str) -> None:
 
 def _told(error: str, exit_code: int) -> int:
     """Say it in JSON too, if stdout is to carry JSON; returns the exit status."""
-    from gptoss_convert.ranks import joined
+    from gptoss_convert.machine.ranks import joined
 
     if _prints_json(sys.argv[1:]) and joined().rank == 0:
         say(document("error", {"error": error, "exit_code": exit_code}))

@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gptoss_convert.checkpoint import DEFAULT, Checkpoint, Choices, casts
-from gptoss_convert.compute import compute
 from gptoss_convert.containers import DTYPE_BYTES
+from gptoss_convert.engine.compute import compute
+from gptoss_convert.engine.parts import Part, cast, lay_out, read
+from gptoss_convert.engine.steps import TILE_BYTES, Step, member_box
 from gptoss_convert.errors import UsageError
-from gptoss_convert.extents import Extent, overlap, volume
-from gptoss_convert.files import Arena, ByteSource, SourceFiles
-from gptoss_convert.layout import Box
-from gptoss_convert.model import Family, load_model
-from gptoss_convert.opening import open_checkpoint
-from gptoss_convert.parts import Part, cast, lay_out, read
-from gptoss_convert.steps import TILE_BYTES, Step, member_box
+from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, casts
+from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.layouts.extents import Extent, overlap, volume
+from gptoss_convert.layouts.layout import Box
+from gptoss_convert.layouts.model import Family, load_model
+from gptoss_convert.machine.files import Arena, ByteSource, SourceFiles
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.conversion import Conversion, plan
+from gptoss_convert.conversion.journal import Journal
+from gptoss_convert.conversion.manifest import read_manifest
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.plan import Conversion, plan
+from gptoss_convert.conversion.run import run
 from gptoss_convert.errors import GptossError
-from gptoss_convert.journal import Journal
-from gptoss_convert.manifest import read_manifest
-from gptoss_convert.options import Options
-from gptoss_convert.run import run
-from gptoss_convert.synth import synth
+from gptoss_convert.synth.synth import synth
 from tests.stopping import At, HaltError, halt
 
 JOURNAL = "journal"

@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptoss_convert import execute, workers
-from gptoss_convert.conversion import Conversion, plan
-from gptoss_convert.options import Options
-from gptoss_convert.run import run
-from gptoss_convert.synth import synth
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.plan import Conversion, plan
+from gptoss_convert.conversion.run import run
+from gptoss_convert.engine import execute
+from gptoss_convert.machine import threads as workers
+from gptoss_convert.synth.synth import synth
 
 COUNTED = ("pwrite", "fsync", "ftruncate", "rename", "replace", "unlink", "rmdir", "mkdir")
 FORMATS = {

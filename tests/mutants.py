@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from gptoss_convert.verify import forward
-from gptoss_convert.verify.fp4 import Packed
-from gptoss_convert.verify.model import LayerWeights, ModelConfig
-from gptoss_convert.verify.readers import Reader, SubBlock
+from gptoss_convert.witness import forward
+from gptoss_convert.witness.fp4 import Packed
+from gptoss_convert.witness.model import LayerWeights, ModelConfig
+from gptoss_convert.witness.readers import Reader, SubBlock
 
 Weights = dict[str, Tensor]
 EditLayer = Callable[[int, Weights, ModelConfig], Mapping[str, Tensor]]

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from gptoss_convert.conversion import Conversion
+from gptoss_convert.conversion.plan import Conversion
+from gptoss_convert.conversion.run import run
 from gptoss_convert.errors import GptossError
-from gptoss_convert.ranks import Ranks
-from gptoss_convert.run import run
+from gptoss_convert.machine.ranks import Ranks
 
 
 @dataclass(frozen=True)

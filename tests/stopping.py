@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptoss_convert import __main__ as entry
-from gptoss_convert import progress
-from gptoss_convert.progress import Advance
+from gptoss_convert.machine import progress
+from gptoss_convert.machine.progress import Advance
 
 
 class HaltError(BaseException):

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from gptoss_convert import releases
-from gptoss_convert.check import CheckReport, Reading, check
-from gptoss_convert.conversion import plan
+from gptoss_convert.check.check import CheckReport, Reading, check
+from gptoss_convert.conversion.manifest import NAME
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.plan import plan
+from gptoss_convert.conversion.run import run
 from gptoss_convert.errors import InputError, IntegrityError
-from gptoss_convert.manifest import NAME
-from gptoss_convert.options import Options
-from gptoss_convert.run import run
-from gptoss_convert.synth import synth
+from gptoss_convert.formats import releases
+from gptoss_convert.synth.synth import synth
 
 ALL = Reading(1.0, workers=1)
 TARGETS = {

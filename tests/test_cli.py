@@ -12,10 +12,10 @@ from pathlib import Path
 import click
 import pytest
 
-from gptoss_convert.cli import cli
-from gptoss_convert.cli_options import Choice, Size
+from gptoss_convert.cli.main import cli
+from gptoss_convert.cli.options import Choice, Size
 from gptoss_convert.errors import EXIT_CODES, GptossError
-from gptoss_convert.synth import synth
+from gptoss_convert.synth.synth import synth
 from tests.test_docs import parse_line
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4
 from tests.tiny_models import SQUARE, random_weights

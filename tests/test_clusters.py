@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from gptoss_convert.conversion import plan
-from gptoss_convert.options import Options
-from gptoss_convert.run import run
-from gptoss_convert.synth import synth
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.plan import plan
+from gptoss_convert.conversion.run import run
+from gptoss_convert.synth.synth import synth
 from tests.killing import contents
 from tests.torchrun import ROOT
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gptoss_convert.cli import COMPLETE, cli
+from gptoss_convert.cli.main import COMPLETE, cli
 
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from gptoss_convert import config as configs
+from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
-from gptoss_convert.strict_json import parse_object
+from gptoss_convert.formats import config as configs
 from tests.tiny_files import hf_config, openai_config
 from tests.tiny_models import DISTINCT
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptoss_convert import Options, convert
+from gptoss_convert.check.inspection import inspect
 from gptoss_convert.errors import (
     CodecError,
     GptossError,
@@ -25,8 +26,7 @@ from gptoss_convert.errors import (
     TargetError,
     UsageError,
 )
-from gptoss_convert.inspection import inspect
-from gptoss_convert.progress import SILENT
+from gptoss_convert.machine.progress import SILENT
 from tests.tiny_files import (
     hf_config,
     openai_config,

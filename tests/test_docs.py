@@ -20,9 +20,9 @@ from typing import Any
 import click
 import pytest
 
-from gptoss_convert.cli import cli
+from gptoss_convert.cli.main import cli
+from gptoss_convert.conversion.options import Options
 from gptoss_convert.errors import EXIT_CODES
-from gptoss_convert.options import Options
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
-from gptoss_convert.cli import cli
-from gptoss_convert.documents import VERSIONS, document
-from gptoss_convert.synth import synth
+from gptoss_convert.cli.main import cli
+from gptoss_convert.show.documents import VERSIONS, document
+from gptoss_convert.synth.synth import synth
 
 DOCS = Path(__file__).parent.parent / "docs"
 SCHEMAS: Mapping[str, Any] = {

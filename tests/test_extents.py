@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk
 from gptoss_convert.errors import InputError, IntegrityError
-from gptoss_convert.extents import Extent, disjoint, extents, overlap, volume
-from gptoss_convert.model import load_model
-from gptoss_convert.tables import Tensor, load_table
+from gptoss_convert.layouts.extents import Extent, disjoint, extents, overlap, volume
+from gptoss_convert.layouts.model import load_model
+from gptoss_convert.layouts.tables import Tensor, load_table
 
 SIZES = load_model().sizes(
     {

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptoss_convert.files import Arena
+from gptoss_convert.machine.files import Arena
 
 
 def flags_of(address: int) -> list[str]:

@@ -8,8 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from gptoss_convert.fingerprint import axis_weights, fingerprint, scale_statistics
-from gptoss_convert.layout import Box
+from gptoss_convert.engine.fingerprint import axis_weights, fingerprint, scale_statistics
+from gptoss_convert.layouts.layout import Box
 
 LENGTHS = (2, 3, 4, 2, 160)
 """layer, expert, inter, glu, hidden: the last is longer than one vectorized piece."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from gptoss_convert.folding import fold, ranges
+from gptoss_convert.layouts.folding import fold, ranges
 
 
 def test_numbers_fold_into_ranges():

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptoss_convert.verify.forward import Numerics, attend, dense, query_blocks, swiglu
-from gptoss_convert.verify.hf_reader import HfReader
-from gptoss_convert.verify.oracles import transformers_logits
-from gptoss_convert.verify.walk import Prompts, all_logits
+from gptoss_convert.witness.forward import Numerics, attend, dense, query_blocks, swiglu
+from gptoss_convert.witness.hf import HfReader
+from gptoss_convert.witness.oracles import transformers_logits
+from gptoss_convert.witness.walk import Prompts, all_logits
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4
 from tests.tiny_models import DISTINCT, SQUARE, TinyShape, random_weights
 

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.containers.torch_dist import read
-from gptoss_convert.verify import forward
-from gptoss_convert.verify.forward import Numerics
-from gptoss_convert.verify.fp4 import Packed
-from gptoss_convert.verify.hf_reader import HfReader
-from gptoss_convert.verify.limits import load_limits
-from gptoss_convert.verify.megatron_reader import MegatronReader
-from gptoss_convert.verify.model import LayerWeights, ModelConfig
-from gptoss_convert.verify.openai_reader import OpenAiReader
-from gptoss_convert.verify.parity import compare
-from gptoss_convert.verify.tokens import token_set
-from gptoss_convert.verify.walk import layer_states
+from gptoss_convert.witness import forward
+from gptoss_convert.witness.forward import Numerics
+from gptoss_convert.witness.fp4 import Packed
+from gptoss_convert.witness.hf import HfReader
+from gptoss_convert.witness.limits import load_limits
+from gptoss_convert.witness.megatron import MegatronReader
+from gptoss_convert.witness.model import LayerWeights, ModelConfig
+from gptoss_convert.witness.openai import OpenAiReader
+from gptoss_convert.witness.parity import compare
+from gptoss_convert.witness.tokens import token_set
+from gptoss_convert.witness.walk import layer_states
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4, write_megatron, write_openai
 from tests.tiny_models import DISTINCT, random_weights
 

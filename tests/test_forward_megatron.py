@@ -8,11 +8,11 @@ from torch import distributed
 
 from gptoss_convert.containers.torch_dist import read
 from gptoss_convert.errors import IntegrityError, UsageError
-from gptoss_convert.verify.forward import Numerics
-from gptoss_convert.verify.hf_reader import HfReader
-from gptoss_convert.verify.megatron_oracle import megatron_logits
-from gptoss_convert.verify.megatron_reader import MegatronReader
-from gptoss_convert.verify.walk import Prompts, all_logits
+from gptoss_convert.witness.forward import Numerics
+from gptoss_convert.witness.hf import HfReader
+from gptoss_convert.witness.megatron import MegatronReader
+from gptoss_convert.witness.megatron_oracle import megatron_logits
+from gptoss_convert.witness.walk import Prompts, all_logits
 from tests.test_forward import CPU, sequences
 from tests.tiny_files import write_hf_mxfp4, write_megatron
 from tests.tiny_models import DISTINCT, SQUARE, TinyShape, random_weights

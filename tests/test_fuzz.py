@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptoss_convert.containers import safetensors
-from gptoss_convert.conversion import Conversion
+from gptoss_convert.containers.strict_json import parse_object
+from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.errors import GptossError
-from gptoss_convert.strict_json import parse_object
 from tests.fuzzing import FILES, JOURNAL, attempt, little_memory, make_starts, spoil
 
 SPOILED = 40

@@ -17,11 +17,11 @@ import pytest
 
 from gptoss_convert import Options, inspect, plan
 from gptoss_convert.containers import DTYPE_BYTES, Chunk
-from gptoss_convert.extents import extents
-from gptoss_convert.model import load_model
-from gptoss_convert.shards import specs_of
-from gptoss_convert.steps import make_plan
-from gptoss_convert.tables import load_table
+from gptoss_convert.engine.steps import make_plan
+from gptoss_convert.formats.shards import specs_of
+from gptoss_convert.layouts.extents import extents
+from gptoss_convert.layouts.model import load_model
+from gptoss_convert.layouts.tables import load_table
 
 SIZES = {"20b": (24, 32), "120b": (36, 128)}
 H = I = 2880  # noqa: E741

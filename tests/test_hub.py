@@ -14,11 +14,11 @@ import pytest
 from huggingface_hub import constants
 
 from gptoss_convert import Options, convert, inspect, plan, verify_checkpoints
+from gptoss_convert.compare.diff import diff
+from gptoss_convert.conversion.run import run
 from gptoss_convert.errors import IntegrityError, NetworkError, UsageError
 from gptoss_convert.hub.names import Repository
 from gptoss_convert.hub.push import destination, push
-from gptoss_convert.run import run
-from gptoss_convert.verify.diff import diff
 from gptoss_convert.verify.gate import Options as VerifyOptions
 from tests.hub_server import Fault, Hub, serving
 from tests.stopping import At, HaltError, halt

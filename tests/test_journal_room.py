@@ -3,7 +3,7 @@
 import tracemalloc
 from pathlib import Path
 
-from gptoss_convert.journal import Journal
+from gptoss_convert.conversion.journal import Journal
 
 
 def test_a_small_journal_takes_little_memory(tmp_path: Path) -> None:

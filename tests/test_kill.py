@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gptoss_convert.conversion import Conversion
-from gptoss_convert.run import run
+from gptoss_convert.conversion.plan import Conversion
+from gptoss_convert.conversion.run import run
 from tests.killing import PAIRS, check_point, contents, killed, points, prepare, quick_folder
 
 EVERY_POINT = os.environ.get("GPTOSS_KILL_EVERY_POINT") == "1"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoss_convert.errors import InputError
-from gptoss_convert.layout import AxisPlace, Layout, interval_boxes, shape_of
+from gptoss_convert.layouts.layout import AxisPlace, Layout, interval_boxes, shape_of
 
 SIZES = {"expert": 3, "inter": 4, "glu": 2, "hidden": 5, "kv_head": 7, "group": 6}
 

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint import filesystem, state_dict_saver
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from gptoss_convert import Options, convert, inspect, plan
-from gptoss_convert.checkpoint import Choices
-from gptoss_convert.cli import cli
+from gptoss_convert.cli.main import cli
 from gptoss_convert.errors import GptossError, InputError, IntegrityError, UsageError
+from gptoss_convert.formats.checkpoint import Choices
 from tests.megatron_witness import assert_same, finish, safetensors_in, write_cut
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4
 from tests.tiny_models import SQUARE, hf_bf16_tensors, megatron_tensors, random_weights

@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from gptoss_convert import Options, convert
-from gptoss_convert.check import check
-from gptoss_convert.cli import cli
+from gptoss_convert.check.check import check
+from gptoss_convert.cli.main import cli
+from gptoss_convert.conversion.manifest import NAME
 from gptoss_convert.errors import UsageError
-from gptoss_convert.manifest import NAME
-from gptoss_convert.megatron_launch import LAUNCH
+from gptoss_convert.formats.megatron.launch import LAUNCH
 from tests.test_docs import blocks_of
 from tests.tiny_files import write_hf_mxfp4
 from tests.tiny_models import DISTINCT, random_weights

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gptoss_convert import Options, convert, inspect
-from gptoss_convert.checkpoint import Choices
+from gptoss_convert.formats.checkpoint import Choices
 from tests.megatron_cpu import PARALLEL, Parallel, build_gpt_oss, model_parallel, run_ranks
 from tests.megatron_witness import (
     assert_parameters,

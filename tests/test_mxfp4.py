@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gptoss_convert import mxfp4
+from gptoss_convert.codecs import mxfp4
+from gptoss_convert.codecs.mxfp4 import EncodeStats, jit, reference
 from gptoss_convert.errors import CodecError
-from gptoss_convert.mxfp4 import EncodeStats, jit, reference
 
 U8 = NDArray[np.uint8]
 U16 = NDArray[np.uint16]
@@ -434,7 +434,7 @@ def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProce
 
 ROUND_TRIP = """
 import sys, numpy as np
-from gptoss_convert import mxfp4
+from gptoss_convert.codecs import mxfp4
 assert "numba" not in sys.modules
 blocks = np.random.default_rng(0).integers(0, 256, (9, 2, 16), dtype=np.uint8)
 scales = np.full((9, 2), 127, np.uint8)

@@ -62,7 +62,7 @@ def test_every_dependency_has_a_tested_version() -> None:
     "statement",
     [
         "import gptoss_convert",
-        "import gptoss_convert.cli",
+        "import gptoss_convert.cli.main",
         "from gptoss_convert import inspect; inspect('missing')",
     ],
 )

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from gptoss_convert import pages, report
 from gptoss_convert.containers import Chunk
-from gptoss_convert.folding import fold_tensors
-from gptoss_convert.pages import Facts, Table
-from gptoss_convert.synth import synth
+from gptoss_convert.layouts.folding import fold_tensors
+from gptoss_convert.show import pages, report
+from gptoss_convert.show.pages import Facts, Table
+from gptoss_convert.synth.synth import synth
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 VARIABLES = ("NO_COLOR", "FORCE_COLOR", "TERM", "COLUMNS", "COLORTERM")

@@ -9,9 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from gptoss_convert.extents import Extent
-from gptoss_convert.layout import Box
-from gptoss_convert.parts import Part, joined, runs
+from gptoss_convert.engine.parts import Part, joined, runs
+from gptoss_convert.layouts.extents import Extent
+from gptoss_convert.layouts.layout import Box
 
 
 def parts_of(boxes: Sequence[Box], positions: Sequence[int], memory: bytearray) -> list[Part]:

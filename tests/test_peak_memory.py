@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from gptoss_convert import resources
 from gptoss_convert.errors import ResourceError
-from gptoss_convert.resources import choose_workers
+from gptoss_convert.machine import resources
+from gptoss_convert.machine.resources import choose_workers
 
 PARENT = """
 import subprocess, sys
 ballast = b"x" * 400_000_000
-child = "from gptoss_convert.resources import peak_memory; print(peak_memory())"
+child = "from gptoss_convert.machine.resources import peak_memory; print(peak_memory())"
 print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout)
 """
 

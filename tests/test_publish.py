@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from gptoss_convert.conversion.publish import check_absent, check_target, workspace
 from gptoss_convert.errors import DiskError, GptossError, InputError, TargetError, UsageError
-from gptoss_convert.publish import check_absent, check_target, workspace
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from gptoss_convert.errors import NetworkError, RankError
-from gptoss_convert.ranks import ALONE, Ranks, join
+from gptoss_convert.machine.ranks import ALONE, Ranks, join
 from tests.torchrun import ROOT, torchrun
 
 ENDED = "rank 2 on 127.0.0.1: ended without a word, as a process does that is killed"
@@ -126,9 +126,9 @@ def test_without_torchruns_store_there_is_no_run(monkeypatch: pytest.MonkeyPatch
     run = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for name, value in (launch | store | run).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("gptoss_convert.ranks._PATIENCE", 0.1)
+    monkeypatch.setattr("gptoss_convert.machine.ranks._PATIENCE", 0.1)
     child = "import sys; sys.exit(1)"
-    monkeypatch.setattr("gptoss_convert.ranks._INTRODUCTION", child)
+    monkeypatch.setattr("gptoss_convert.machine.ranks._INTRODUCTION", child)
     with pytest.raises(NetworkError, match=r"rank 1 of 2: no connection: torchrun's store"):
         join()
 
@@ -136,7 +136,7 @@ def test_without_torchruns_store_there_is_no_run(monkeypatch: pytest.MonkeyPatch
 BUSY = """
 import socket, sys, threading, time
 from pathlib import Path
-from gptoss_convert import ranks
+from gptoss_convert.machine import ranks
 ranks._GRACE = 0.1
 with socket.create_server(("127.0.0.1", 0)) as server:
     mine = socket.create_connection(server.getsockname())
@@ -161,7 +161,7 @@ def test_a_rank_that_is_busy_with_something_else_ends_all_the_same(tmp_path: Pat
 
 SCRIPT = """
 import sys
-from gptoss_convert.ranks import join, joined
+from gptoss_convert.machine.ranks import join, joined
 ranks = join()
 assert ranks is join() is joined()
 assert (ranks.local_rank, ranks.local_size) == (ranks.rank, ranks.size)

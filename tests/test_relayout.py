@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from gptoss_convert import mxfp4
+from gptoss_convert.codecs import mxfp4
 
 
 def numbered(shape: tuple[int, ...], dtype: type = np.uint16) -> np.ndarray:

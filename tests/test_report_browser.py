@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from gptoss_convert import report_page, verify_checkpoints
-from gptoss_convert.synth import synth
+from gptoss_convert import verify_checkpoints
+from gptoss_convert.show import report_page
+from gptoss_convert.synth.synth import synth
 from gptoss_convert.verify.gate import Options
 from tests.browser import Tab, chromium, tab
 

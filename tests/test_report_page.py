@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from gptoss_convert import convert, verify_checkpoints
-from gptoss_convert.opening import open_checkpoint
-from gptoss_convert.options import Options as ConvertOptions
-from gptoss_convert.report_page.axes import LogLane, runs, spaced
-from gptoss_convert.report_page.content import page_of
-from gptoss_convert.report_page.document import (
+from gptoss_convert.conversion.options import Options as ConvertOptions
+from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.show.report_page.axes import LogLane, runs, spaced
+from gptoss_convert.show.report_page.content import page_of
+from gptoss_convert.show.report_page.document import (
     NONE,
     Code,
     Facts,
@@ -31,10 +31,10 @@ from gptoss_convert.report_page.document import (
     number,
     share,
 )
-from gptoss_convert.report_page.figures import loads, sqnr_borders
-from gptoss_convert.report_page.html import html
-from gptoss_convert.report_page.markdown import escaped, markdown
-from gptoss_convert.synth import synth
+from gptoss_convert.show.report_page.figures import loads, sqnr_borders
+from gptoss_convert.show.report_page.html import html
+from gptoss_convert.show.report_page.markdown import escaped, markdown
+from gptoss_convert.synth.synth import synth
 from gptoss_convert.verify.gate import Options
 
 Summary = dict[str, Any]
@@ -337,7 +337,7 @@ def test_without_its_libraries_the_report_is_refused_at_once(tmp_path: Path) -> 
 def test_nothing_draws_unless_a_report_is_wanted(folder: Path) -> None:
     code = (
         "import sys\n"
-        "from gptoss_convert.cli import cli\n"
+        "from gptoss_convert.cli.main import cli\n"
         "cli.main(['verify', 'mxfp4', 'bf16', '--level', 'values', '--quiet'],"
         " standalone_mode=False)\n"
         "heavy = {'matplotlib', 'jinja2', 'torch'} & set(sys.modules)\n"

@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 
 from gptoss_convert import __main__ as entry
-from gptoss_convert.cli import cli
-from gptoss_convert.conversion import Conversion, plan
+from gptoss_convert.cli.main import cli
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.plan import Conversion, plan
+from gptoss_convert.conversion.run import run
 from gptoss_convert.errors import DiskError, IntegrityError, TargetError, UsageError
-from gptoss_convert.options import Options
-from gptoss_convert.run import run
-from gptoss_convert.synth import synth
+from gptoss_convert.synth.synth import synth
 from tests.killing import contents
 from tests.stopping import At, HaltError, command, halt
 
@@ -189,7 +189,7 @@ def test_another_version_is_refused(
     conversion: Conversion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop(conversion)
-    monkeypatch.setattr("gptoss_convert.conversion.VERSION", "99.0")
+    monkeypatch.setattr("gptoss_convert.conversion.plan.VERSION", "99.0")
     other = plan(conversion.source.root, conversion.target, OPTIONS)
     with pytest.raises(UsageError, match=r"tool: 'gptoss-convert .*' then, 'gptoss-convert 99\.0'"):
         run(other)

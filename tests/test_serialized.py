@@ -31,15 +31,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from gptoss_convert import shards
-from gptoss_convert.config import from_hf
 from gptoss_convert.containers import TensorSpec
 from gptoss_convert.containers.torch_dist import emit, extra_state_objects, serialized, writer
 from gptoss_convert.containers.torch_dist.item_form import item_form
 from gptoss_convert.containers.torch_dist.metadata import Box, Item, parse
-from gptoss_convert.megatron_state import common_state
-from gptoss_convert.model import load_model
-from gptoss_convert.tables import load_table
+from gptoss_convert.formats import shards
+from gptoss_convert.formats.config import from_hf
+from gptoss_convert.formats.megatron.state import common_state
+from gptoss_convert.layouts.model import load_model
+from gptoss_convert.layouts.tables import load_table
 from tests.test_golden import published_config
 from tests.torch_dist_files import DTYPES, load_common
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from gptoss_convert import execute
-from gptoss_convert.conversion import Conversion, plan
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.partition import require_same_plan
+from gptoss_convert.conversion.plan import Conversion, plan
+from gptoss_convert.conversion.publish import journal_path, locked_journal, workspace
+from gptoss_convert.conversion.run import run
+from gptoss_convert.engine import execute
 from gptoss_convert.errors import TargetError, UsageError
-from gptoss_convert.options import Options
-from gptoss_convert.publish import journal_path, locked_journal, workspace
-from gptoss_convert.ranks import Ranks
-from gptoss_convert.run import run
-from gptoss_convert.shares import require_same_plan
+from gptoss_convert.machine.ranks import Ranks
 from tests.killing import PAIRS, Countdown, contents, one_by_one, prepare, quick_folder
 from tests.rank_processes import Ended, run_ranks
 from tests.torchrun import ROOT, torchrun
@@ -231,8 +231,8 @@ def test_every_process_numbers_the_steps_alike(planned: Planned) -> None:
 LAUNCHED = """
 import sys
 from pathlib import Path
-from gptoss_convert.ranks import join
-from gptoss_convert.run import run
+from gptoss_convert.machine.ranks import join
+from gptoss_convert.conversion.run import run
 from tests.killing import prepare
 folder, *pairs = sys.argv[1:]
 with join() as ranks:

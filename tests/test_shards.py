@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from gptoss_convert import shards, sidecar
 from gptoss_convert.containers import safetensors
 from gptoss_convert.errors import GptossError, IntegrityError
-from gptoss_convert.model import load_model
-from gptoss_convert.sidecar import FOLDER, ORIGIN, SCALES, Origin
-from gptoss_convert.tables import load_table
+from gptoss_convert.formats import shards, sidecar
+from gptoss_convert.formats.sidecar import FOLDER, ORIGIN, SCALES, Origin
+from gptoss_convert.layouts.model import load_model
+from gptoss_convert.layouts.tables import load_table
 
 SIZES = load_model().sizes(
     {

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gptoss_convert.conversion import plan
-from gptoss_convert.options import Options
-from gptoss_convert.shares import deal, runs, spread
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.partition import deal, runs, spread
+from gptoss_convert.conversion.plan import plan
 from tests.test_golden import LABELS, SIZES, inventory, published_config, write_header_only
 
 RANKS = (2, 3, 8, 31, 48, 63, 64)

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.containers import Chunk
+from gptoss_convert.engine.execute import Done, execute, places
+from gptoss_convert.engine.steps import Plan, make_plan
 from gptoss_convert.errors import InputError, IntegrityError
-from gptoss_convert.execute import Done, execute, places
-from gptoss_convert.extents import Extent, extents, volume
-from gptoss_convert.files import Arena, TargetFiles
-from gptoss_convert.model import load_model
-from gptoss_convert.steps import Plan, make_plan
-from gptoss_convert.tables import Table, load_table, parse_table
+from gptoss_convert.layouts.extents import Extent, extents, volume
+from gptoss_convert.layouts.model import load_model
+from gptoss_convert.layouts.tables import Table, load_table, parse_table
+from gptoss_convert.machine.files import Arena, TargetFiles
 from tests.tiny_models import (
     TinyShape,
     decode_mxfp4,
@@ -359,7 +359,7 @@ def test_every_element_arrives_however_the_tensors_are_cut(source: Side, target:
 def test_every_element_arrives_however_small_the_pieces(
     piece_bytes: int, seed: int | None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("gptoss_convert.steps.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("gptoss_convert.engine.steps.PIECE_BYTES", piece_bytes)
     for source, target in (
         *((MXFP4[0], target) for target in BF16[:3]),
         (BF16[0], BF16[1]),
@@ -369,7 +369,7 @@ def test_every_element_arrives_however_small_the_pieces(
 
 
 def test_pieces_follow_one_another_in_the_target(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("gptoss_convert.steps.PIECE_BYTES", 3000)
+    monkeypatch.setattr("gptoss_convert.engine.steps.PIECE_BYTES", 3000)
     held = extents_of(BF16[1], chunks_of(BF16[1]))
     taken = extents_of(BF16[0], chunks_of(BF16[0]))
     plan = make_plan(load_model(), SIZES, held, taken, 1 << 14)

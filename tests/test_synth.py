@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from gptoss_convert import manifest
+from gptoss_convert.conversion import manifest
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.run import convert
 from gptoss_convert.errors import TargetError, UsageError
-from gptoss_convert.files import Arena
-from gptoss_convert.options import Options
-from gptoss_convert.run import convert
-from gptoss_convert.synth import MODELS, plan_synth, special_tokens, synth, virtual_checkpoint
-from gptoss_convert.synth_values import SyntheticBytes, distributions, tensors_of
+from gptoss_convert.machine.files import Arena
+from gptoss_convert.synth.synth import MODELS, plan_synth, special_tokens, synth, virtual_checkpoint
+from gptoss_convert.synth.values import SyntheticBytes, distributions, tensors_of
 
 BLOCKS = "model.layers.1.mlp.experts.gate_up_proj_blocks"
 SCALES = "model.layers.1.mlp.experts.gate_up_proj_scales"

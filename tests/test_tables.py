@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from gptoss_convert.errors import InputError, UsageError
-from gptoss_convert.model import load_model, parse_model
-from gptoss_convert.tables import load_table, parse_table
+from gptoss_convert.layouts.model import load_model, parse_model
+from gptoss_convert.layouts.tables import load_table, parse_table
 
 FORMATS = ("hf", "openai", "megatron", "scales")
 NUMBERS = {

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptoss_convert.checkpoint import Choices
-from gptoss_convert.mxfp4 import jit
-from gptoss_convert.verify.changes import Change, change, sum_of
-from gptoss_convert.verify.diff import Diff, ParameterDiff, diff
+from gptoss_convert.codecs.mxfp4 import jit
+from gptoss_convert.compare.changes import Change, change, sum_of
+from gptoss_convert.compare.diff import Diff, ParameterDiff, diff
+from gptoss_convert.formats.checkpoint import Choices
 from tests.tiny_files import hf_config, write_hf_bf16, write_hf_mxfp4, write_megatron, write_openai
 from tests.tiny_models import DISTINCT, hf_bf16_tensors, random_weights
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from gptoss_convert.containers import Chunk
 from gptoss_convert.errors import IntegrityError
-from gptoss_convert.verify import fetch
-from gptoss_convert.verify.fetch import Fetcher, runs_of
+from gptoss_convert.witness import fetch
+from gptoss_convert.witness.fetch import Fetcher, runs_of
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 5, 6)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptoss_convert.opening import open_checkpoint
-from gptoss_convert.verify.first_calls import VECTOR_FUNCTIONS, settle_kernels
-from gptoss_convert.verify.hf_reader import HfReader
-from gptoss_convert.verify.limits import load_limits
-from gptoss_convert.verify.oracles import oracle_logits
-from gptoss_convert.verify.parity import compare
-from gptoss_convert.verify.tokens import sequence
+from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.verify.oracle_level import oracle_logits
+from gptoss_convert.witness.first_calls import VECTOR_FUNCTIONS, settle_kernels
+from gptoss_convert.witness.hf import HfReader
+from gptoss_convert.witness.limits import load_limits
+from gptoss_convert.witness.parity import compare
+from gptoss_convert.witness.tokens import sequence
 from tests.tiny_files import write_hf_bf16
 from tests.tiny_models import SQUARE, random_weights
 

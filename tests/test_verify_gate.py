@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 import torch
 
-from gptoss_convert import convert, tables, verify_checkpoints
-from gptoss_convert.documents import document
+from gptoss_convert import convert, verify_checkpoints
+from gptoss_convert.conversion.options import Options as ConvertOptions
 from gptoss_convert.errors import InputError, ResourceError, UsageError
-from gptoss_convert.options import Options as ConvertOptions
-from gptoss_convert.synth import synth
-from gptoss_convert.verify import forward_levels, oracle_level, oracles
+from gptoss_convert.layouts import tables
+from gptoss_convert.show.documents import document
+from gptoss_convert.synth.synth import synth
+from gptoss_convert.verify import logits_level as forward_levels
+from gptoss_convert.verify import oracle_level
 from gptoss_convert.verify.gate import Options, Verification
+from gptoss_convert.witness import oracles
 from tests.test_documents import follows_its_schema
 
 FORMATS = ("mxfp4", "bf16", "openai", "megatron")
@@ -297,17 +300,18 @@ def test_header_and_values_do_without_torch(tiny: Path) -> None:
     assert done.stdout.startswith("--level logits needs torch")
 
 
-def test_readers_forward_pass_and_oracles_import_no_table() -> None:
-    names = ("walk", "hf_reader", "openai_reader", "megatron_reader", "parity", "oracles",
-             "megatron_oracle")  # fmt: skip
+def test_witnesses_import_no_table() -> None:
     code = (
-        "import sys, importlib\n"
-        f"for name in {names!r}:\n"
-        "    importlib.import_module(f'gptoss_convert.verify.{name}')\n"
-        "print(*(m for m in sys.modules if m.endswith(('.tables', '.steps', '.layout'))))\n"
+        "import sys, importlib, pkgutil, gptoss_convert.witness as witness\n"
+        "for found in pkgutil.iter_modules(witness.__path__):\n"
+        "    importlib.import_module(f'gptoss_convert.witness.{found.name}')\n"
+        "print(*sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found = [name for name in done.stdout.split() if name.startswith("gptoss_convert")]
+    assert "gptoss_convert.witness.forward" in done.stdout.split()
+    wings = ("layouts", "engine", "formats", "codecs", "conversion", "compare")
+    found = [name for name in done.stdout.split() if name.split(".")[1:2] and name.startswith(
+        tuple(f"gptoss_convert.{wing}" for wing in wings))]  # fmt: skip
     assert found == []
 
 

@@ -5,8 +5,8 @@ from dataclasses import fields
 
 import torch
 
-from gptoss_convert.verify.limits import load_limits, violations
-from gptoss_convert.verify.metrics import (
+from gptoss_convert.witness.limits import load_limits, violations
+from gptoss_convert.witness.metrics import (
     KlRange,
     TokenScores,
     divergence,

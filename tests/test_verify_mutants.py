@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptoss_convert.verify import forward, metrics
-from gptoss_convert.verify.forward import Numerics
-from gptoss_convert.verify.hf_reader import HfReader
-from gptoss_convert.verify.limits import load_limits
-from gptoss_convert.verify.model import ModelConfig
-from gptoss_convert.verify.parity import compare
-from gptoss_convert.verify.parity_report import ParityReport
-from gptoss_convert.verify.tokens import TokenSequence, token_set
-from gptoss_convert.verify.walk import Prompts, all_logits, walk
+from gptoss_convert.witness import forward, metrics
+from gptoss_convert.witness.forward import Numerics
+from gptoss_convert.witness.hf import HfReader
+from gptoss_convert.witness.limits import load_limits
+from gptoss_convert.witness.model import ModelConfig
+from gptoss_convert.witness.parity import compare
+from gptoss_convert.witness.parity_report import ParityReport
+from gptoss_convert.witness.tokens import TokenSequence, token_set
+from gptoss_convert.witness.walk import Prompts, all_logits, walk
 from tests.mutants import BELOW_ROUNDING, HARMLESS, MUTANTS, Mutant, MutantReader, zeroed_expert
 from tests.tiny_files import write_hf_mxfp4
 from tests.tiny_models import SQUARE, random_weights

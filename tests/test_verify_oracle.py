@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from gptoss_convert.verify.limits import oracle_limits
 from gptoss_convert.verify.oracle_level import Distances, judge
+from gptoss_convert.witness.limits import oracle_limits
 
 NARROW, WIDE = oracle_limits(224), oracle_limits(2880)
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from gptoss_convert.errors import InputError, UsageError
-from gptoss_convert.verify.forward import Numerics
-from gptoss_convert.verify.hf_reader import HfReader
-from gptoss_convert.verify.limits import load_limits
-from gptoss_convert.verify.openai_reader import OpenAiReader
-from gptoss_convert.verify.parity import compare
-from gptoss_convert.verify.tokens import TokenSequence, sequence, token_set
-from gptoss_convert.verify.walk import Prompts, all_logits
+from gptoss_convert.witness.forward import Numerics
+from gptoss_convert.witness.hf import HfReader
+from gptoss_convert.witness.limits import load_limits
+from gptoss_convert.witness.openai import OpenAiReader
+from gptoss_convert.witness.parity import compare
+from gptoss_convert.witness.tokens import TokenSequence, sequence, token_set
+from gptoss_convert.witness.walk import Prompts, all_logits
 from tests.mutants import Mutant, MutantReader, mapped, with_numbers
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4, write_openai
 from tests.tiny_models import DISTINCT, SQUARE, random_weights

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from gptoss_convert.checkpoint import Checkpoint
 from gptoss_convert.errors import UsageError
-from gptoss_convert.opening import open_checkpoint
-from gptoss_convert.synth import synth
+from gptoss_convert.formats.checkpoint import Checkpoint
+from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.synth.synth import synth
 from gptoss_convert.verify.gate import Options, verify_checkpoints
-from gptoss_convert.verify.parity_report import NextTokens
 from gptoss_convert.verify.prompts import own_sequences, shown_tokens
+from gptoss_convert.witness.parity_report import NextTokens
 
 
 @pytest.fixture(scope="module")

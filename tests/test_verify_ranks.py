@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from gptoss_convert import convert
-from gptoss_convert.options import Options
-from gptoss_convert.synth import synth
-from gptoss_convert.verify.deal import deal
-from gptoss_convert.verify.metrics import TokenScores
-from gptoss_convert.verify.observe import Observed
-from gptoss_convert.verify.parity_report import NextTokens, SubBlockError
-from gptoss_convert.verify.tokens import TokenSequence
-from gptoss_convert.verify.value_statistics import Energy, StepStatistics
-from gptoss_convert.verify.values_report import Compared, Element, Piece
+from gptoss_convert.compare.value_statistics import Energy, StepStatistics
+from gptoss_convert.compare.values_report import Compared, Element, Piece
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.machine.deal import deal
+from gptoss_convert.synth.synth import synth
+from gptoss_convert.witness.metrics import TokenScores
+from gptoss_convert.witness.observe import Observed
+from gptoss_convert.witness.parity_report import NextTokens, SubBlockError
+from gptoss_convert.witness.tokens import TokenSequence
 from tests.torchrun import torchrun
 
 
@@ -37,8 +37,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 TOGETHER = """
 import json, sys
-from gptoss_convert.ranks import ALONE, join
-from gptoss_convert.verify import fetch, observe
+from gptoss_convert.machine.ranks import ALONE, join
+from gptoss_convert.witness import fetch, observe
 from gptoss_convert.verify.gate import Options, verify_checkpoints
 
 fetched, batches = [], []
@@ -122,7 +122,7 @@ ENDING = """
 import os, signal
 from gptoss_convert.__main__ import main
 from gptoss_convert.errors import DiskError
-from gptoss_convert.verify import observe
+from gptoss_convert.witness import observe
 
 note = observe._Batch.note
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from gptoss_convert.containers import Chunk
 from gptoss_convert.containers.torch_dist import read
 from gptoss_convert.errors import CodecError, GptossError, InputError, IntegrityError
-from gptoss_convert.verify.configs import Section, megatron_config
-from gptoss_convert.verify.forward import Numerics
-from gptoss_convert.verify.fp4 import Packed, checked
-from gptoss_convert.verify.hf_reader import HfReader
-from gptoss_convert.verify.megatron_reader import MegatronReader
-from gptoss_convert.verify.model import ModelConfig
-from gptoss_convert.verify.openai_reader import OpenAiReader
-from gptoss_convert.verify.readers import Reader
-from gptoss_convert.verify.walk import Prompts, all_logits
+from gptoss_convert.witness.configs import Section, megatron_config
+from gptoss_convert.witness.forward import Numerics
+from gptoss_convert.witness.fp4 import Packed, checked
+from gptoss_convert.witness.hf import HfReader
+from gptoss_convert.witness.megatron import MegatronReader
+from gptoss_convert.witness.model import ModelConfig
+from gptoss_convert.witness.openai import OpenAiReader
+from gptoss_convert.witness.readers import Reader
+from gptoss_convert.witness.walk import Prompts, all_logits
 from tests.test_forward import CPU, sequences
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4, write_megatron, write_openai
 from tests.tiny_models import (

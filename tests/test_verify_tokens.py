@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptoss_convert.verify.configs import hf_config, read_json
-from gptoss_convert.verify.model import ModelConfig
-from gptoss_convert.verify.tokens import (
+from gptoss_convert.witness.configs import hf_config, read_json
+from gptoss_convert.witness.model import ModelConfig
+from gptoss_convert.witness.tokens import (
     CATEGORIES,
     WRITTEN,
     digest,
@@ -23,7 +23,7 @@ from gptoss_convert.verify.tokens import (
 from tests.tiny_files import write_hf_bf16
 from tests.tiny_models import SQUARE, random_weights
 
-TEXTS = Path(__file__).parents[1] / "gptoss_convert" / "verify" / "texts"
+TEXTS = Path(__file__).parents[1] / "gptoss_convert" / "witness" / "texts"
 SPECIAL = {
     "<|endoftext|>": 199999, "<|return|>": 200002, "<|constrain|>": 200003, "<|channel|>": 200005,
     "<|start|>": 200006, "<|end|>": 200007, "<|message|>": 200008, "<|call|>": 200012,

@@ -14,15 +14,15 @@ import pytest
 from numpy.typing import NDArray
 
 from gptoss_convert import convert
+from gptoss_convert.compare.values import compare_values
+from gptoss_convert.compare.values_report import Difference, ValuesReport
+from gptoss_convert.conversion.manifest import NAME
+from gptoss_convert.conversion.options import Options
 from gptoss_convert.errors import InputError, ResourceError
-from gptoss_convert.manifest import NAME
-from gptoss_convert.opening import open_checkpoint
-from gptoss_convert.options import Options
-from gptoss_convert.resources import peak_memory
-from gptoss_convert.synth import synth
+from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.machine.resources import peak_memory
+from gptoss_convert.synth.synth import synth
 from gptoss_convert.verify.gate import describe
-from gptoss_convert.verify.values import compare_values
-from gptoss_convert.verify.values_report import Difference, ValuesReport
 from tests.tiny_files import write_hf_bf16
 from tests.tiny_models import SQUARE, random_weights
 

@@ -1,5 +1,5 @@
 """Token ids of the texts that checkpoints are compared on: `pip install tiktoken`, then
-`python tools/encode_texts.py`. To be run after a change of gptoss_convert/verify/texts/*.txt.
+`python tools/encode_texts.py`. To be run after a change of gptoss_convert/witness/texts/*.txt.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tiktoken
 
-TEXTS = Path(__file__).parents[1] / "gptoss_convert" / "verify" / "texts"
+TEXTS = Path(__file__).parents[1] / "gptoss_convert" / "witness" / "texts"
 END = "<|endoftext|>"
 
 

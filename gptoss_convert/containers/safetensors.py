@@ -18,8 +18,8 @@ from typing import Any
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk, FileImage, Image, TensorSpec
 from gptoss_convert.containers.paths import open_inside, read_text, safe_name
+from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
-from gptoss_convert.strict_json import parse_object
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000

@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from gptoss_convert import resources
-from gptoss_convert.checkpoint import Checkpoint
-from gptoss_convert.conversion import Conversion, plan_opened
+from gptoss_convert.conversion.plan import Conversion, plan_opened
 from gptoss_convert.errors import UsageError
+from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.hub.bars import PIECE, bar_type
 from gptoss_convert.hub.client import Listing, cached, download, resolve
 from gptoss_convert.hub.outline import files_of, is_weights, opened, outline
 from gptoss_convert.hub.stream import ShardStream
-from gptoss_convert.progress import Advance, Progress
+from gptoss_convert.machine import resources
+from gptoss_convert.machine.progress import Advance, Progress
 
 _AT_ONCE = 4
 

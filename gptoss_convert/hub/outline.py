@@ -13,14 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gptoss_convert import megatron, sidecar
-from gptoss_convert.checkpoint import CONFIG, MANIFEST, Checkpoint, Choices
 from gptoss_convert.containers import safetensors
 from gptoss_convert.containers.paths import safe_name
+from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import GptossError, InputError, NetworkError, UsageError
+from gptoss_convert.formats import sidecar
+from gptoss_convert.formats.checkpoint import CONFIG, MANIFEST, Checkpoint, Choices
+from gptoss_convert.formats.megatron import fields as megatron
+from gptoss_convert.formats.opening import open_checkpoint
 from gptoss_convert.hub.client import Listing, beginning
-from gptoss_convert.opening import open_checkpoint
-from gptoss_convert.strict_json import parse_object
 
 _FIRST = 1 << 16
 """Bytes of a shard asked for at once: the headers of the released models fit."""

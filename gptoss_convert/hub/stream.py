@@ -10,12 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from gptoss_convert.conversion import Conversion
+from gptoss_convert.conversion.plan import Conversion
+from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import NetworkError
-from gptoss_convert.files import Arena, SourceFiles
 from gptoss_convert.hub.bars import bar_type
 from gptoss_convert.hub.client import Listing, cached, download
-from gptoss_convert.steps import Plan
+from gptoss_convert.machine.files import Arena, SourceFiles
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.checkpoint import Checkpoint, Choices
-from gptoss_convert.config import Config
+from gptoss_convert.compare.config_diff import numbers_that_differ
+from gptoss_convert.compare.values import compare_values
+from gptoss_convert.compare.values_report import Difference, ValuesReport
 from gptoss_convert.errors import UsageError
-from gptoss_convert.progress import SILENT, Progress
-from gptoss_convert.ranks import ALONE, Ranks
-from gptoss_convert.sources import open_source
-from gptoss_convert.verify.config_diff import numbers_that_differ
-from gptoss_convert.verify.values import compare_values
-from gptoss_convert.verify.values_report import Difference, ValuesReport
+from gptoss_convert.formats.checkpoint import Checkpoint, Choices
+from gptoss_convert.formats.config import Config
+from gptoss_convert.hub.sources import open_source
+from gptoss_convert.machine.progress import SILENT, Progress
+from gptoss_convert.machine.ranks import ALONE, Ranks
 
 LEVELS = ("header", "values", "logits", "oracle")
 LOSSLESS = "lossless"
@@ -214,7 +214,7 @@ def _logits(
     ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress, ranks: Ranks
 ) -> Level:
     _need_torch()
-    from gptoss_convert.verify.forward_levels import logits_level
+    from gptoss_convert.verify.logits_level import logits_level
 
     return logits_level(ours, theirs, options, progress, ranks)
 

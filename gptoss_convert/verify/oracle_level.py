@@ -11,21 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoss_convert.checkpoint import Checkpoint
-from gptoss_convert.progress import Progress
-from gptoss_convert.ranks import ALONE, Ranks
-from gptoss_convert.verify import forward
-from gptoss_convert.verify.fetch import Fetcher
-from gptoss_convert.verify.forward import Numerics
-from gptoss_convert.verify.forward_levels import memory_advice
+from gptoss_convert.errors import UsageError
+from gptoss_convert.formats.checkpoint import Checkpoint
+from gptoss_convert.machine.progress import Progress
+from gptoss_convert.machine.ranks import ALONE, Ranks
 from gptoss_convert.verify.gate import Level, Options
-from gptoss_convert.verify.limits import OracleLimits, oracle_limits
-from gptoss_convert.verify.node import choose_device
-from gptoss_convert.verify.oracles import oracle_logits
-from gptoss_convert.verify.readers import Reader
+from gptoss_convert.verify.logits_level import memory_advice
 from gptoss_convert.verify.sides import open_reader
-from gptoss_convert.verify.tokens import token_set
-from gptoss_convert.verify.walk import Prompts, walk
+from gptoss_convert.witness import forward
+from gptoss_convert.witness.fetch import Fetcher
+from gptoss_convert.witness.first_calls import settle_kernels
+from gptoss_convert.witness.forward import Numerics
+from gptoss_convert.witness.limits import OracleLimits, oracle_limits
+from gptoss_convert.witness.megatron_oracle import megatron_logits
+from gptoss_convert.witness.model import ModelConfig
+from gptoss_convert.witness.node import choose_device
+from gptoss_convert.witness.oracles import silence, transformers_logits
+from gptoss_convert.witness.readers import Reader
+from gptoss_convert.witness.tokens import token_set
+from gptoss_convert.witness.walk import Prompts, walk
 
 
 def oracle_level(
@@ -56,6 +60,34 @@ def oracle_level(
     text = f"own model code against the shared forward pass: {agreements}"
     seconds = time.monotonic() - began
     return Level("oracle", not findings, seconds, text, tuple(findings), told)
+
+
+def oracle_logits(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    sequences: Sequence[Sequence[int]],
+    device: torch.device,
+) -> list[Tensor] | str:
+    """What the checkpoint's own ecosystem computes, or why it cannot, in words.
+
+    Raises UsageError if its library is not installed.
+    """
+    settle_kernels()
+    try:
+        if checkpoint.format == "hf":
+            layers = len(config.sliding)
+            with silence():
+                return transformers_logits(checkpoint.root, sequences, device, layers)
+        if checkpoint.format == "openai":
+            return "(OpenAI's own code is on no package index)"
+        if len(config.sliding) < checkpoint.config.num_hidden_layers:
+            return "(megatron-core loads all layers or none)"
+        return megatron_logits(checkpoint.root, config, sequences, device)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--level oracle of {checkpoint.label} needs {error.name}: "
+            "pip install 'gptoss-convert[oracles]'"
+        ) from error
 
 
 @dataclass(frozen=True)

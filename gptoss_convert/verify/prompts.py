@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptoss_convert.checkpoint import Checkpoint
 from gptoss_convert.errors import InputError, UsageError
-from gptoss_convert.verify.parity_report import NextTokens
+from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.verify.sides import tokenizer_of
-from gptoss_convert.verify.tokens import TokenSequence
+from gptoss_convert.witness.parity_report import NextTokens
+from gptoss_convert.witness.tokens import TokenSequence
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

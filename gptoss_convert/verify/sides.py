@@ -8,15 +8,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gptoss_convert import config as configs
-from gptoss_convert.checkpoint import Checkpoint
-from gptoss_convert.verify.configs import Section, hf_config
-from gptoss_convert.verify.fetch import Fetcher
-from gptoss_convert.verify.hf_reader import HfReader
-from gptoss_convert.verify.megatron_reader import MegatronReader
-from gptoss_convert.verify.model import LayerWeights, ModelConfig
-from gptoss_convert.verify.openai_reader import OpenAiReader
-from gptoss_convert.verify.readers import Reader, SubBlock
+from gptoss_convert.formats import config as configs
+from gptoss_convert.formats.checkpoint import Checkpoint
+from gptoss_convert.witness.configs import Section, hf_config
+from gptoss_convert.witness.fetch import Fetcher
+from gptoss_convert.witness.hf import HfReader
+from gptoss_convert.witness.megatron import MegatronReader
+from gptoss_convert.witness.model import LayerWeights, ModelConfig
+from gptoss_convert.witness.openai import OpenAiReader
+from gptoss_convert.witness.readers import Reader, SubBlock
 
 
 def open_reader(checkpoint: Checkpoint, fetcher: Fetcher, layers: int | None) -> Reader:

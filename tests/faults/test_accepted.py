@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from gptoss_convert.conversion import plan
-from gptoss_convert.manifest import read_manifest
-from gptoss_convert.options import Options
-from gptoss_convert.run import run
-from gptoss_convert.synth import synth
+from gptoss_convert.conversion.manifest import read_manifest
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.plan import plan
+from gptoss_convert.conversion.run import run
+from gptoss_convert.synth.synth import synth
 from tests.faults.cases import INDEX, SHARD, edit_config, edit_json, header_of, write_header
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory import Group
-from gptoss_convert.conversion import plan
+from gptoss_convert.conversion.manifest import NAME
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.plan import plan
+from gptoss_convert.conversion.run import run
 from gptoss_convert.errors import TargetError, UsageError
-from gptoss_convert.manifest import NAME
-from gptoss_convert.options import Options
-from gptoss_convert.run import run
-from gptoss_convert.synth import synth
+from gptoss_convert.synth.synth import synth
 from tests.failing import needs_seccomp, refuse
 from tests.faults.cases import SHARD, bytes_of, overwrite
 from tests.killing import contents

@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from gptoss_convert.containers.torch_dist import pickles
-from gptoss_convert.containers.torch_dist.items import (
-    describe_tensor,
-    pickled_record,
-    strip_root,
-)
+from gptoss_convert.containers.torch_dist.items import describe_tensor, pickled_record, strip_root
 from gptoss_convert.containers.torch_dist.machine import Record
 from gptoss_convert.containers.torch_dist.stand_ins import COMMON, PATH, Storage
 from gptoss_convert.containers.torch_dist.zips import ReadAt, read_archive

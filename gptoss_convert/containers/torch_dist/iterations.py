@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from gptoss_convert.containers.paths import read_text
+from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
-from gptoss_convert.strict_json import parse_object
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d{7,})")

@@ -1,0 +1,1 @@
+"""What a checkpoint is, and whether it is what its manifest says."""

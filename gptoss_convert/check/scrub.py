@@ -1,0 +1,117 @@
+"""Reading a checkpoint once more: CRC-32 of its bytes, fingerprints and oddities of its values."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from isal import isal_zlib
+
+from gptoss_convert.codecs.mxfp4 import EncodeStats
+from gptoss_convert.engine.anomalies import Oddities, examine
+from gptoss_convert.engine.compute import Share, share
+from gptoss_convert.engine.execute import Region
+from gptoss_convert.engine.fingerprint import MASK
+from gptoss_convert.engine.parts import Part, cast, lay_out, read
+from gptoss_convert.engine.steps import Plan, make_plan
+from gptoss_convert.errors import IntegrityError
+from gptoss_convert.formats.checkpoint import Checkpoint, casts
+from gptoss_convert.layouts.model import load_model
+from gptoss_convert.machine import resources
+from gptoss_convert.machine.files import Arena, SourceFiles
+from gptoss_convert.machine.progress import Progress
+from gptoss_convert.machine.threads import run_all
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one step of the plan found."""
+
+    step: int
+    regions: tuple[Region, ...]
+    fingerprint: int
+    oddities: Oddities
+    problem: str | None
+    """Why the values do not decode."""
+
+
+def reading_plan(checkpoint: Checkpoint) -> Plan:
+    """The steps that read every parameter of a checkpoint once, sidecar scales included."""
+    model = load_model()
+    held = checkpoint.extents(casts(True))
+    return make_plan(model, model.sizes(checkpoint.config.numbers), held, held)
+
+
+def reread(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    numbers: Sequence[int],
+    *,
+    workers: int | None,
+    max_memory: int,
+    progress: Progress,
+) -> list[Seen]:
+    """Read the steps of these numbers; raises IntegrityError for files that change meanwhile."""
+    # The plan's targets are its sources again: a worker holds them once.
+    room = max((plan.steps[number].source_bytes() for number in numbers), default=0)
+    count = resources.choose_workers(room, max_memory, workers)
+    seen: list[Seen] = []
+    total = plan.read_bytes * len(numbers) // max(len(plan.steps), 1)
+    with (
+        SourceFiles(checkpoint.roots) as files,
+        progress.phase("reading", total, len(numbers)) as advance,
+    ):
+        run_all(
+            numbers,
+            lambda: _Worker(plan, files, room).run,
+            workers=count,
+            finished=seen.extend,
+            advance=advance,
+        )
+        files.require_unchanged()
+    return sorted(seen, key=lambda result: result.step)
+
+
+class _Worker:
+    def __init__(self, plan: Plan, files: SourceFiles, room: int) -> None:
+        self._plan = plan
+        self._files = files
+        self._room = room
+        self._arena = Arena(room)
+
+    def run(self, number: int) -> tuple[Seen, int]:
+        step = self._plan.steps[number]
+        self._arena.reset(self._room)
+        held: dict[str, list[Part]] = defaultdict(list)
+        regions: list[Region] = []
+        nbytes = 0
+        for part in lay_out(step, step.sources, self._arena):
+            nbytes += read(part, self._files, self._arena)
+            regions.extend(self._regions(part))
+            cast(part)
+            held[part.extent.param].append(part)
+        mark, problem = Share(None, True), None
+        try:
+            mark = share(step, held, held, EncodeStats())
+        except IntegrityError as error:
+            problem = str(error)
+        oddities = examine(step, held, mark.finite)
+        found = Seen(number, tuple(regions), mark.fingerprint or 0, oddities, problem)
+        return found, nbytes
+
+    def _regions(self, part: Part) -> Iterator[Region]:
+        memory = memoryview(self._arena.memory)
+        for offset, position, length in part.runs():
+            crc = isal_zlib.crc32(memory[position : position + length])
+            yield Region(part.extent.file, offset, length, crc)
+
+
+def layers_of(plan: Plan, seen: Iterable[Seen]) -> Mapping[str, Mapping[int, int]]:
+    """The fingerprint of every layer that was read, by weight."""
+    found: dict[str, dict[int, int]] = defaultdict(dict)
+    for result in seen:
+        step = plan.steps[result.step]
+        layers = found[step.family.weight]
+        layers[step.layer] = (layers.get(step.layer, 0) + result.fingerprint) & MASK
+    return found

@@ -1,0 +1,345 @@
+"""The command line: options in, one call, text or JSON out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gptoss_convert.cli.checks import check, diff, verify
+from gptoss_convert.cli.options import (
+    EPILOG,
+    FORMATS,
+    PATH,
+    SOURCE,
+    Choice,
+    Size,
+    as_json_flag,
+    config_option,
+    iteration_option,
+    overwrite_flag,
+    quiet_flag,
+    rank_log_option,
+    revision_option,
+    say,
+    show,
+    strict_flag,
+    vocab_size_option,
+    workers_option,
+)
+from gptoss_convert.machine import progress
+from gptoss_convert.show import report
+from gptoss_convert.show.pages import Page, render
+from gptoss_convert.version import VERSION
+
+if TYPE_CHECKING:
+    from gptoss_convert.conversion.plan import Conversion
+    from gptoss_convert.hub.names import Repository
+    from gptoss_convert.machine.ranks import Ranks
+
+PROGRAM = "gptoss-convert"
+COMPLETE = "_GPTOSS_CONVERT_COMPLETE"
+"""The variable with which a shell's script asks for completions; its name follows the program's."""
+_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
+
+
+@click.group(context_settings=_SETTINGS, epilog=EPILOG)
+@click.version_option(VERSION, "-V", "--version", prog_name=PROGRAM)
+def cli() -> None:
+    """Convert GPT-OSS checkpoints: Hugging Face (MXFP4, BF16), OpenAI's layout, Megatron-Core.
+
+    Values are exact, memory is bounded, and TARGET appears complete or not at all.
+    """
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("source", type=SOURCE)
+@click.argument("target", type=PATH)
+@click.option("--to", required=True, type=Choice(FORMATS), help="Format of TARGET.")
+@click.option(
+    "--dtype",
+    type=Choice(["keep", "mxfp4", "bf16"]),
+    default="keep",
+    help="Encoding of the expert weights in TARGET.",
+)
+@click.option(
+    "--from",
+    "source_format",
+    type=Choice(FORMATS),
+    help="Format to read, where SOURCE holds several.",
+)
+@revision_option
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="SOURCE on the Hub: convert each shard as it arrives, then drop it.",
+)
+@click.option(
+    "--shards",
+    type=Choice(["auto", "size", "published"]),
+    default="auto",
+    help="Files of TARGET: as the MXFP4 original's where a sidecar remembers them, else by size; "
+    "always by size; or OpenAI's own names, order and boundaries.",
+)
+@click.option("--max-shard-size", type=Size(), default="5GB", help="Largest file, by size.")
+@click.option(
+    "--max-memory",
+    type=Size(),
+    help="Limit that buffers must fit in.  [default: 400MB, or what --workers take]",
+)
+@workers_option
+@click.option(
+    "--scales",
+    type=PATH,
+    help="An MXFP4 checkpoint, or a BF16 one with a sidecar, whose block scales to prefer. "
+    "Restores its bytes, never changes a value.  [default: SOURCE's sidecar]",
+)
+@click.option("--no-scales", is_flag=True, help="Write no sidecar of MXFP4 scales beside BF16.")
+@click.option("--cast", is_flag=True, help="Round a float32 or float16 SOURCE to BF16.")
+@click.option("--lossy", is_flag=True, help="Round values that have no exact MXFP4 form.")
+@click.option("--repair", is_flag=True, help="Read what transformers 5.21 to 5.23 mis-saved.")
+@click.option("--allow-nonfinite", is_flag=True, help="Keep infinities and NaN.")
+@click.option("--allow-zero", is_flag=True, help="Keep weight matrices that are zero throughout.")
+@strict_flag
+@click.option(
+    "--layout",
+    type=Choice(["stacked", "per-layer"]),
+    default="stacked",
+    help="Megatron TARGET: all layers in one tensor, or a tensor a layer (120b loads faster).",
+)
+@click.option(
+    "--also-local-spec",
+    is_flag=True,
+    help="Megatron TARGET: name the second norm as models without Transformer Engine do, too.",
+)
+@click.option(
+    "--bridge",
+    type=Choice(["modern", "legacy"]),
+    default="modern",
+    help="Megatron TARGET: run_config.yaml for Megatron-Bridge from 0.4.0 on, or before.",
+)
+@iteration_option
+@config_option
+@vocab_size_option
+@click.option("--tokenizer", type=PATH, help="Directory whose tokenizer and template TARGET gets.")
+@click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
+@click.option(
+    "--trust-journal",
+    is_flag=True,
+    help="Go on without reading back what an interrupted run wrote.",
+)
+@overwrite_flag
+@click.option("--push-to", help="Upload TARGET to this repository on the Hub when it is complete.")
+@click.option("--public", is_flag=True, help="A repository that --push-to makes is public.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
+@rank_log_option
+@as_json_flag
+@quiet_flag
+@click.option("-v", "--verbose", is_flag=True, help="Show the plan before it runs.")
+def convert(
+    source: str,
+    target: Path,
+    *,
+    no_scales: bool,
+    push_to: str | None,
+    public: bool,
+    dry_run: bool,
+    rank_log: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Convert SOURCE, a checkpoint directory or a repository on the Hub, to a new directory TARGET.
+
+    \b
+    Examples:
+      gptoss-convert convert openai/gpt-oss-20b out --to hf --dtype bf16
+      gptoss-convert convert gpt-oss-20b out --to hf --dtype bf16
+      gptoss-convert convert out back --to hf --dtype mxfp4
+      gptoss-convert convert gpt-oss-20b/original out --to hf --tokenizer gpt-oss-20b
+      gptoss-convert convert gpt-oss-20b out --to megatron
+    """
+    from gptoss_convert.conversion.options import Options
+    from gptoss_convert.conversion.plan import plan
+    from gptoss_convert.machine.ranks import join
+
+    repository = _destination(push_to, dry_run)
+    with join() as ranks:
+        if rank_log:
+            ranks.keep_log(rank_log)
+        if not dry_run:
+            # Kernels load, or compile at the first use, while the plan is made.
+            Thread(target=_warm).start()
+        all_options = Options(**options, keep_scales=not no_scales)
+        conversion = plan(source, target, all_options, ranks.local_size)
+        shown = _planned(conversion) if dry_run else _converted(conversion, ranks, quiet, verbose)
+    if ranks.rank == 0:
+        show(*shown, as_json=as_json, quiet=quiet)
+        if repository:
+            _push(target, repository, public, quiet)
+
+
+def _destination(push_to: str | None, dry_run: bool) -> Repository | None:
+    """Where --push-to will upload, checked before anything is read."""
+    if push_to is None or dry_run:
+        return None
+    from gptoss_convert.hub.push import destination
+
+    return destination(push_to)
+
+
+def _push(target: Path, repository: Repository, public: bool, quiet: bool) -> None:
+    from gptoss_convert.hub.push import push
+
+    place = push(target, repository, public)
+    click.echo("" if quiet else f"pushed: {place}", err=True, nl=not quiet)
+
+
+def _planned(conversion: Conversion) -> tuple[str, Mapping[str, Any], Page]:
+    """What a conversion would do, as a document of this kind and as a page."""
+    from gptoss_convert.conversion.estimate import estimate_seconds
+
+    summary = conversion.summary() | {"estimated_seconds": estimate_seconds(conversion)}
+    return "plan", summary, report.conversion(summary)
+
+
+def _converted(
+    conversion: Conversion, ranks: Ranks, quiet: bool, verbose: bool
+) -> tuple[str, Mapping[str, Any], Page]:
+    """What a conversion did, as a document of this kind and as a page."""
+    from gptoss_convert.conversion.run import run
+    from gptoss_convert.formats.megatron.launch import arguments
+
+    if verbose and ranks.rank == 0:
+        page = report.conversion(conversion.summary())
+        click.echo(render(page, sys.stderr), err=True, color=True)
+    told = progress.for_rank(quiet, ranks.rank, ranks.log)
+    done = run(conversion, told, ranks=ranks).summary()
+    launch = arguments(conversion.source.config) if conversion.options.to == "megatron" else ()
+    return "convert", done, report.finished(done, launch)
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("source", type=SOURCE)
+@click.option(
+    "--from",
+    "source_format",
+    type=Choice(FORMATS),
+    help="Format to read, where SOURCE holds several.",
+)
+@revision_option
+@iteration_option
+@config_option
+@vocab_size_option
+@click.option("--launch", is_flag=True, help="Print how to load it in Megatron, as Markdown.")
+@as_json_flag
+def inspect(
+    source: str,
+    *,
+    source_format: str | None,
+    revision: str | None,
+    iteration: int | None,
+    config: Path | None,
+    vocab_size: int | None,
+    launch: bool,
+    as_json: bool,
+) -> None:
+    """Tell what the checkpoint SOURCE is: format, size, encoding, anything odd. Headers only.
+
+    SOURCE is a directory, or a repository on the Hub, of which a few MB are read.
+
+    \b
+    Examples:
+      gptoss-convert inspect gpt-oss-20b
+      gptoss-convert inspect openai/gpt-oss-120b
+    """
+    from gptoss_convert.check.inspection import inspect
+    from gptoss_convert.formats.checkpoint import Choices
+
+    choices = Choices(source_format, True, iteration, config, vocab_size)
+    found = inspect(source, choices, revision)
+    if launch:
+        from gptoss_convert.formats.megatron.launch import launch_page_of
+
+        say(launch_page_of(found.checkpoint))
+        return
+    summary = found.summary()
+    show("inspect", summary, report.inspection(summary), as_json=as_json)
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("target", type=PATH)
+@click.option(
+    "--model",
+    type=Choice(["tiny", "20b", "120b"]),
+    default="tiny",
+    help="Which model's shapes.",
+)
+@click.option("--layers", type=click.IntRange(1), help="Fewer layers than the model has.")
+@click.option("--format", type=Choice(FORMATS), default="hf", help="Format of TARGET.")
+@click.option(
+    "--dtype",
+    type=Choice(["keep", "mxfp4", "bf16"]),
+    default="keep",
+    help="Encoding of the expert weights; keep is MXFP4.",
+)
+@click.option(
+    "--shards",
+    type=Choice(["auto", "size", "published"]),
+    default="auto",
+    help="Files of TARGET: as published for a whole 20b or 120b, else by size.",
+)
+@click.option("--seed", type=int, default=0, help="Chooses the values.")
+@workers_option
+@overwrite_flag
+@as_json_flag
+@quiet_flag
+def synth(target: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write a synthetic checkpoint: published names, shapes and files, realistic random values.
+
+    \b
+    Examples:
+      gptoss-convert synth tiny
+      gptoss-convert synth gpt-oss-20b --model 20b
+    """
+    from gptoss_convert.synth.synth import synth
+
+    done = synth(target, progress=progress.for_terminal(quiet), **options).summary()
+    show("convert", done, report.finished(done), as_json=as_json, quiet=quiet)
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("shell", type=Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script with which SHELL completes commands, options, choices and paths.
+
+    \b
+    Examples:
+      gptoss-convert completion bash > ~/.local/share/bash-completion/completions/gptoss-convert
+      gptoss-convert completion zsh > "${fpath[1]}/_gptoss-convert"
+      gptoss-convert completion fish > ~/.config/fish/completions/gptoss-convert.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    say(kind(cli, {}, PROGRAM, COMPLETE).source())
+
+
+def _warm() -> None:
+    # A program that ends at once, on an error say, lets nothing more be imported: no matter here.
+    with suppress(RuntimeError):
+        from gptoss_convert.engine.execute import warm
+
+        warm()
+
+
+cli.add_command(check)
+cli.add_command(diff)
+cli.add_command(verify)

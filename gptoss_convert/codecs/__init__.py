@@ -1,0 +1,1 @@
+"""Encodings of expert weights: how values become stored bytes and come back."""

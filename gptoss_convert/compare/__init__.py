@@ -1,0 +1,1 @@
+"""Comparisons on the tables: exact values, differences, what explains them."""

@@ -1,0 +1,107 @@
+"""How far two arrays of BF16 values lie apart, in numbers that add up over steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gptoss_convert.codecs.mxfp4 import jit
+
+_PIECE = 1 << 15
+"""Elements that numpy looks at at once: their float64 forms stay in the cache."""
+_EXPONENT = np.uint16(0x7F80)
+Bits = npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What differs between two sides of some elements; `sum_of` adds them up.
+
+    Elements that are infinite or NaN on either side are counted, and left out of the sums.
+    """
+
+    elements: int = 0
+    changed: int = 0
+    """Elements whose bits differ."""
+    nonfinite: int = 0
+    squares: float = 0.0
+    """Sum of the squares of the first side."""
+    squared_change: float = 0.0
+    """Sum of the squares of the differences."""
+    max_abs: float = 0.0
+    """The largest difference."""
+
+    @property
+    def share(self) -> float:
+        """Changed elements, of all."""
+        return self.changed / self.elements if self.elements else 0.0
+
+    @property
+    def relative_norm(self) -> float | None:
+        """L2 norm of the difference over that of the first side; None if that one is zero."""
+        if self.squared_change == 0:
+            return 0.0
+        return math.sqrt(self.squared_change / self.squares) if self.squares else None
+
+    def summary(self) -> dict[str, int | float | None]:
+        """The numbers as plain data."""
+        return {
+            "elements": self.elements,
+            "changed": self.changed,
+            "share": self.share,
+            "relative_norm": self.relative_norm,
+            "max_abs": self.max_abs,
+            "nonfinite": self.nonfinite,
+        }
+
+
+def sum_of(changes: Iterable[Change]) -> Change:
+    """All of them together."""
+    every = [*changes]
+    return Change(
+        sum(one.elements for one in every),
+        sum(one.changed for one in every),
+        sum(one.nonfinite for one in every),
+        math.fsum(one.squares for one in every),
+        math.fsum(one.squared_change for one in every),
+        max((one.max_abs for one in every), default=0.0),
+    )
+
+
+def change(ours: Bits, theirs: Bits) -> Change:
+    """How far `theirs` lies from `ours`: BF16 bits, contiguous, of one shape."""
+    a, b = ours.reshape(-1), theirs.reshape(-1)
+    if jit.kernels() is None:
+        pieces = range(0, len(a), _PIECE)
+        return sum_of(_by_numpy(a[i : i + _PIECE], b[i : i + _PIECE]) for i in pieces)
+    from gptoss_convert.compare import change_kernels as kernels
+
+    whole = len(a) - len(a) % kernels.LANES
+    sums = np.zeros((3, kernels.LANES))
+    words = np.empty((2, kernels.LANES), np.uint32)
+    changed, nonfinite = kernels.measure(a[:whole], b[:whole], sums, words)
+    squares, errors = map(float, sums[:2].sum(axis=1))
+    found = Change(whole, changed, nonfinite, squares, errors, float(sums[2].max()))
+    return sum_of((found, _by_numpy(a[whole:], b[whole:])))
+
+
+def _by_numpy(a: Bits, b: Bits) -> Change:
+    finite = ((a & _EXPONENT) != _EXPONENT) & ((b & _EXPONENT) != _EXPONENT)
+    x = np.where(finite, _values(a), 0.0)
+    error = np.where(finite, _values(b), 0.0) - x
+    return Change(
+        len(a),
+        int(np.count_nonzero(a != b)),
+        len(a) - int(np.count_nonzero(finite)),
+        float(np.square(x).sum()),
+        float(np.square(error).sum()),
+        float(np.abs(error).max(initial=0.0)),
+    )
+
+
+def _values(bits: Bits) -> npt.NDArray[np.float64]:
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)

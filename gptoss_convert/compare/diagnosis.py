@@ -1,0 +1,88 @@
+"""Known mistakes that explain a difference: transposed, exchanged, shifted, flipped, lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+
+from gptoss_convert.engine.steps import Step
+
+Bits = npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one expert (0 where there is none) of a tile that differs holds on either side."""
+
+    layer: int
+    expert: int
+    rest: tuple[tuple[int, int], ...]
+    """The tile's box on the axes that are neither layer nor expert."""
+    source: bytes
+    target: bytes
+
+
+def pieces(step: Step, ours: Bits, theirs: Bits) -> tuple[Piece, ...]:
+    """The tile expert by expert, as digests."""
+    axes = step.family.axes
+    axis = axes.index("expert") if "expert" in axes else -1
+    rest = tuple(
+        span for name, span in zip(axes, step.box, strict=True) if name not in {"layer", "expert"}
+    )
+    if axis < 0:
+        return (Piece(step.layer, 0, rest, _digest(ours), _digest(theirs)),)
+    first = step.box[axis][0]
+    pairs = zip(np.moveaxis(ours, axis, 0), np.moveaxis(theirs, axis, 0), strict=True)
+    return tuple(
+        Piece(step.layer, first + index, rest, _digest(a), _digest(b))
+        for index, (a, b) in enumerate(pairs)
+    )
+
+
+def _digest(bits: Bits) -> bytes:
+    return blake2b(np.ascontiguousarray(bits).data, digest_size=16).digest()
+
+
+Homes = Mapping[tuple[tuple[tuple[int, int], ...], bytes], Piece]
+"""By place and content: where SOURCE holds it."""
+
+
+def homes(found: Iterable[Piece]) -> Homes:
+    """Where SOURCE holds each piece."""
+    return {(piece.rest, piece.source): piece for piece in found}
+
+
+def misplaced(found: Iterable[Piece], known: Homes) -> str | None:
+    """`exchanged: expert 3 holds expert 5 of SOURCE`, if the first moved piece has such a home."""
+    for piece in found:
+        home = known.get((piece.rest, piece.target))
+        if home is None or home is piece or piece.source == piece.target:
+            continue
+        if home.layer != piece.layer:
+            return f"exchanged: it holds layer {home.layer} of SOURCE"
+        return f"exchanged: expert {piece.expert} holds expert {home.expert} of SOURCE"
+    return None
+
+
+def looks(step: Step, ours: Bits, theirs: Bits) -> str | None:
+    """The known mistake that turns one tile into the other, if one does."""
+    axes = step.family.axes
+    last = len(axes) - 1
+    wide = [axis for axis in range(last) if ours.shape[axis] > 1]
+    swaps = [axis for axis in wide if ours.shape[axis] == ours.shape[last]]
+    if any(np.array_equal(ours.swapaxes(axis, last), theirs) for axis in swaps):
+        return "transposed"
+    for axis in wide:
+        if np.array_equal(np.flip(ours, axis), theirs):
+            return "gate and up exchanged" if axes[axis] == "glu" else f"{axes[axis]} reversed"
+        if any(np.array_equal(np.roll(ours, by, axis), theirs) for by in (1, -1)):
+            return f"{axes[axis]} shifted by one"
+    if np.array_equal(ours ^ np.uint16(0x8000), theirs):
+        return "signs flipped"
+    if np.array_equal(np.where(ours & np.uint16(0x7FFF), ours, theirs), theirs):
+        return "zeros with the other sign" if not (theirs & 0x7FFF)[ours != theirs].any() else None
+    return None if theirs.any() else "all zero in TARGET"

@@ -1,0 +1,137 @@
+"""Exact values: every parameter of two checkpoints, decoded and compared bit by bit.
+
+Both sides are streamed at once, through the mapping tables, so this level cannot see a wrong
+table: the logits level can. Memory is bounded as in a conversion, and each byte is read once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from gptoss_convert.compare.diagnosis import Bits, looks, pieces
+from gptoss_convert.compare.pairs import Side, judge_steps, second
+from gptoss_convert.compare.value_statistics import step_statistics
+from gptoss_convert.compare.values_report import Compared, Element, ValuesReport, summed_up
+from gptoss_convert.engine.fingerprint import fingerprint
+from gptoss_convert.engine.steps import Step, make_plan
+from gptoss_convert.errors import InputError
+from gptoss_convert.formats.checkpoint import Checkpoint
+from gptoss_convert.layouts.extents import Extent, volume
+from gptoss_convert.layouts.model import load_model
+from gptoss_convert.machine.deal import deal
+from gptoss_convert.machine.progress import SILENT, Progress
+from gptoss_convert.machine.ranks import ALONE, Ranks
+
+_AT_ONCE = 1 << 18
+"""Elements compared at once: both sides stay in the cache."""
+
+
+def compare_values(
+    source: Checkpoint,
+    target: Checkpoint,
+    *,
+    layers: int | None = None,
+    workers: int | None = None,
+    max_memory: int = 4_000_000_000,
+    statistics: bool = False,
+    progress: Progress = SILENT,
+    ranks: Ranks = ALONE,
+) -> ValuesReport:
+    """Compare every element, or those of the first `layers` layers and of no layer.
+
+    With `statistics`, collect what a report shows beside the differences. Each step is compared by
+    one of `ranks`, and all have the same result. Raises InputError if the two models have
+    different sizes.
+    """
+    ours, theirs = source.config.numbers, target.config.numbers
+    for key in ours:
+        if key != "max_position_embeddings" and ours[key] != theirs[key]:
+            raise InputError(f"{target.root}: {key} is {theirs[key]}, SOURCE has {ours[key]}")
+    model = load_model()
+    plan = make_plan(model, model.sizes(ours), _stored(source), second(_stored(target)))
+    numbers = [n for n, step in enumerate(plan.steps) if layers is None or step.layer < layers]
+    dealt = deal([volume(plan.steps[n].box) for n in numbers], ranks.size)
+
+    def judge(number: int, step: Step, ours: Side, theirs: Side) -> Compared:
+        ranks.check()
+        found = _compare(number, step, ours.values, theirs.values)
+        if not statistics:
+            return found
+        held = [ours.parts, theirs.parts]
+        return replace(
+            found, statistics=step_statistics(step, ours.values, theirs.values, held=held)
+        )
+
+    compared = judge_steps(
+        source,
+        target,
+        plan,
+        [n for n, rank in zip(numbers, dealt, strict=True) if rank == ranks.rank],
+        judge,
+        workers=workers,
+        max_memory=max_memory,
+        progress=progress,
+        processes=ranks.local_size,
+    )
+    if ranks.size > 1:
+        told = ranks.gather([one.plain() for one in compared])
+        compared = [Compared.of(one) for part in told for one in part]
+    return summed_up(plan, sorted(compared, key=lambda result: result.step))
+
+
+def _stored(checkpoint: Checkpoint) -> list[Extent]:
+    """The extents of the weights themselves: a sidecar's scales are no values."""
+    found = checkpoint.extents()
+    held = {extent.param for extent in found}
+    lone = {
+        family.scales
+        for family in load_model().families.values()
+        if family.blocks is not None and family.blocks not in held
+    }
+    return [extent for extent in found if extent.param not in lone]
+
+
+def _compare(number: int, step: Step, ours: Bits, theirs: Bits) -> Compared:
+    a, b = ours.reshape(-1), theirs.reshape(-1)
+    share = fingerprint(ours, step.box, step.lengths, step.layer_axis)
+    differing = 0
+    first: Element | None = None
+    worst: Element | None = None
+    for start in range(0, len(a), _AT_ONCE):
+        x, y = a[start : start + _AT_ONCE], b[start : start + _AT_ONCE]
+        if np.array_equal(x, y):
+            continue
+        places = np.flatnonzero(x != y)
+        differing += len(places)
+        distance = np.abs(_ordered(x[places]) - _ordered(y[places]))
+        furthest = int(distance.argmax())
+        if first is None:
+            first = _element(step, start + int(places[0]), a, b, int(distance[0]))
+        if worst is None or int(distance[furthest]) > worst.ulps:
+            worst = _element(step, start + int(places[furthest]), a, b, int(distance[furthest]))
+    if not differing:
+        return Compared(number, 0, None, None, None, (), share, share)
+    explained = looks(step, ours, theirs)
+    found = pieces(step, ours, theirs)
+    other = fingerprint(theirs, step.box, step.lengths, step.layer_axis)
+    return Compared(number, differing, first, worst, explained, found, share, other)
+
+
+def _ordered(bits: Bits) -> npt.NDArray[np.int32]:
+    """Integers in the order of the values: neighbours differ by one, both zeros are 0."""
+    magnitude = (bits & np.uint16(0x7FFF)).astype(np.int32)
+    return np.where(bits >> np.uint16(15), -magnitude, magnitude)
+
+
+def _element(step: Step, place: int, a: Bits, b: Bits, ulps: int) -> Element:
+    shape = [hi - lo for lo, hi in step.box]
+    inside = np.unravel_index(place, shape)
+    index = tuple(int(i) + lo for i, (lo, _) in zip(inside, step.box, strict=True))
+    return Element(index, _value(a[place]), _value(b[place]), ulps)
+
+
+def _value(bits: np.uint16) -> float:
+    return float(np.array([int(bits) << 16], np.uint32).view(np.float32)[0])

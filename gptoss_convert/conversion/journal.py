@@ -1,0 +1,176 @@
+"""The journal of a conversion: which steps are on the disk, so that the same command can go on.
+
+A line is written only after the bytes it speaks of have been synced; it begins with the CRC-32 of
+the rest, so that a line torn by a crash is recognised and dropped with all that follows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gptoss_convert.codecs.mxfp4 import EncodeStats
+from gptoss_convert.engine.anomalies import Oddities
+from gptoss_convert.engine.execute import Done, Region
+from gptoss_convert.engine.fingerprint import ScaleStatistics
+from gptoss_convert.errors import DiskError, UsageError
+from gptoss_convert.machine.files import disk_error
+
+SCHEMA = 3
+_MAX_BYTES = 1 << 30
+Part = TypeVar("Part", Region, ScaleStatistics, EncodeStats, Oddities)
+
+
+class Journal:
+    """An open journal; `done` are the steps that an interrupted run finished, by number."""
+
+    def __init__(self, descriptor: int, where: str, header: Mapping[str, Any]) -> None:
+        """Read what the file at `descriptor` holds, or begin it.
+
+        Raises UsageError that says what differs, if it belongs to another plan.
+        """
+        self._descriptor = descriptor
+        self._where = where
+        self.done: dict[int, Done] = {}
+        self.published: tuple[int, int] | None = None
+        """CRC-32 of the manifest and inode of the directory that was about to become TARGET."""
+        lines, end = _lines(descriptor)
+        self._header = {"journal": SCHEMA, **header}
+        if lines:
+            _require_same(where, lines[0], self._header)
+            self._take(lines[1:])
+        self._cut(end)
+        if not lines:
+            self._write([self._header])
+
+    def append(self, batch: Iterable[Done]) -> None:
+        """Record finished steps; what they wrote must be on the disk already."""
+        batch = list(batch)
+        self._write([astuple(done) for done in batch])
+        self.done.update((done.step, done) for done in batch)
+
+    def take_over(self, descriptor: int) -> None:
+        """Record what another rank's journal of the same plan says, and empty that one."""
+        lines, _ = _lines(descriptor)
+        if lines:
+            _require_same(self._where, lines[0], self._header)
+            self._write(lines[1:])
+            self._take(lines[1:])
+        os.ftruncate(descriptor, 0)
+
+    def publishing(self, manifest_crc: int, inode: int) -> None:
+        """Record that TARGET is written and synced, and will be renamed next."""
+        self._write([{"manifest": manifest_crc, "inode": inode}])
+
+    def _take(self, records: Iterable[Any]) -> None:
+        for record in records:
+            if isinstance(record, dict):
+                manifest, inode = record.get("manifest"), record.get("inode")
+                if type(manifest) is int and type(inode) is int:
+                    self.published = manifest, inode
+            elif (done := _done(record)) is not None:
+                self.done[done.step] = done
+
+    def _cut(self, end: int) -> None:
+        self._end = end
+        try:
+            os.ftruncate(self._descriptor, end)
+        except OSError as error:
+            raise disk_error(f"{self._where}: journal", error) from None
+
+    def _write(self, records: list[Any]) -> None:
+        text = b"".join(map(_line, records))
+        try:
+            written = 0
+            while written < len(text):
+                written += os.pwrite(self._descriptor, text[written:], self._end + written)
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise disk_error(f"{self._where}: journal", error) from None
+        self._end += len(text)
+
+
+def recorded(path: Path) -> dict[int, Done]:
+    """The finished steps of a journal that another process holds; raises DiskError."""
+    try:
+        with path.open("rb") as file:
+            lines, _ = _lines(file.fileno())
+    except OSError as error:
+        raise DiskError(f"{path}: {error.strerror}") from None
+    return {done.step: done for done in map(_done, lines[1:]) if done is not None}
+
+
+def _line(record: Any) -> bytes:
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _lines(descriptor: int) -> tuple[list[Any], int]:
+    """The intact records and the offset behind the last one."""
+    raw = os.pread(descriptor, min(os.fstat(descriptor).st_size, _MAX_BYTES), 0)
+    records: list[Any] = []
+    end = 0
+    for line in raw.splitlines(keepends=True):
+        head, _, text = line.partition(b" ")
+        text = text.rstrip(b"\n")
+        if not line.endswith(b"\n") or head != b"%08x" % zlib.crc32(text):
+            break
+        try:
+            records.append(json.loads(text))
+        except (ValueError, RecursionError):
+            break
+        end += len(line)
+    return records, end
+
+
+def _done(record: Any) -> Done | None:
+    """A finished step; None if the record is no such thing: the step is then done again."""
+    try:
+        step, regions, fingerprint, scales, encoded, cast_values, oddities = record
+        odd = _part(Oddities, oddities)
+        done = Done(
+            step,
+            tuple(_part(Region, region) for region in regions),
+            fingerprint,
+            _part(ScaleStatistics, scales),
+            _part(EncodeStats, encoded),
+            cast_values,
+            Oddities(odd.nonfinite, odd.first, tuple(odd.zeros)),
+        )
+    except (TypeError, ValueError):
+        return None
+    numbers = (step, cast_values, 0 if fingerprint is None else fingerprint)
+    return done if all(type(number) is int for number in numbers) else None
+
+
+def _part(kind: type[Part], values: Any) -> Part:
+    """A record's part, each field of the kind that the class has; raises TypeError."""
+    expected = {"int": int, "float": float, "str": str}
+    for field, value in zip(fields(kind), values, strict=True):
+        wanted = expected.get(str(field.type), list)
+        if type(value) is not wanted or (wanted is int and not -1 <= value < 1 << 64):
+            raise TypeError
+    return kind(*values)
+
+
+def _require_same(where: str, before: Any, now: Mapping[str, Any]) -> None:
+    if not isinstance(before, dict):
+        before = {}
+    for part in now:
+        then, current = before.get(part), json.loads(json.dumps(now[part]))
+        if then == current:
+            continue
+        changed = f"{part}: {then!r:.80} then, {current!r:.80} now"
+        if isinstance(then, dict) and isinstance(current, dict):
+            keys = sorted({*then, *current})
+            key = next(k for k in keys if then.get(k) != current.get(k))
+            changed = f"{part} {key}: {then.get(key)!r} then, {current.get(key)!r} now"
+        raise UsageError(
+            f"{where}: an unfinished conversion with another plan lies there ({changed}); "
+            "finish it with its own options, or pass --restart to discard it"
+        )

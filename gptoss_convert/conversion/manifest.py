@@ -1,0 +1,171 @@
+"""The manifest `gptoss-convert.json`: what TARGET holds, by file and by parameter."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isal import isal_zlib
+
+from gptoss_convert.containers import FileImage, Image
+from gptoss_convert.containers.paths import read_text, safe_name
+from gptoss_convert.containers.strict_json import parse_object
+from gptoss_convert.engine import anomalies as oddities
+from gptoss_convert.engine.execute import Done, Region
+from gptoss_convert.engine.fingerprint import ScaleStatistics, combine
+from gptoss_convert.engine.steps import Plan
+from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.formats.checkpoint import MANIFEST
+
+NAME = MANIFEST
+SCHEMA = 1
+_MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest found in a directory, its form checked."""
+
+    tool: str
+    files: Mapping[str, tuple[int, int]]
+    """Size and CRC-32 by path relative to the manifest's directory."""
+    layers: Mapping[str, tuple[int, ...]]
+    """Fingerprints of each layer, by weight."""
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """The manifest of a directory, None without one.
+
+    Raises InputError for a schema of another version, IntegrityError for a malformed file.
+    """
+    path = root / NAME
+    if not path.exists() and not path.is_symlink():
+        return None
+    content = parse_object(str(path), read_text(root, NAME, _MAX_BYTES))
+    if content.get("schema") != SCHEMA:
+        found = content.get("schema")
+        raise InputError(f"{path}: schema {found!r:.40}, this version reads {SCHEMA}")
+    files, parameters = content.get("files"), content.get("parameters")
+    if not isinstance(files, dict) or not isinstance(parameters, dict):
+        raise IntegrityError(f"{path}: no files or no parameters")
+    return Manifest(
+        str(content.get("tool")),
+        {name: _listed_file(path, name, entry) for name, entry in files.items()},
+        {weight: _listed_layers(path, weight, entry) for weight, entry in parameters.items()},
+    )
+
+
+def _listed_file(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    size = entry.get("bytes") if isinstance(entry, dict) else None
+    crc = _number(entry.get("crc32"), 8) if isinstance(entry, dict) else None
+    if not safe_name(name, folders=True):
+        raise InputError(f"{path}: file name {name!r:.80} leaves the directory")
+    if type(size) is not int or size < 0 or crc is None:
+        raise IntegrityError(f"{path}: {name}: expects bytes and crc32, found {entry!r:.80}")
+    return size, crc
+
+
+def _listed_layers(path: Path, weight: str, entry: Any) -> tuple[int, ...]:
+    texts = entry.get("layers") if isinstance(entry, dict) else None
+    layers = [_number(text, 16) for text in texts] if isinstance(texts, list) else [None]
+    numbers = tuple(layer for layer in layers if layer is not None)
+    if len(numbers) != len(layers):
+        raise IntegrityError(f"{path}: {weight:.80}: expects fingerprints, found {entry!r:.80}")
+    return numbers
+
+
+def _number(text: Any, digits: int) -> int | None:
+    """The number that so many hexadecimal digits stand for."""
+    plain = isinstance(text, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", text)
+    return int(text, 16) if plain else None
+
+
+def manifest(
+    header: Mapping[str, Any], image: Image, plan: Plan, done: Mapping[int, Done]
+) -> bytes:
+    """The manifest's text: sorted, the same for the same conversion."""
+    regions: dict[str, list[Region]] = defaultdict(list)
+    for result in done.values():
+        for region in result.regions:
+            regions[region.file].append(region)
+    files = {
+        file.name: {"bytes": file.size, "crc32": f"{_file_crc(file, regions[file.name]):08x}"}
+        for file in image.files
+    }
+    for name, content in image.closing:
+        crc = isal_zlib.crc32(content)
+        files[name] = {"bytes": len(content), "crc32": f"{crc:08x}"}
+    content = {
+        "schema": SCHEMA,
+        **header,
+        "files": files,
+        "parameters": _parameters(plan, done.values()),
+        "mxfp4": _scales(plan, done.values()),
+        "oddities": oddities.summary(plan, {n: result.oddities for n, result in done.items()}),
+    }
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _file_crc(file: FileImage, regions: Iterable[Region]) -> int:
+    """CRC-32 of a file from those of its regions, its fixed bytes, and the zeros between them."""
+    parts = [(region.offset, region.length, region.crc) for region in regions]
+    parts += [(at, len(content), isal_zlib.crc32(content)) for at, content in file.fixed]
+    return joined_crc(file.name, file.size, parts, lambda _, length: isal_zlib.crc32(bytes(length)))
+
+
+def joined_crc(
+    name: str, size: int, parts: Iterable[tuple[int, int, int]], gap: Callable[[int, int], int]
+) -> int:
+    """CRC-32 of a file from those of its (offset, length, CRC) and of the gaps between them."""
+    crc = end = 0
+    for offset, length, part in (*sorted(parts), (size, 0, 0)):
+        if offset < end:
+            raise AssertionError(f"{name}: byte {offset} belongs to two parts")
+        if offset > end:
+            crc = isal_zlib.crc32_combine(crc, gap(end, offset - end), offset - end)
+        crc = isal_zlib.crc32_combine(crc, part, length) if length else crc
+        end = offset + length
+    return crc
+
+
+def _parameters(plan: Plan, done: Iterable[Done]) -> dict[str, dict[str, Any]]:
+    """Fingerprints by weight: of the whole parameter and of each layer."""
+    shares: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for result in done:
+        step = plan.steps[result.step]
+        if result.fingerprint is not None:
+            layers = shares[step.family.weight]
+            layers[step.layer] = (layers[step.layer] + result.fingerprint) & ((1 << 64) - 1)
+    return {weight: fingerprints(layers) for weight, layers in shares.items()}
+
+
+def fingerprints(layers: Mapping[int, int]) -> dict[str, Any]:
+    """The fingerprint of a parameter and of its layers, as text."""
+    ordered = [layers[layer] for layer in sorted(layers)]
+    return {
+        "fingerprint": f"{combine(ordered):016x}",
+        "layers": [f"{part:016x}" for part in ordered],
+    }
+
+
+def _scales(plan: Plan, done: Iterable[Done]) -> dict[str, dict[str, Any]]:
+    """Statistics of the MXFP4 scales, by weight."""
+    found: dict[str, ScaleStatistics] = defaultdict(ScaleStatistics)
+    for result in done:
+        if result.scales.blocks:
+            found[plan.steps[result.step].family.weight] += result.scales
+    return {
+        weight: {
+            "blocks": scales.blocks,
+            "zero_blocks": scales.zero_blocks,
+            "ambiguous_blocks": scales.low_blocks,
+            "min_scale": scales.min_scale,
+            "max_scale": scales.max_scale,
+        }
+        for weight, scales in found.items()
+    }

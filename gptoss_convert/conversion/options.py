@@ -1,0 +1,79 @@
+"""How to convert: every option of `convert`, with the command line's defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert.formats.checkpoint import Choices
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert; the defaults are the command line's."""
+
+    to: str
+    dtype: str = "keep"
+    source_format: str | None = None
+    revision: str | None = None
+    """Of a repository on the Hub: a branch, a tag or a commit."""
+    stream: bool = False
+    """Of a repository on the Hub: convert each shard as it arrives, then drop it."""
+    shards: str = "auto"
+    """`auto`: as the MXFP4 source was, where a sidecar remembers it, else by size."""
+    max_shard_size: int = 5_000_000_000
+    max_memory: int | None = None
+    """Bytes; None: 400 MB, or what `workers` take."""
+    workers: int | None = None
+    scales: Path | None = None
+    """An MXFP4 checkpoint, or a BF16 one with a sidecar, whose block scales are preferred."""
+    keep_scales: bool = True
+    """Write the sidecar where MXFP4 is decoded."""
+    cast: bool = False
+    lossy: bool = False
+    repair: bool = False
+    allow_nonfinite: bool = False
+    allow_zero: bool = False
+    """Accept weight matrices that are zero throughout."""
+    strict: bool = False
+    """Refuse a SOURCE with anything that is only remarked on otherwise."""
+    layout: str = "stacked"
+    """Megatron: layers `stacked` in one tensor, or one tensor `per-layer`."""
+    also_local_spec: bool = False
+    """Megatron: write the second norm under the local spec's name too."""
+    bridge: str = "modern"
+    """Megatron-Bridge: run_config.yaml for 0.4.0 and later, or `legacy`."""
+    iteration: int | None = None
+    config: Path | None = None
+    vocab_size: int | None = None
+    tokenizer: Path | None = None
+    overwrite: bool = False
+    restart: bool = False
+    """Discard what an interrupted conversion to the same TARGET left."""
+    trust_journal: bool = False
+    """Go on without reading back what an interrupted conversion wrote."""
+
+    @property
+    def choices(self) -> Choices:
+        """What concerns the opening of SOURCE."""
+        return Choices(
+            self.source_format,
+            self.repair,
+            self.iteration,
+            self.config,
+            self.vocab_size,
+            self.strict,
+        )
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide what is written, as plain data."""
+        free = {"workers", "max_memory", "overwrite", "restart", "trust_journal"}
+        # The commit that a revision named, and nothing else about it, stands among the facts.
+        free |= {"revision", "stream"}
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(self).items()
+            if name not in free
+        }

@@ -1,0 +1,156 @@
+"""Shares of a plan, one a rank, and what must hold where several ranks write one TARGET."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import astuple
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert.conversion.plan import Conversion
+from gptoss_convert.conversion.publish import journal_path, locked_journal, work_path
+from gptoss_convert.conversion.resume import same_bytes
+from gptoss_convert.engine.execute import Done, Region, places
+from gptoss_convert.engine.steps import Plan
+from gptoss_convert.errors import DiskError, UsageError
+from gptoss_convert.machine.files import PAGE, Arena, SourceFiles
+from gptoss_convert.machine.ranks import Ranks
+
+
+def deal(plan: Plan, numbers: Sequence[int], ranks: int) -> list[Sequence[int]]:
+    """The steps of these numbers, in the order of the target's bytes, in one run a rank."""
+    sizes = [plan.steps[number].moved_bytes() for number in numbers]
+    return [numbers[run.start : run.stop] for run in runs(sizes, ranks)]
+
+
+def spread(plan: Plan, numbers: Sequence[int]) -> list[int]:
+    """The same steps, those of each target file spread evenly over the whole.
+
+    A file system may let one thread at a time write to a file; workers that take neighbouring
+    steps of this order write to different ones.
+    """
+    of_file: dict[str, list[int]] = defaultdict(list)
+    for number in numbers:
+        of_file[plan.steps[number].targets[0].file].append(number)
+    return [
+        number
+        for _, number in sorted(
+            (place / len(steps), number)
+            for steps in of_file.values()
+            for place, number in enumerate(steps)
+        )
+    ]
+
+
+def runs(sizes: Sequence[int], count: int) -> list[range]:
+    """So many runs of indexes; the largest sum of sizes of a run is as small as can be."""
+    low, high = max([-(-sum(sizes) // count), *sizes]), sum(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_ends(sizes, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    ends = _ends(sizes, low)
+    ends += [len(sizes)] * (count - len(ends))
+    return [range(start, end) for start, end in pairwise([0, *ends])]
+
+
+def _ends(sizes: Sequence[int], limit: int) -> list[int]:
+    """Where runs end that are as long as `limit` bytes allow."""
+    ends: list[int] = []
+    total = 0
+    for index, size in enumerate(sizes):
+        if total + size > limit:
+            ends.append(index)
+            total = 0
+        total += size
+    return [*ends, len(sizes)]
+
+
+def seams(
+    plan: Plan, shares: Sequence[Sequence[int]], mine: int, done: Mapping[int, Done]
+) -> Iterator[Region]:
+    """What rank `mine` wrote into pages that another rank wrote into, too."""
+    ranks: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for rank, numbers in enumerate(shares):
+        for number in numbers:
+            for file, offset, length in places(plan.steps[number]):
+                for page in _ragged(offset, length):
+                    ranks[file, page].add(rank)
+    for number in shares[mine]:
+        for region in done[number].regions:
+            pages = _ragged(region.offset, region.length)
+            if any(len(ranks[region.file, page]) > 1 for page in pages):
+                yield region
+
+
+def _ragged(offset: int, length: int) -> set[int]:
+    """The pages that a run of bytes does not fill."""
+    end = offset + length
+    return {at // PAGE for at in (offset, end) if at % PAGE}
+
+
+def require_same_plan(conversion: Conversion, lead: Mapping[str, Any], ranks: Ranks) -> None:
+    """Refuse a plan that differs from rank 0's; where SOURCE lies may differ."""
+    mine = conversion.header
+    for part in ("tool", "options", "plan", "to"):
+        if mine[part] != lead[part]:
+            raise UsageError(
+                f"{conversion.source.place}: another {part} than on rank 0: "
+                f"{lead[part]!r:.80} there, {mine[part]!r:.80} here"
+            )
+
+
+def require_shared(target: Path, ranks: Ranks) -> None:
+    """Refuse a TARGET beside which some rank does not see what rank 0 writes."""
+    if ranks.size == 1:
+        return
+    token = secrets.token_hex(16)
+    if ranks.rank == 0:
+        for rank in range(1, ranks.size):
+            with locked_journal(target, rank) as descriptor:
+                os.pwrite(descriptor, token.encode(), 0)
+                os.fsync(descriptor)
+    token = ranks.broadcast(token)
+    seen = ranks.rank == 0
+    with suppress(OSError):
+        seen = seen or journal_path(target, ranks.rank).read_text() == token
+    answers = ranks.gather([seen, ranks.host])
+    blind = [f"rank {n} on {host}" for n, (seen, host) in enumerate(answers) if not seen]
+    if blind:
+        raise UsageError(
+            f"{target}: {blind[0]} does not see what rank 0 on {answers[0][1]} writes beside it; "
+            "TARGET must lie on a file system that all machines share"
+        )
+
+
+def require_kept(
+    conversion: Conversion,
+    shares: Sequence[Sequence[int]],
+    done: Mapping[int, Done],
+    ranks: Ranks,
+) -> None:
+    """Refuse a file system that loses bytes where several machines write into one page.
+
+    Once all have synced, each rank reads back what one of another machine wrote at such places.
+    """
+    if ranks.local_size == ranks.size:
+        return
+    mine = [astuple(region) for region in seams(conversion.plan, shares, ranks.rank, done)]
+    other = (ranks.rank + ranks.local_size) % ranks.size
+    theirs = [Region(*region) for region in ranks.gather(mine)[other]]
+    arena = Arena(conversion.plan.buffer_bytes)
+    with SourceFiles({"": work_path(conversion.target)}) as files:
+        for region in theirs:
+            if not same_bytes(files, region, arena):
+                raise DiskError(
+                    f"{conversion.target}: {region.file}: {region.length} bytes at "
+                    f"{region.offset} are not as rank {other} wrote them: this file system "
+                    "loses bytes where two machines write into one page; use one machine"
+                )

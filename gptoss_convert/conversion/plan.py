@@ -1,0 +1,199 @@
+"""Conversions: open SOURCE and plan, all that is decided before the first byte."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert.containers import Image
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.publish import check_target
+from gptoss_convert.engine.steps import Plan, make_plan
+from gptoss_convert.errors import UsageError
+from gptoss_convert.formats import sidecar
+from gptoss_convert.formats.checkpoint import Checkpoint, casts
+from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.formats.targets import make_image
+from gptoss_convert.hub.sources import locate, opening
+from gptoss_convert.layouts.extents import Extent, extents
+from gptoss_convert.layouts.folding import fold_tensors
+from gptoss_convert.layouts.model import load_model
+from gptoss_convert.layouts.tables import load_table
+from gptoss_convert.machine import resources
+from gptoss_convert.version import VERSION
+
+ENCODINGS = ("keep", "mxfp4", "bf16")
+SHARDS = ("auto", "size", "published")
+_REFERENCE = "scales:"
+"""Prefix of the files of another checkpoint that only lends its scales."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that is ready to run: every check made, every byte's place decided."""
+
+    source: Checkpoint
+    target: Path
+    variant: str
+    options: Options
+    plan: Plan
+    image: Image
+    roots: Mapping[str, Path]
+    """The directories that files of the plan lie in, by prefix of the file name."""
+    workers: int
+    notes: tuple[str, ...]
+
+    @cached_property
+    def write_bytes(self) -> int:
+        """Bytes of all files of TARGET but the carried ones."""
+        return sum(file.size for file in self.image.files) + sum(
+            len(content) for _, content in self.image.closing
+        )
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """What decides the bytes of TARGET: an interrupted run goes on only if it is the same."""
+        digest = hashlib.sha256()
+        for file in self.image.files:
+            digest.update(f"{file.name} {file.size}\n".encode())
+            for _, content in file.fixed:
+                digest.update(content)
+        for name, content in self.image.closing:
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+        digest.update(f"{len(self.plan.steps)} steps".encode())
+        names = sorted({extent.file for step in self.plan.steps for extent in step.sources})
+        return {
+            "tool": f"gptoss-convert {VERSION}",
+            "options": self.options.decisive,
+            "source": {name: self._identity(name) for name in names},
+            "plan": digest.hexdigest(),
+            "from": self._from(),
+            "to": {"format": self.options.to, "variant": self.variant},
+        }
+
+    def _from(self) -> dict[str, str]:
+        source = self.source
+        found = {"path": source.place, "format": source.label}
+        return found | ({"revision": source.commit} if source.commit else {})
+
+    def _identity(self, name: str) -> list[int]:
+        """Size and time of change of a source file, empty for one that lies nowhere."""
+        prefix, colon, plain = name.rpartition(":")
+        if self.source.repository is not None and prefix + colon != _REFERENCE:
+            # The commit says more than the time of a download.
+            return []
+        path = self.roots[prefix + colon] / plain
+        if not path.exists():
+            return []
+        state = path.stat()
+        return [state.st_size, state.st_mtime_ns]
+
+    def summary(self) -> dict[str, Any]:
+        """The conversion as plain data."""
+        table = load_table(self.options.to)
+        sizes = load_model().sizes(self.source.config.numbers)
+        order = (tensor.name for tensor in table.tensors(self.variant, sizes))
+        return {
+            "source": {**self._from(), "revision": self.source.commit},
+            "target": {
+                "path": str(self.target),
+                "format": self.options.to,
+                "variant": self.variant,
+                "tensors": len({chunk.tensor for chunk in self.image.chunks}),
+                "tensor_groups": [one.summary() for one in fold_tensors(self.image.chunks, order)],
+                "files": {file.name: file.size for file in self.image.files},
+            },
+            "model": self.source.config.size,
+            "container": table.container,
+            "steps": len(self.plan.steps),
+            "read_bytes": self.plan.read_bytes,
+            "write_bytes": self.write_bytes,
+            "workers": self.workers,
+            "memory_bytes": resources.BASE_BYTES + self.workers * self.plan.buffer_bytes,
+            "notes": list(self.notes),
+        }
+
+
+def plan(
+    source: str | Path, target: str | Path, options: Options, processes: int = 1
+) -> Conversion:
+    """Everything that is decided before the first byte: opens and checks, reads headers only.
+
+    So many `processes` of one run share this machine.
+    """
+    place, target = locate(source, options.revision), Path(target)
+    if options.stream and isinstance(place, Path):
+        raise UsageError(f"--stream: {place} is not a repository on the Hub")
+    check_target(place, target)
+    with opening(place, options.choices) as opened:
+        return plan_opened(opened, target, options, processes)
+
+
+def plan_opened(
+    opened: Checkpoint, target: Path, options: Options, processes: int = 1
+) -> Conversion:
+    """The plan for a checkpoint that is open; TARGET has been checked."""
+    variant = _variant(opened, options)
+    notes = [*opened.notes]
+    sizes = load_model().sizes(opened.config.numbers)
+    held = opened.extents(casts(options.cast))
+    roots = opened.roots
+    if options.scales is not None:
+        held, lent = _with_reference(opened, held, options.scales)
+        roots |= lent
+    image, more_notes = make_image(opened, variant, options)
+    taken = _target_extents(options.to, variant, sizes, image)
+    steps = make_plan(load_model(), sizes, held, taken)
+    workers = resources.choose_workers(
+        steps.buffer_bytes, options.max_memory, options.workers, processes
+    )
+    return Conversion(
+        opened, target, variant, options, steps, image, roots, workers, (*notes, *more_notes)
+    )
+
+
+def _variant(source: Checkpoint, options: Options) -> str:
+    """The target's variant for `--to` and `--dtype`."""
+    encoding = source.encoding if options.dtype == "keep" else options.dtype
+    if options.to == "hf":
+        return encoding
+    if options.to == "openai":
+        if options.dtype == "bf16":
+            raise UsageError("--to openai --dtype bf16: OpenAI's layout has MXFP4 experts only")
+        return "mxfp4"
+    if options.dtype == "mxfp4":
+        raise UsageError("--to megatron --dtype mxfp4: Megatron's layout has BF16 experts only")
+    return options.layout + ("-both" if options.also_local_spec else "")
+
+
+def _with_reference(
+    source: Checkpoint, held: list[Extent], path: Path
+) -> tuple[list[Extent], dict[str, Path]]:
+    """The source's extents with the scales of another checkpoint instead of its own."""
+    if source.encoding == "mxfp4":
+        raise UsageError(f"--scales {path}: SOURCE is MXFP4 and has its own scales")
+    reference = open_checkpoint(path)
+    if reference.config.numbers != source.config.numbers:
+        raise UsageError(f"--scales {path}: another size of model than {source.root}")
+    wanted = {family.scales for family in load_model().families.values()}
+    lent = [e for e in reference.extents() if e.param in wanted]
+    if not lent:
+        raise UsageError(f"--scales {path}: holds no MXFP4 scales")
+    own = [extent for extent in held if extent.param not in wanted]
+    roots = {_REFERENCE + prefix: root for prefix, root in reference.roots.items()}
+    return own + [replace(e, file=_REFERENCE + e.file) for e in lent], roots
+
+
+def _target_extents(
+    format: str, variant: str, sizes: Mapping[str, int], image: Image
+) -> list[Extent]:
+    beside = [c for c in image.chunks if c.file.startswith(f"{sidecar.FOLDER}/")]
+    weights = [c for c in image.chunks if not c.file.startswith(f"{sidecar.FOLDER}/")]
+    taken = extents("target", load_table(format).tensors(variant, sizes), weights)
+    if beside:
+        taken += extents("target", load_table("scales").tensors("scales", sizes), beside)
+    return taken

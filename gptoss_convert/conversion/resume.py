@@ -1,0 +1,60 @@
+"""Which steps of an interrupted run are still on the disk as its journal says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gptoss_convert.conversion.plan import Conversion
+from gptoss_convert.conversion.publish import work_path
+from gptoss_convert.engine.execute import Done, Region, places
+from gptoss_convert.errors import DiskError, IntegrityError
+from gptoss_convert.machine.files import Arena, SourceFiles
+from gptoss_convert.machine.progress import Progress
+from gptoss_convert.machine.ranks import Ranks
+
+
+def intact(
+    conversion: Conversion, recorded: Mapping[int, Done], progress: Progress, ranks: Ranks
+) -> dict[int, Done]:
+    """The recorded steps whose bytes are there, the same on every rank; each reads back a part."""
+    steps = conversion.plan.steps
+    known = {
+        number: done
+        for number, done in recorded.items()
+        if number < len(steps) and _places(done) == places(steps[number])
+    }
+    if not known or conversion.options.trust_journal:
+        return known
+    progress.note(f"going on: {len(known)} of {len(steps)} steps were done before")
+    mine = {number: known[number] for number in sorted(known)[ranks.rank :: ranks.size]}
+    lost = {number for part in ranks.gather(_lost(conversion, mine, progress)) for number in part}
+    if lost:
+        progress.note(f"{len(lost)} steps are no longer as they were written: doing them again")
+    return {number: done for number, done in known.items() if number not in lost}
+
+
+def _lost(conversion: Conversion, known: Mapping[int, Done], progress: Progress) -> list[int]:
+    total = sum(region.length for done in known.values() for region in done.regions)
+    lost: list[int] = []
+    with (
+        SourceFiles({"": work_path(conversion.target)}) as files,
+        progress.phase("checking what is there", total, len(known)) as advance,
+    ):
+        arena = Arena(conversion.plan.buffer_bytes)
+        for number, done in known.items():
+            if not all(same_bytes(files, region, arena) for region in done.regions):
+                lost.append(number)
+            advance(sum(region.length for region in done.regions))
+    return lost
+
+
+def _places(done: Done) -> set[tuple[str, int, int]]:
+    return {(region.file, region.offset, region.length) for region in done.regions}
+
+
+def same_bytes(files: SourceFiles, region: Region, arena: Arena) -> bool:
+    """Whether a region is on the disk as it was written."""
+    try:
+        return files.crc(region.file, region.offset, region.length, arena) == region.crc
+    except (IntegrityError, DiskError):
+        return False

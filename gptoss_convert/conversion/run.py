@@ -1,0 +1,356 @@
+"""Running a planned conversion: execute, record, publish; go on where a run was stopped."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert.codecs.mxfp4 import EncodeStats
+from gptoss_convert.conversion import manifest
+from gptoss_convert.conversion.journal import Journal, recorded
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.partition import (
+    deal,
+    require_kept,
+    require_same_plan,
+    require_shared,
+    spread,
+)
+from gptoss_convert.conversion.plan import Conversion, plan
+from gptoss_convert.conversion.publish import (
+    Workspace,
+    check_absent,
+    journal_path,
+    locked_journal,
+    work_path,
+    workspace,
+)
+from gptoss_convert.conversion.resume import intact
+from gptoss_convert.engine import anomalies as oddities
+from gptoss_convert.engine.execute import Done, execute
+from gptoss_convert.engine.fingerprint import ScaleStatistics
+from gptoss_convert.errors import CodecError, IntegrityError, UsageError
+from gptoss_convert.hub.stream import ShardStream
+from gptoss_convert.layouts.folding import fold
+from gptoss_convert.machine import resources
+from gptoss_convert.machine.files import ByteSource, SourceFiles, TargetFiles, write_file
+from gptoss_convert.machine.progress import SILENT, Progress
+from gptoss_convert.machine.ranks import ALONE, Ranks
+
+
+@dataclass
+class Outcome:
+    """What the steps of one weight did beyond moving bits."""
+
+    encoded: EncodeStats = field(default_factory=EncodeStats)
+    scales: ScaleStatistics = field(default_factory=ScaleStatistics)
+    cast_values: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    conversion: Conversion
+    seconds: float
+    peak_memory: int
+    resumed_steps: int
+    """Steps that an interrupted run had finished before."""
+    outcomes: Mapping[str, Outcome]
+    """By weight."""
+
+    def summary(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            **self.conversion.summary(),
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": self.peak_memory,
+            "resumed_steps": self.resumed_steps,
+            "outcomes": {
+                weight: {"cast_values": o.cast_values, **asdict(o.encoded)}
+                for weight, o in self.outcomes.items()
+                if o.encoded.blocks or o.cast_values
+            },
+        }
+
+
+def convert(
+    source: str | Path, target: str | Path, options: Options, progress: Progress = SILENT
+) -> Report:
+    """Convert SOURCE to TARGET; TARGET appears complete or not at all."""
+    return run(plan(source, target, options), progress)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A conversion under way, as one rank sees it."""
+
+    conversion: Conversion
+    progress: Progress
+    source: ByteSource | None
+    ranks: Ranks
+
+    @property
+    def target_files(self) -> TargetFiles:
+        """The files of the work directory, for this rank to write."""
+        several = self.ranks.local_size < self.ranks.size
+        return TargetFiles(work_path(self.conversion.target), other_machines=several)
+
+
+def run(
+    conversion: Conversion,
+    progress: Progress = SILENT,
+    source: ByteSource | None = None,
+    ranks: Ranks = ALONE,
+) -> Report:
+    """Execute a planned conversion; `source` stands in for the files that the plan reads.
+
+    Each of several ranks executes its share, and rank 0, whose report is complete, publishes.
+    Raises CodecError if a value has no MXFP4 form and `lossy` was not asked for: what would be lost
+    is stated, by weight, in its message.
+    """
+    if source is None and conversion.source.repository is not None:
+        if ranks.size > 1:
+            raise UsageError(
+                f"{conversion.source.place}: several ranks need SOURCE in a directory: download it "
+                "first, or convert with one process"
+            )
+        from gptoss_convert.hub.fetch import fetched
+
+        with fetched(conversion, progress) as (ready, stream):
+            return _run(_Job(ready, progress, stream, ranks))
+    return _run(_Job(conversion, progress, source, ranks))
+
+
+def _run(job: _Job) -> Report:
+    began = time.monotonic()
+    conversion, ranks = job.conversion, job.ranks
+    for note in conversion.notes:
+        job.progress.note(note)
+    done, before = _follow(job) if ranks.rank else _lead(job)
+    # No rank ends before TARGET is there.
+    ranks.barrier()
+    outcomes = _outcomes(conversion, done.values())
+    seconds = time.monotonic() - began
+    return Report(conversion, seconds, resources.peak_memory(), len(before), outcomes)
+
+
+def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done]]:
+    """Be rank 0, or alone; returns all steps, and those that were done before."""
+    conversion, ranks = job.conversion, job.ranks
+    with workspace(conversion.target, conversion.options.restart) as space:
+        journal = Journal(space.journal, str(conversion.target), conversion.header)
+        _take_over(journal, conversion.target, space.other_ranks())
+        if journal.published is not None and _is_published(space, *journal.published):
+            ranks.broadcast(None)
+            space.finish()
+            return journal.done, journal.done
+        if not conversion.options.overwrite:
+            check_absent(conversion.target)
+        space.open()
+        needed = conversion.write_bytes - _held(space.work)
+        resources.check_disk(conversion.target.parent.resolve(), needed)
+        with job.target_files as files:
+            _create(conversion, files)
+            ranks.broadcast(conversion.header)
+            require_shared(conversion.target, ranks)
+            # The others have read what this journal says of an interrupted run.
+            ranks.barrier()
+            before = _execute(job, files, journal, journal.done)
+        # The others have closed their journals, which speak of bytes that are on the disk.
+        ranks.barrier()
+        _take_over(journal, conversion.target, range(1, ranks.size))
+        done = {number: journal.done[number] for number in range(len(conversion.plan.steps))}
+        _refuse_zeros(conversion, done)
+        _state_losses(conversion, _outcomes(conversion, done.values()), job.progress)
+        manifest_crc = _close(conversion, space.work, done)
+        journal.publishing(manifest_crc, space.work.stat().st_ino)
+        space.publish()
+    return done, before
+
+
+def _follow(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done]]:
+    """Be another rank; returns the steps that this one did, and those that were done before."""
+    conversion, ranks = job.conversion, job.ranks
+    header = ranks.broadcast()
+    if header is None:
+        return {}, {}
+    require_same_plan(conversion, header, ranks)
+    require_shared(conversion.target, ranks)
+    known = recorded(journal_path(conversion.target))
+    ranks.barrier()
+    with locked_journal(conversion.target, ranks.rank) as descriptor, job.target_files as files:
+        journal = Journal(descriptor, str(conversion.target), header)
+        before = _execute(job, files, journal, known)
+    ranks.barrier()
+    return journal.done, before
+
+
+def _take_over(journal: Journal, target: Path, ranks: Iterable[int]) -> None:
+    """Record in rank 0's journal what those of other ranks say."""
+    for rank in ranks:
+        with locked_journal(target, rank) as descriptor:
+            journal.take_over(descriptor)
+
+
+def _create(conversion: Conversion, files: TargetFiles) -> None:
+    """Every file in its final size, with the bytes that no step writes, before any step."""
+    for file in conversion.image.files:
+        files.create(file.name, file.size)
+        for offset, content in file.fixed:
+            files.write_bytes(file.name, offset, content)
+    files.sync()
+
+
+def _open(conversion: Conversion, files: TargetFiles, numbers: Iterable[int]) -> None:
+    """The files that these steps write, which rank 0 has created."""
+    steps = (conversion.plan.steps[number] for number in numbers)
+    names = {extent.file for step in steps for extent in step.targets}
+    for file in conversion.image.files:
+        if file.name in names:
+            files.create(file.name, file.size)
+
+
+def _close(conversion: Conversion, work: Path, done: Mapping[int, Done]) -> int:
+    """Write the small files, the manifest among them; returns the manifest's CRC-32."""
+    header = {k: v for k, v in conversion.header.items() if k in {"tool", "plan", "from", "to"}}
+    content = manifest.manifest(header, conversion.image, conversion.plan, done)
+    for name, text in ((manifest.NAME, content), *conversion.image.closing):
+        write_file(work / name, text)
+    return zlib.crc32(content)
+
+
+def _is_published(space: Workspace, manifest_crc: int, inode: int) -> bool:
+    """Whether an interrupted run had renamed its work to TARGET already."""
+    path = space.target / manifest.NAME
+    if not path.is_file() or space.target.stat().st_ino != inode:
+        return False
+    return zlib.crc32(path.read_bytes()) == manifest_crc
+
+
+def _execute(
+    job: _Job, files: TargetFiles, journal: Journal, known: Mapping[int, Done]
+) -> dict[int, Done]:
+    """Run this rank's share of the steps that are not done yet; returns those done before."""
+    conversion, ranks, plan = job.conversion, job.ranks, job.conversion.plan
+    before = intact(conversion, known, job.progress, ranks)
+    left = [number for number in range(len(plan.steps)) if number not in before]
+    shares = deal(plan, left, ranks.size)
+    mine = shares[ranks.rank]
+    if ranks.rank:
+        _open(conversion, files, mine)
+    total = sum(plan.steps[number].moved_bytes() for number in mine)
+    with (
+        _reading(conversion, job.source) as sources,
+        job.progress.phase("converting", total, len(mine)) as advance,
+    ):
+        stream = sources if isinstance(sources, ShardStream) else None
+
+        def finished(batch: list[Done]) -> None:
+            _refuse_nonfinite(conversion, batch)
+            # In this order: the journal never speaks of bytes that a crash could take back.
+            files.sync()
+            journal.append(batch)
+            if stream:
+                stream.finished(result.step for result in batch)
+
+        def advanced(moved: int) -> None:
+            ranks.check()
+            advance(moved)
+
+        execute(
+            plan,
+            stream.begin(plan, mine) if stream else spread(plan, mine),
+            sources,
+            files,
+            workers=conversion.workers,
+            finished=finished,
+            advance=advanced,
+            interrupt=stream.interrupt if stream else lambda: None,
+            every=0.25 if stream else 2.0,
+        )
+        files.sync()
+        if isinstance(sources, SourceFiles):
+            sources.require_unchanged()
+    require_kept(conversion, shares, journal.done, ranks)
+    return before
+
+
+def _reading(
+    conversion: Conversion, source: ByteSource | None
+) -> AbstractContextManager[ByteSource]:
+    """What the workers read from, for as long as they do."""
+    if source is None:
+        return SourceFiles(conversion.roots)
+    return source if isinstance(source, ShardStream) else nullcontext(source)
+
+
+def _refuse_nonfinite(conversion: Conversion, batch: Iterable[Done]) -> None:
+    for result in batch:
+        if result.oddities.nonfinite and not conversion.options.allow_nonfinite:
+            raise IntegrityError(
+                f"{conversion.source.place}: {result.oddities.first}; "
+                "pass --allow-nonfinite to keep such values"
+            )
+
+
+def _refuse_zeros(conversion: Conversion, done: Mapping[int, Done]) -> None:
+    found = {number: result.oddities for number, result in done.items()}
+    zeros = oddities.zero_matrices(conversion.plan, found)
+    weights = [matrix for matrix in zeros if not oddities.is_vector(matrix[0])]
+    if weights and not conversion.options.allow_zero:
+        raise IntegrityError(
+            f"{conversion.source.place}: {len(weights)} weight matrices are zero throughout, in "
+            f"{fold(oddities.tensors_of(conversion.plan, weights))}; "
+            "pass --allow-zero to keep them"
+        )
+
+
+def _held(work: Path) -> int:
+    """Bytes of disk that an interrupted run's files already hold."""
+    return sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file())
+
+
+def _outcomes(conversion: Conversion, done: Iterable[Done]) -> dict[str, Outcome]:
+    outcomes: dict[str, Outcome] = defaultdict(Outcome)
+    for result in done:
+        outcome = outcomes[conversion.plan.steps[result.step].family.weight]
+        outcome.encoded += result.encoded
+        outcome.scales += result.scales
+        outcome.cast_values += result.cast_values
+    return dict(outcomes)
+
+
+def _state_losses(
+    conversion: Conversion, outcomes: Mapping[str, Outcome], progress: Progress
+) -> None:
+    """Say, by weight, what rounding lost; refuse unless that was asked for."""
+    lossy: list[str] = []
+    for weight, outcome in outcomes.items():
+        if outcome.cast_values:
+            progress.note(f"{weight}: {outcome.cast_values} values rounded to BF16")
+        stats = outcome.encoded
+        if stats.inexact_blocks:
+            share = stats.inexact_blocks / stats.blocks
+            noise = (
+                10 * math.log10(stats.squares / stats.squared_error) if stats.squared_error else 0
+            )
+            lossy.append(
+                f"{weight}: {stats.inexact_blocks} of {stats.blocks} blocks ({share:.1%}) are not "
+                f"exact in MXFP4: {stats.inexact_values} values rounded, {stats.clipped} clipped, "
+                f"{stats.flushed} flushed to zero, SQNR {noise:.1f} dB"
+            )
+    if lossy and not conversion.options.lossy:
+        raise CodecError(
+            f"{conversion.source.place}: {'; '.join(lossy)}; pass --lossy to round, nothing was "
+            "written"
+        )
+    for loss in lossy:
+        progress.note(loss)

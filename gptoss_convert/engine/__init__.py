@@ -1,0 +1,1 @@
+"""From two lists of extents to bytes: plans of steps, and the workers that execute them."""

@@ -1,0 +1,131 @@
+"""Values that no GPT-OSS model has: infinities, NaN, and matrices that are zero throughout.
+
+Infinities and NaN come from float sources only, as MXFP4 decodes to finite values or is refused.
+A matrix of zeros is what a hole in a file, a lost write or a skipped tensor looks like.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gptoss_convert.containers import DTYPE_BYTES
+from gptoss_convert.engine.fingerprint import EXPONENT
+from gptoss_convert.engine.parts import Array, Part, Parts
+from gptoss_convert.engine.steps import Plan, Step
+
+Matrix = tuple[str, int, int]
+"""Weight, layer and expert (0 where there are none) of one matrix or vector."""
+
+
+@dataclass(frozen=True, slots=True)
+class Oddities:
+    """What one step found; a parameter without experts counts as expert 0."""
+
+    nonfinite: int = 0
+    first: str = ""
+    """Tensor, place and value of the first infinity or NaN."""
+    zeros: tuple[int, ...] = ()
+    """Experts of which all that the step holds is zero."""
+
+
+def examine(step: Step, held: Parts, finite: bool) -> Oddities:
+    """What is odd in what a step has read, BF16 bits or blocks of MXFP4; `finite`: no infinity or
+    NaN is among it."""
+    family = step.family
+    axis = family.axes.index("expert") if "expert" in family.axes else -1
+    experts = range(*step.box[axis]) if axis >= 0 else range(1)
+    parts, mask = held.get(family.weight, ()), 0x7FFF
+    nonfinite, first = 0, ""
+    for part in () if finite else parts:
+        count, where = _nonfinite(step, part)
+        nonfinite, first = nonfinite + count, first or where
+    if not parts:
+        parts, mask = held.get(family.blocks or "", ()), 0x77
+    zeros = (expert for expert in experts if _all_zero(parts, axis, expert, mask))
+    return Oddities(nonfinite, first, tuple(zeros))
+
+
+def _all_zero(parts: Sequence[Part], axis: int, expert: int, mask: int) -> bool:
+    views = [part.array for part in parts]
+    if axis >= 0:
+        before = (slice(None),) * axis
+        lows = [part.box[axis][0] for part in parts]
+        views = [
+            view[(*before, expert - low)]
+            for view, low in zip(views, lows, strict=True)
+            if low <= expert < low + view.shape[axis]
+        ]
+    return bool(views) and not any(_any(view, mask) for view in views)
+
+
+def _any(array: Array, mask: int) -> bool:
+    """Whether a masked bit is set anywhere; the first row nearly always tells."""
+    if np.any(array[(0,) * (array.ndim - 1)] & mask):
+        return True
+    return any(np.any(row & mask) for row in (array if array.ndim > 1 else [array]))
+
+
+def _nonfinite(step: Step, part: Part) -> tuple[int, str]:
+    """How many infinities and NaN a part holds, and the first of them in words."""
+    odd = np.argwhere((part.array & EXPONENT) == EXPONENT)
+    if not len(odd):
+        return 0, ""
+    inside = tuple(int(i) for i in odd[0])
+    bits = int(part.array[inside])
+    value = "NaN" if bits & 0x7F else "-inf" if bits >> 15 else "inf"
+    index = [i + lo for i, (lo, _) in zip(inside, part.box, strict=True)]
+    extent = part.extent
+    byte = extent.origin + sum(i * s for i, s in zip(index, extent.strides, strict=True))
+    axes = " ".join(step.family.axes)
+    return len(odd), (
+        f"{extent.tensor}: {value} at {index} ({axes}), {DTYPE_BYTES[extent.dtype]} bytes at "
+        f"{byte} of {extent.file}"
+    )
+
+
+def zero_matrices(plan: Plan, found: Mapping[int, Oddities]) -> list[Matrix]:
+    """The matrices and vectors that are zero throughout, from the oddities of all steps."""
+    suspects = {
+        (plan.steps[number].family.weight, plan.steps[number].layer, expert)
+        for number, oddities in found.items()
+        for expert in oddities.zeros
+    }
+    if suspects:
+        for number, step in enumerate(plan.steps):
+            weight, layer = step.family.weight, step.layer
+            zeros = found[number].zeros if number in found else ()
+            suspects -= {(weight, layer, expert) for expert in {*_experts(step)} - {*zeros}}
+    return sorted(suspects)
+
+
+def _experts(step: Step) -> range:
+    axes = step.family.axes
+    return range(*step.box[axes.index("expert")]) if "expert" in axes else range(1)
+
+
+def is_vector(weight: str) -> bool:
+    """Whether zeros throughout are no sign of damage: biases and sinks."""
+    return not weight.endswith(".weight")
+
+
+def tensors_of(plan: Plan, matrices: Iterable[Matrix]) -> list[str]:
+    """The source's tensors that hold these matrices, for messages."""
+    wanted = {(weight, layer) for weight, layer, _ in matrices}
+    steps = (s for s in plan.steps if (s.family.weight, s.layer) in wanted)
+    return sorted({extent.tensor for step in steps for extent in step.sources})
+
+
+def summary(plan: Plan, found: Mapping[int, Oddities]) -> dict[str, Any]:
+    """Counts by weight: infinities and NaN, and matrices or vectors of zeros; empty if none."""
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: {"nonfinite": 0, "zero": 0})
+    for number, oddities in found.items():
+        if oddities.nonfinite:
+            counts[plan.steps[number].family.weight]["nonfinite"] += oddities.nonfinite
+    for weight, _, _ in zero_matrices(plan, found):
+        counts[weight]["zero"] += 1
+    return dict(counts)

@@ -1,0 +1,300 @@
+"""Plans: how each box of each parameter gets from the source's files to the target's."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from gptoss_convert.containers import DTYPE_BYTES
+from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.layouts.extents import Extent, disjoint, overlap, volume
+from gptoss_convert.layouts.layout import Box
+from gptoss_convert.layouts.model import BLOCK, Family, Model
+
+PAGE = 4096
+TILE_BYTES = 32 << 20
+"""Largest tile of an expert weight as BF16: one expert's gate_up of the released models fits."""
+_PLAIN_TILE_BYTES = 8 << 20
+"""Largest tile of any other weight: long enough runs for the disk, small buffers."""
+PIECE_BYTES = 8 << 20
+"""About what is computed and written of a tile at once: little memory, still in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One box of one weight: the extents that hold it in the source and take it in the target."""
+
+    family: Family
+    lengths: tuple[int, ...]
+    """Of the weight's axes, slowest first."""
+    box: Box
+    sources: tuple[Extent, ...]
+    targets: tuple[Extent, ...]
+
+    @property
+    def layer_axis(self) -> int:
+        """The position of the layer among the weight's axes, -1 without one."""
+        return self.family.axes.index("layer") if "layer" in self.family.axes else -1
+
+    @property
+    def layer(self) -> int:
+        """The layer that the step belongs to, 0 for parameters of no layer."""
+        return self.box[self.layer_axis][0] if self.layer_axis >= 0 else 0
+
+    def of(self, extents: Iterable[Extent], member: str) -> Iterator[tuple[Extent, Box]]:
+        """The extents that hold `member`, each with its part of the step's box."""
+        box = member_box(self.family, member, self.box)
+        for extent in extents:
+            if extent.param == member and (part := overlap(extent.box, box)):
+                yield extent, part
+
+    def moved_bytes(self) -> int:
+        """Bytes that the step reads and writes."""
+        return _payload(self, self.sources) + _payload(self, self.targets)
+
+    def source_bytes(self) -> int:
+        """Bytes of buffer that the source parts need, page phases included."""
+        return _span(self, self.sources)
+
+    def target_bytes(self) -> int:
+        """The same of the target parts, all at once."""
+        return _span(self, self.targets)
+
+    def buffer_bytes(self) -> int:
+        """Bytes of buffer that a conversion needs: the target's weight is made piece by piece."""
+        weight, beside = self.split_targets()
+        largest = next(self.pieces())
+        return self.source_bytes() + _span(self, beside) + _span(largest, weight)
+
+    def split_targets(self) -> tuple[tuple[Extent, ...], tuple[Extent, ...]]:
+        """The target's extents of the weight itself, and the others."""
+        weight = self.family.weight
+        return (
+            tuple(extent for extent in self.targets if extent.param == weight),
+            tuple(extent for extent in self.targets if extent.param != weight),
+        )
+
+    def pieces(self) -> Iterator[Step]:
+        """The step for parts of the weight that follow one another in every extent of the target.
+
+        Blocks are never cut, and pages are not if the rows are of the released models' lengths.
+        """
+        weight, _ = self.split_targets()
+        for box in _pieces(self.box, weight):
+            yield replace(self, box=box)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of a conversion, in the order of the target's bytes."""
+
+    steps: tuple[Step, ...]
+    read_bytes: int
+    write_bytes: int
+    buffer_bytes: int
+    """Bytes of buffer that one worker needs for the largest step."""
+
+
+def member_box(family: Family, member: str, box: Box) -> Box:
+    """The box of a weight in the axes of its blocks or scales; whole blocks only."""
+    if member == family.weight:
+        return box
+    (lo, hi) = box[-1]
+    rows = (*box[:-1], (lo // BLOCK, -(-hi // BLOCK)))
+    return (*rows, (0, BLOCK // 2)) if member == family.blocks else rows
+
+
+def needed(family: Family, have: frozenset[str], want: frozenset[str]) -> frozenset[str]:
+    """The source members that make the target members: kept where both have them."""
+    weight, blocks, scales = family.weight, family.blocks, family.scales
+    need: set[str | None] = set()
+    if weight in want:
+        need |= {weight} if weight in have else {blocks, scales}
+    if blocks in want:
+        need |= {blocks, scales} if blocks in have else {weight, scales} & {*have, weight}
+    elif scales in want:
+        need |= {scales}
+    if lacking := need - have:
+        names = sorted({member or weight for member in lacking})
+        raise InputError(f"{weight}: the source holds no {' and no '.join(names)}")
+    return frozenset(member for member in need if member)
+
+
+def make_plan(
+    model: Model,
+    sizes: Mapping[str, int],
+    sources: Sequence[Extent],
+    targets: Sequence[Extent],
+    tile_bytes: int = TILE_BYTES,
+    partial: bool = False,
+) -> Plan:
+    """Join source and target extents, parameter by parameter; `partial` allows layers without any.
+
+    Checks that every element a step needs lies in the source exactly once and that every target
+    element is written exactly once; raises IntegrityError that names the parameter and the box.
+    """
+    source_of, target_of = _by_param(sources), _by_param(targets)
+    steps: list[Step] = []
+    for family in model.families.values():
+        want = frozenset(member for member in family.members if member in target_of)
+        if not want:
+            continue
+        have = frozenset(member for member in family.members if member in source_of)
+        need = needed(family, have, want)
+        # In the order of the family, not of a set: every process must number the steps alike.
+        held = [
+            extent for member in family.members if member in need for extent in source_of[member]
+        ]
+        taken = [
+            extent for member in family.members if member in want for extent in target_of[member]
+        ]
+        steps.extend(_family_steps(family, sizes, held, taken, tile_bytes, partial))
+    order = {name: i for i, name in enumerate(dict.fromkeys(e.file for e in targets))}
+    steps.sort(key=lambda step: _position(step, order))
+    return Plan(tuple(steps), *_totals(steps))
+
+
+def _family_steps(
+    family: Family,
+    sizes: Mapping[str, int],
+    sources: Sequence[Extent],
+    targets: Sequence[Extent],
+    tile_bytes: int,
+    partial: bool,
+) -> Iterator[Step]:
+    lengths = tuple(sizes[axis] for axis in family.axes)
+    if family.blocks is None:
+        tile_bytes = min(tile_bytes, _PLAIN_TILE_BYTES)
+    tile = _tile(family, lengths, (sources[0], targets[0]), tile_bytes)
+    source_cells = _cells(lengths, tile, sources)
+    target_cells = _cells(lengths, tile, targets)
+    held, taken = {e.param for e in sources}, {e.param for e in targets}
+    for index in product(*(range(-(-n // t)) for n, t in zip(lengths, tile, strict=True))):
+        if partial and index not in source_cells and index not in target_cells:
+            continue
+        box = tuple(
+            (i * t, min(i * t + t, n)) for i, t, n in zip(index, tile, lengths, strict=True)
+        )
+        step = Step(family, lengths, box, tuple(source_cells[index]), tuple(target_cells[index]))
+        _check_cover("source", step, step.sources, held)
+        _check_cover("target", step, step.targets, taken)
+        yield step
+
+
+def _tile(
+    family: Family, lengths: Sequence[int], sides: tuple[Extent, Extent], tile_bytes: int
+) -> list[int]:
+    """The longest box of one layer that fits, cut along the target's slowest axes.
+
+    What lies between its parts on either side counts too, as buffers hold it. Blocks are never cut.
+    """
+    tile = [1 if axis == "layer" else n for axis, n in zip(family.axes, lengths, strict=True)]
+    _, target = sides
+    # An axis of stride 0 is bound by the tensor's name: no tensor holds two of its indexes.
+    slowest = sorted(range(len(tile) - 1), key=lambda i: -(target.strides[i] or math.inf))
+    for axis in slowest:
+        payload = 2 * math.prod(tile) // tile[axis]
+        unit = max(payload, *(side.strides[axis] for side in sides))
+        if unit >= tile_bytes or target.strides[axis] == 0:
+            tile[axis] = 1
+        elif unit * tile[axis] > tile_bytes:
+            tile[axis] = tile_bytes // unit
+    return tile
+
+
+def _cells(
+    lengths: Sequence[int], tile: Sequence[int], extents: Iterable[Extent]
+) -> dict[tuple[int, ...], list[Extent]]:
+    """The extents that reach into each cell of the grid of tiles."""
+    cells: dict[tuple[int, ...], list[Extent]] = defaultdict(list)
+    rows = range(len(lengths) - 1)
+    for extent in extents:
+        spans = [
+            range(extent.box[axis][0] // tile[axis], -(-extent.box[axis][1] // tile[axis]))
+            for axis in rows
+        ]
+        for index in product(*spans, (0,)):
+            cells[index].append(extent)
+    return cells
+
+
+def _check_cover(side: str, step: Step, extents: Sequence[Extent], members: set[str]) -> None:
+    for member in members:
+        whole = member_box(step.family, member, step.box)
+        for alias in {extent.alias for extent in extents}:
+            parts = [part for extent, part in step.of(extents, member) if extent.alias == alias]
+            if parts == [whole] or (alias and not parts):
+                continue
+            twice = not disjoint(parts)
+            if twice or sum(map(volume, parts)) != volume(whole):
+                raise IntegrityError(
+                    f"{side}: {member}{list(whole)}: "
+                    + ("stored more than once" if twice else "not stored completely")
+                )
+        if not extents:
+            raise IntegrityError(f"{side}: {member}{list(whole)}: not stored")
+
+
+def _by_param(extents: Iterable[Extent]) -> dict[str, list[Extent]]:
+    grouped: dict[str, list[Extent]] = defaultdict(list)
+    for extent in extents:
+        grouped[extent.param].append(extent)
+    return grouped
+
+
+def _position(step: Step, order: Mapping[str, int]) -> tuple[int, int]:
+    extent = step.targets[0]
+    box = member_box(step.family, extent.param, step.box)
+    return order[extent.file], extent.at(overlap(extent.box, box) or box)
+
+
+def _pieces(box: Box, extents: Sequence[Extent]) -> Iterator[Box]:
+    slowest = {_slowest(extent, box) for extent in extents}
+    count = -(-2 * volume(box) // PIECE_BYTES)
+    if len(slowest) != 1 or count < 2:
+        yield box
+        return
+    (axis,) = slowest
+    lo, hi = box[axis]
+    blocks = axis == len(box) - 1
+    length = max(1, (hi - lo) // count)
+    if blocks or length > BLOCK:
+        length = -(-length // BLOCK) * BLOCK
+    for start in range(lo, hi, length):
+        part = (*box[:axis], (start, min(start + length, hi)), *box[axis + 1 :])
+        if length > 1 or blocks:
+            yield part
+        else:
+            yield from _pieces(part, extents)
+
+
+def _slowest(extent: Extent, box: Box) -> int:
+    """The axis that the extent's part of a box lies along."""
+    part = overlap(extent.box, box) or box
+    return max(
+        range(len(part)), key=lambda axis: (part[axis][1] - part[axis][0] > 1, extent.strides[axis])
+    )
+
+
+def _span(step: Step, extents: Sequence[Extent]) -> int:
+    total = 0
+    for member in {extent.param for extent in extents}:
+        for extent, part in step.of(extents, member):
+            total += extent.span(part) + 2 * PAGE
+    return total
+
+
+def _totals(steps: Sequence[Step]) -> tuple[int, int, int]:
+    """(bytes to read, bytes to write, largest buffer of a conversion)."""
+    read = sum(_payload(step, step.sources) for step in steps)
+    written = sum(_payload(step, step.targets) for step in steps)
+    return read, written, max((step.buffer_bytes() for step in steps), default=0)
+
+
+def _payload(step: Step, extents: Sequence[Extent]) -> int:
+    members = {extent.param for extent in extents}
+    parts = (part for member in members for part in step.of(extents, member))
+    return sum(volume(box) * DTYPE_BYTES[extent.dtype] for extent, box in parts)

@@ -1,0 +1,1 @@
+"""Megatron's torch_dist checkpoints: its fields, its state beside the tensors, how to launch it."""

@@ -1,0 +1,1 @@
+"""Where each named axis of each parameter sits in each stored tensor: layouts, tables, extents."""

@@ -1,0 +1,357 @@
+"""The ranks of one run: processes that torchrun started, and how they speak to one another.
+
+Every rank holds a connection to rank 0 over which plain JSON values travel, a line each. Whoever
+fails says so; whoever is killed is noticed by the end of its connection: either way rank 0 tells
+the others, whose next call raises RankError. torch only introduces the ranks to one another, in a
+process of its own that ends before the work begins (docs/decisions/0007-ranks.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import gptoss_convert
+from gptoss_convert.errors import EXIT_LOST, NetworkError, RankError
+from gptoss_convert.machine.terminal import printable
+
+_PATIENCE = 300.0
+"""Seconds in which all ranks must have found one another."""
+_SILENCE = 10
+"""Seconds without an answer after which a machine counts as gone."""
+_GRACE = 5.0
+"""Seconds in which a rank may end by itself when another one has failed."""
+_KEY = "gptoss-convert"
+_INTRODUCTION = f"from {__name__} import introduce; introduce()"
+_RUN = "TORCHELASTIC_RUN_ID"
+"""What torchrun alone sets: RANK and WORLD_SIZE stand in the environment of many jobs."""
+
+
+class Ranks:
+    """The ranks of this run as one of them sees it; alone, every call answers at once."""
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.local_rank = local_rank
+        """This rank's number among those of its machine: which GPU is its own."""
+        self.local_size = local_size
+        self.host = socket.gethostname()
+        self._peers: dict[int, _Peer] = {}
+        self._told = threading.Condition()
+        self._values: dict[int, deque[Any]] = {}
+        self._failure: RankError | None = None
+        self._left = False
+        self.log: TextIO | None = None
+        """Where this rank's words go, too."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.leave()
+            if self.log:
+                self.log.close()
+                self.log = None
+
+    def keep_log(self, folder: Path) -> None:
+        """Write this rank's words to a file of its own in a folder; raises OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = (folder / f"rank-{self.rank:05d}.log").open("a", 1, "utf-8")
+        who = f"rank {self.rank} of {self.size} on {self.host}, process {os.getpid()}:"
+        print(who, *sys.argv[1:], file=self.log)
+
+    def note(self, text: str) -> None:
+        """Write a line to this rank's log, if it keeps one."""
+        if self.log:
+            print(printable(text), file=self.log)
+
+    def connect(self, peers: Mapping[int, socket.socket]) -> None:
+        """Speak through these connections from now on: to every rank from rank 0, else to it."""
+        for rank, connection in peers.items():
+            self._peers[rank] = _Peer(connection)
+            self._values[rank] = deque()
+        for rank in self._peers:
+            threading.Thread(target=self._listen, args=(rank,), daemon=True).start()
+
+    def name_hosts(self, hosts: Sequence[str]) -> None:
+        """Know the other ranks' machines by name, for messages."""
+        for rank, peer in self._peers.items():
+            peer.host = hosts[rank]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks in their order, on every rank; raises RankError."""
+        if self.rank:
+            self._send(0, {"value": value})
+            return self._receive(0)
+        values = [value, *(self._receive(rank) for rank in self._peers)]
+        self._send_all({"value": values})
+        return values
+
+    def broadcast(self, value: Any = None) -> Any:
+        """Rank 0's value, on every rank; raises RankError."""
+        if self.rank:
+            return self._receive(0)
+        self._send_all({"value": value})
+        return value
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here; raises RankError."""
+        self.gather(None)
+
+    def check(self) -> None:
+        """Raise RankError if another rank has failed; cheap enough for every step."""
+        if self._failure is not None:
+            raise self._failure
+
+    def failure(self, within: float) -> RankError | None:
+        """Why another rank failed, if that is known within so many seconds."""
+        with self._told:
+            if self._peers and not self._left:
+                self._told.wait_for(lambda: self._failure is not None, within)
+        return self._failure
+
+    def fail(self, message: str, status: int) -> None:
+        """Tell the others, in one line, that this rank ends with this exit status, and why."""
+        if self._failure is None and not self._left:
+            failed = {"rank": self.rank, "host": self.host, "message": message, "status": status}
+            self._send_all({"failed": failed})
+
+    def leave(self) -> None:
+        """End together with the others, once every rank has come here; raises RankError."""
+        self.barrier()
+        self._left = True
+        self._send_all({"left": True})
+
+    def _send_all(self, message: Mapping[str, Any]) -> None:
+        for rank in self._peers:
+            self._send(rank, message)
+
+    def _send(self, rank: int, message: Mapping[str, Any]) -> None:
+        self._peers[rank].send(message)
+
+    def _receive(self, rank: int) -> Any:
+        values = self._values[rank]
+        with self._told:
+            self._told.wait_for(lambda: values or self._failure is not None)
+            self.check()
+            return values.popleft()
+
+    def _listen(self, rank: int) -> None:
+        """Take what one rank says until it leaves or its connection ends; a thread of its own."""
+        with self._peers[rank] as peer:
+            for message in peer.messages():
+                if "left" in message:
+                    return
+                if "failed" in message:
+                    self._failed(message["failed"])
+                    return
+                with self._told:
+                    self._values[rank].append(message["value"])
+                    self._told.notify_all()
+            if self._left:
+                return
+            text = "ended without a word, as a process does that is killed"
+            self._failed({"rank": rank, "host": peer.host, "message": text, "status": EXIT_LOST})
+
+    def _failed(self, failed: Mapping[str, Any]) -> None:
+        if self.rank == 0 and self._failure is None:
+            # Before anybody here can notice: this process may end as soon as it does.
+            self._send_all({"failed": failed})
+        text = f"rank {failed['rank']} on {failed['host']}: {failed['message']}"
+        with self._told:
+            self._failure = self._failure or RankError(text, failed["status"])
+            self._told.notify_all()
+
+
+class _Peer:
+    """A connection to another rank: one JSON value a line, both ways."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lines = connection.makefile("rb")
+        self._lock = threading.Lock()
+        self.host: str = connection.getpeername()[0]
+        for option, value in (
+            (socket.TCP_KEEPIDLE, _SILENCE // 2),
+            (socket.TCP_KEEPINTVL, 1),
+            (socket.TCP_KEEPCNT, _SILENCE // 2),
+            (socket.TCP_USER_TIMEOUT, _SILENCE * 1000),
+            (socket.TCP_NODELAY, 1),
+        ):
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.settimeout(None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lines.close()
+        self._connection.close()
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send one value; that nobody is there any more is noticed by who listens."""
+        with self._lock, suppress(OSError):
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What comes, until the connection ends."""
+        with suppress(OSError, ValueError):
+            for line in self._lines:
+                yield json.loads(line)
+
+
+ALONE = Ranks()
+"""The only rank of a run that torchrun did not start."""
+_joined = ALONE
+
+
+def joined() -> Ranks:
+    """The ranks that this process has joined, ALONE before it has joined any."""
+    return _joined
+
+
+def join() -> Ranks:
+    """This process among the ranks that torchrun started, all connected; ALONE without torchrun.
+
+    Raises NetworkError if they do not find one another.
+    """
+    global _joined
+    found = os.environ
+    size = int(found.get("WORLD_SIZE", "1")) if _RUN in found else 1
+    if size > 1 and _joined is ALONE:
+        _joined = _met(
+            Ranks(
+                int(found["RANK"]), size, int(found["LOCAL_RANK"]), int(found["LOCAL_WORLD_SIZE"])
+            )
+        )
+    return _joined
+
+
+def _met(ranks: Ranks) -> Ranks:
+    """The same, connected with the others."""
+    try:
+        ranks.connect(_accepted(ranks) if ranks.rank == 0 else {0: _connected(ranks)})
+    except (OSError, ValueError) as error:
+        raise NetworkError(f"rank {ranks.rank} of {ranks.size}: no connection: {error}") from None
+    ranks.name_hosts(ranks.gather(ranks.host))
+    threading.Thread(target=_insist, args=(ranks,), daemon=True).start()
+    return ranks
+
+
+def _insist(ranks: Ranks) -> None:
+    """End a process that has not ended by itself when another rank has failed: it loses no more
+    than by a kill. It may wait for a disk that does not answer, or plan for long."""
+    if reason := ranks.failure(within=threading.TIMEOUT_MAX):
+        time.sleep(_GRACE)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        ranks.note(f"error: {reason}")
+        os._exit(reason.exit_code)
+
+
+def _accepted(ranks: Ranks) -> dict[int, socket.socket]:
+    """A connection from every other rank; the first line on each is the run's secret and a rank."""
+    secret = secrets.token_hex(16)
+    peers: dict[int, socket.socket] = {}
+    deadline = time.monotonic() + _PATIENCE
+    with socket.create_server(("", 0), backlog=ranks.size) as server:
+        server.settimeout(1.0)
+        with _introduction(json.dumps([server.getsockname()[1], secret])) as child:
+            while len(peers) < ranks.size - 1:
+                if child.poll() is not None or time.monotonic() > deadline:
+                    raise OSError(f"{ranks.size - 1 - len(peers)} of the others did not come")
+                try:
+                    connection, _ = server.accept()
+                except TimeoutError:
+                    continue
+                connection.settimeout(_SILENCE)
+                rank = _greeting(connection, secret)
+                if rank is None or rank in peers or not 0 < rank < ranks.size:
+                    connection.close()
+                else:
+                    peers[rank] = connection
+    return dict(sorted(peers.items()))
+
+
+def _greeting(connection: socket.socket, secret: str) -> int | None:
+    """The rank that a connection says it is, None for a stranger."""
+    expected = len(secret) + 8
+    text = b""
+    with suppress(OSError):
+        while len(text) < expected and (piece := connection.recv(expected - len(text))):
+            text += piece
+    said, _, rank = text.partition(b" ")
+    known = secrets.compare_digest(said, secret.encode()) and rank.isdigit()
+    return int(rank) if known else None
+
+
+def _connected(ranks: Ranks) -> socket.socket:
+    """A connection to rank 0."""
+    with _introduction("") as child:
+        assert child.stdout is not None
+        line = child.stdout.readline()
+    if not line:
+        raise OSError("torchrun's store did not tell where rank 0 is")
+    port, secret = json.loads(line)
+    connection = socket.create_connection((os.environ["MASTER_ADDR"], port), _PATIENCE)
+    connection.sendall(f"{secret} {ranks.rank:07d}".encode())
+    return connection
+
+
+@contextmanager
+def _introduction(told: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A child process with torch, which hands rank 0's port and secret to the other ranks."""
+    home = str(Path(gptoss_convert.__file__).parent.parent)
+    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", _INTRODUCTION, told],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    try:
+        yield child
+    except BaseException:
+        child.kill()
+        raise
+    finally:
+        child.communicate()
+
+
+def introduce() -> None:
+    """What the child does: set or get one value in torchrun's store, then wait to be let go."""
+    from datetime import timedelta
+
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        meeting = rendezvous("env://", timeout=timedelta(seconds=_PATIENCE))
+        store, rank, _ = next(meeting)
+        if rank == 0:
+            store.set(_KEY, sys.argv[1])
+        else:
+            print(store.get(_KEY).decode(), flush=True)
+    except RuntimeError as error:
+        sys.exit(str(error).partition("\n")[0])
+    sys.stdin.read()

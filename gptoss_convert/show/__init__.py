@@ -1,0 +1,1 @@
+"""Results for people and programs: pages, JSON documents, HTML reports."""

@@ -1,0 +1,295 @@
+"""Results as pages for people; `summary()` of each result is for programs."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from gptoss_convert.layouts.folding import ranges
+from gptoss_convert.show.pages import Facts, Page, Table
+
+
+def size(nbytes: float) -> str:
+    """`13.76 GB`, powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def tensors(groups: Iterable[Mapping[str, Any]]) -> Table:
+    """Folded tensors as a table."""
+    rows = [
+        (
+            group["name"],
+            f"{group['count']}",
+            group["dtype"],
+            " x ".join(map(str, group["shape"])),
+            size(group["bytes"]),
+        )
+        for group in groups
+    ]
+    columns = ("tensor", "count", "dtype", "shape", "bytes")
+    right = frozenset(("count", "shape", "bytes"))
+    return Table(columns, rows, right, names=True, spare=("count", "shape"))
+
+
+def inspection(summary: Mapping[str, Any]) -> Page:
+    """The page of `inspect`."""
+    config = summary["config"]
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(summary["dtypes"].items()))
+    files = summary["files"]
+    encoding = {"mxfp4": "MXFP4", "bf16": "BF16"}[summary["encoding"]]
+    rows = {
+        "path": summary["path"],
+        "format": f"{summary['format']} ({summary['variant']})",
+        "model": f"gpt-oss {summary['model']}, {summary['parameters'] / 1e9:.3f} B parameters",
+        "experts": f"{encoding}, {config['num_local_experts']} a layer, "
+        f"{config['num_experts_per_tok']} a token",
+        "layers": f"{config['num_hidden_layers']}, window {config['sliding_window']} on even ones",
+        "widths": f"hidden {config['hidden_size']}, inter {config['intermediate_size']}, "
+        f"vocabulary {config['vocab_size']}",
+        "heads": f"{config['num_attention_heads']} query, {config['num_key_value_heads']} kv, "
+        f"{config['head_dim']} wide",
+        "context": f"{config['max_position_embeddings']} (YaRN {config['rope_factor']:g} x "
+        f"{config['original_max_position_embeddings']}, theta {config['rope_theta']:g})",
+        "tensors": f"{summary['tensors']} ({dtypes}), {size(summary['tensor_bytes'])}",
+        "files": f"{len(files)} ({size(sum(files.values()))})",
+    }
+    rows |= _details(summary["details"])
+    if summary["scales_sidecar"]:
+        rows["sidecar"] = "MXFP4 scales: the way back restores the original bytes"
+    if summary["carried_files"]:
+        rows["beside"] = ", ".join(summary["carried_files"])
+    return [Facts(rows), "", tensors(summary["tensor_groups"]), *_notes(summary)]
+
+
+_PARALLEL = {"tensor": "TP", "pipeline": "PP", "expert": "EP", "expert_tensor": "ETP"}
+
+
+def _details(details: Mapping[str, Any]) -> dict[str, str]:
+    """What only a Megatron checkpoint can tell."""
+    if not details:
+        return {}
+    short = ((n.removesuffix("_parallel_size"), s) for n, s in details["parallel"].items())
+    parallel = ", ".join(f"{_PARALLEL[n.removesuffix('_model')]} {size}" for n, size in short)
+    skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(details["skipped"].items()))
+    return {
+        "iteration": f"{details['iteration']}, saved by {details['saved_by']}",
+        "configuration": details["configuration"],
+        "chunks": f"{details['chunks']}",
+        "saved with": parallel or "parallel sizes not recorded",
+        "optimizer": "present, ignored" if details["optimizer"] else "none",
+        "skipped": f"{skipped} entries" if skipped else "nothing",
+    }
+
+
+def check(summary: Mapping[str, Any]) -> Page:
+    """The page of `check`: the answer last, below what it rests on."""
+    share = summary["share_read"]
+    seed = f", seed {summary['seed']}" if summary["seed"] is not None else ""
+    problems = summary["problems"]
+    facts = Facts(
+        {
+            "path": summary["path"],
+            "format": f"{summary['format']}, gpt-oss {summary['model']}",
+            "manifest": summary["manifest"] or "none",
+            "read": f"{share:.0%} of the weights{seed}" if share else "headers and small files",
+            "release": summary["release"] or "none that is known",
+            "result": f"{len(problems)} problems" if problems else "intact",
+        }
+    )
+    prints = {} if summary["manifest"] else summary["parameters"]
+    rows = [(weight, found["fingerprint"]) for weight, found in sorted(prints.items())]
+    table = ["", Table(("parameter", "fingerprint"), rows)] if rows else []
+    return [facts, *table, *(f"problem: {problem}" for problem in problems), *_notes(summary)]
+
+
+_FILES = 8
+"""Files that are listed one by one."""
+
+
+def conversion(summary: Mapping[str, Any]) -> Page:
+    """The page of a plan, `convert --dry-run`."""
+    target = summary["target"]
+    files = target["files"]
+    rows = {
+        "source": f"{summary['source']['format']}  {summary['source']['path']}",
+        "target": f"{target['format']}-{target['variant']}  {target['path']}",
+        "model": f"gpt-oss {summary['model']}",
+        "tensors": f"{target['tensors']} in {len(files)} files",
+        "reads": size(summary["read_bytes"]),
+        "writes": size(summary["write_bytes"]),
+        "steps": f"{summary['steps']} on {summary['workers']} workers",
+        "memory": f"about {size(summary['memory_bytes'])}",
+    }
+    if (seconds := summary.get("estimated_seconds")) is not None:
+        rows["disk"] = f"about {max(seconds, 0.1):.1f} s at its speed of now"
+    listed = [(name, size(nbytes)) for name, nbytes in files.items()]
+    if len(listed) > _FILES:
+        rest = size(sum([*files.values()][3:-3]))
+        listed = [*listed[:3], (f"... {len(listed) - 6} more", rest), *listed[-3:]]
+    table = Table(("file", "bytes"), listed, right=frozenset(("bytes",)))
+    return [Facts(rows), "", tensors(target["tensor_groups"]), "", table, *_notes(summary)]
+
+
+def finished(summary: Mapping[str, Any], launch: Sequence[str] = ()) -> Page:
+    """The line at the end of a conversion; for Megatron the arguments that load TARGET."""
+    moved = summary["read_bytes"] + summary["write_bytes"]
+    seconds = max(summary["seconds"], 1e-3)
+    target = summary["target"]
+    done = (
+        f"{target['path']}: {size(summary['write_bytes'])} in {seconds:.1f} s "
+        f"({moved / seconds / 1e6:.0f} MB/s read and written), "
+        f"peak memory {size(summary['peak_memory_bytes'])}"
+    )
+    if not launch:
+        return [done]
+    from gptoss_convert.formats.megatron.launch import LAUNCH
+
+    lines = textwrap.wrap(" ".join(launch), 98, break_on_hyphens=False, break_long_words=False)
+    head = f"Megatron-LM's arguments for it, explained in {target['path']}/{LAUNCH}:"
+    return [done, "", head, *(f"  {line}" for line in lines)]
+
+
+_MOST = 5
+"""Findings of a level that are shown; `--json` has them all."""
+
+
+def verification(summary: Mapping[str, Any]) -> Page:
+    """The page of `verify`: the answer first, then level by level."""
+    source, target = summary["source"], summary["target"]
+    sides = {
+        "source": f"{source['format']:<9}  {source['path']}",
+        "target": f"{target['format']:<9}  {target['path']}",
+    }
+    levels = Table(
+        ("level", "answer", "time", "what"),
+        [_level(level) for level in summary["levels"]],
+        right=frozenset(("time",)),
+    )
+    page = [summary["verdict"], "", Facts(sides), "", levels]
+    for level in summary["levels"]:
+        if shown := level["numbers"].get("next_tokens_text"):
+            page += ["", "next tokens: source, target", *(f"  {line}" for line in shown)]
+    return page
+
+
+def _level(level: Mapping[str, Any]) -> tuple[str, ...]:
+    findings = level["findings"]
+    more = [f"... {len(findings) - _MOST} more"] if len(findings) > _MOST else []
+    what = level["text"] if level["same"] else "\n".join([*findings[:_MOST], *more])
+    answer = "same" if level["same"] else "different"
+    return level["name"], answer, f"{level['seconds']:.2f} s", what
+
+
+def diff(summary: Mapping[str, Any]) -> Page:
+    """The page of `diff`: the answer first, then configuration, weights, what one side lacks."""
+    a, b = summary["a"], summary["b"]
+    sides = {name: f"{s['format']:<9}  {s['path']}" for name, s in (("a", a), ("b", b))}
+    keys = _changed_keys(summary)
+    weights = [row for module in summary["modules"] for row in _changed_weights(module)]
+    columns = ("parameter", "layers", "changed", "relative norm", "max abs")
+    tables = [Table(("config", "a", "b"), keys)] if keys else []
+    tables += [Table(columns, weights, right=frozenset(columns[2:]))] if weights else []
+    page: list[str | Facts | Table] = [summary["verdict"], "", Facts(sides)]
+    for table in tables:
+        page += ["", table]
+    lines = [*_other_encodings(summary), *_one_sided(summary)]
+    return [*page, *([""] if lines else []), *lines]
+
+
+def _changed_keys(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the model's numbers that differ, and of all other keys of config.json that do."""
+    found = {key: tuple(map(_brief, pair)) for key, pair in summary["numbers"].items()}
+    keys = summary["keys"] or {"removed": {}, "added": {}, "changed": {}}
+    found |= {key: (_brief(value), "-") for key, value in keys["removed"].items()}
+    found |= {key: ("-", _brief(value)) for key, value in keys["added"].items()}
+    found |= {key: (_brief(old), _brief(new)) for key, (old, new) in keys["changed"].items()}
+    return [(key, *pair) for key, pair in found.items()]
+
+
+def _brief(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _changed_weights(module: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """A row for a module that changed, then one for each of its parameters that did."""
+    changed = [one for one in module["parameters"] if one["changed"]]
+    if len(changed) > 1:
+        yield _change(module["module"], module, [n for one in changed for n in _layers(one)])
+    for one in changed:
+        indent = "  " if len(changed) > 1 else ""
+        yield _change(f"{indent}{one['parameter']}", one, _layers(one))
+
+
+def _layers(parameter: Mapping[str, Any]) -> list[int]:
+    return [layer["layer"] for layer in parameter["layers"] if layer["changed"]]
+
+
+def _change(name: str, change: Mapping[str, Any], layers: Iterable[int]) -> tuple[str, ...]:
+    norm = change["relative_norm"]
+    return (
+        name,
+        ranges(layers) or "-",
+        f"{100 * change['share']:.3g} %",
+        "from zero" if norm is None else f"{norm:.2e}",
+        f"{change['max_abs']:.3g}",
+    )
+
+
+def _other_encodings(summary: Mapping[str, Any]) -> Iterator[str]:
+    """What is equal: values that both sides encode alike, and values that they do not."""
+    parameters = [one for module in summary["modules"] for one in module["parameters"]]
+    equal = [one for one in parameters if not one["changed"]]
+    apart = [one for one in equal if one["encodings"][0] != one["encodings"][1]]
+    for one in apart:
+        old, new = one["encodings"]
+        yield f"same values, other encoding: {one['parameter']} ({old} in a, {new} in b)"
+    if equal:
+        yield f"equal: {len(equal)} of {len(parameters)} parameters"
+
+
+def _one_sided(summary: Mapping[str, Any]) -> Iterator[str]:
+    for side in ("a", "b"):
+        yield from (f"only in {side}: {name}" for name in summary[f"only_in_{side}"])
+    for name, (old, new) in summary["shapes"].items():
+        sizes = (" x ".join(map(str, shape)) for shape in (old, new))
+        yield f"other shape: {name}, {' in a, '.join(sizes)} in b"
+    nonfinite = summary["total"]["nonfinite"]
+    if nonfinite:
+        yield f"note: {nonfinite:,} infinities or NaN are left out of the norms"
+
+
+def _notes(summary: Mapping[str, Any]) -> list[str]:
+    return [f"note: {note}" for note in summary["notes"]]
+
+
+def junit(summary: Mapping[str, Any]) -> str:
+    """The levels as JUnit test cases, for continuous integration."""
+    from xml.sax.saxutils import escape, quoteattr
+
+    suite = f"{summary['source']['path']} against {summary['target']['path']}"
+    failed = sum(not level["same"] for level in summary["levels"])
+    cases = []
+    for level in summary["levels"]:
+        told = escape("\n".join(level["findings"]))
+        body = "" if level["same"] else f"<failure message={quoteattr(level['findings'][0])}>{told}"
+        body += "" if level["same"] else "</failure>"
+        name, seconds = quoteattr(level["name"]), f"{level['seconds']:.3f}"
+        cases.append(
+            f'<testcase classname="gptoss-convert.verify" name={name} time="{seconds}">{body}'
+            "</testcase>"
+        )
+    return "\n".join(
+        [
+            '<?xml version="1.0" encoding="UTF-8"?>',
+            f'<testsuite name={quoteattr(suite)} tests="{len(cases)}" failures="{failed}">',
+            *cases,
+            "</testsuite>\n",
+        ]
+    )

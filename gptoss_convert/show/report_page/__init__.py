@@ -1,0 +1,38 @@
+"""Reports for people: a verification as one HTML page and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert.errors import UsageError
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder of a report; raises UsageError if what draws it is not installed."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"--report needs {error.name}: pip install 'gptoss-convert[report]'"
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def write(summary: Mapping[str, Any], folder: Path, command: str | None = None) -> Path:
+    """Write report.html and report.md for the summary of a verification; returns the former.
+
+    The verification must have collected its statistics.
+    """
+    prepare(folder)
+    from gptoss_convert.show.report_page.content import page_of
+    from gptoss_convert.show.report_page.html import html
+    from gptoss_convert.show.report_page.markdown import markdown
+
+    page = page_of(summary, command)
+    path = folder / "report.html"
+    path.write_text(html(page), encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(page), encoding="utf-8")
+    return path

@@ -1,0 +1,1 @@
+"""Synthetic checkpoints: published names, shapes and files, made-up values."""

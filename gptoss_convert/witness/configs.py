@@ -1,0 +1,208 @@
+"""The numbers of a model as each ecosystem writes them: two config.json, Megatron's options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert.errors import InputError
+from gptoss_convert.witness.model import ModelConfig
+
+QUICK_GELU_ALPHA = 1.702
+"""Written into OpenAI's and Megatron's code, and implied by configs that lack `swiglu_alpha`."""
+OPENAI_NORM_EPS = 1e-05
+"""Written into OpenAI's RMSNorm; its config.json has no key for it."""
+
+
+class Section:
+    """A JSON or YAML object whose keys are required, typed, and named in errors."""
+
+    def __init__(self, content: Mapping[str, Any], where: str):
+        self.content = content
+        self.where = where
+
+    def value(self, key: str) -> Any:
+        """The value of `key`; InputError if the key is missing."""
+        if key not in self.content:
+            raise InputError(f"{self.where}: expects key {key!r}, found none")
+        return self.content[key]
+
+    def integer(self, key: str) -> int:
+        """The value of `key` as a whole number."""
+        value = self.value(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+            raise InputError(f"{self.where}: {key} expects a whole number, found {value!r}")
+        return int(value)
+
+    def number(self, key: str) -> float:
+        """The value of `key` as a float."""
+        value = self.value(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{self.where}: {key} expects a number, found {value!r}")
+        return float(value)
+
+    def section(self, key: str) -> Section:
+        """The object under `key`."""
+        value = self.value(key)
+        if not isinstance(value, Mapping):
+            raise InputError(f"{self.where}: {key} expects an object, found {value!r}")
+        return Section(value, f"{self.where}: {key}")
+
+    def require(self, key: str, expected: object) -> None:
+        """Raise InputError unless `key` has the one value that GPT-OSS has."""
+        found = self.value(key)
+        if found != expected:
+            raise InputError(f"{self.where}: {key} expects {expected!r}, found {found!r}")
+
+
+def read_json(path: Path) -> Section:
+    """The object in a JSON file; InputError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expects a JSON object, found {error}") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: expects a JSON object, found {type(content).__name__}")
+    return Section(content, str(path))
+
+
+def hf_config(config: Section) -> ModelConfig:
+    """The numbers of an HF config.json, of transformers 4 (`rope_scaling`) or 5."""
+    config.require("model_type", "gpt_oss")
+    config.require("attention_bias", True)
+    config.require("tie_word_embeddings", False)
+    rope, theta = _hf_rope(config)
+    rope.require("rope_type", "yarn")
+    for key in ("attention_factor", "mscale", "mscale_all_dim"):
+        if rope.content.get(key) is not None:
+            raise InputError(f"{rope.where}: {key} expects no value, found {rope.content[key]!r}")
+    alpha = config.number("swiglu_alpha") if "swiglu_alpha" in config.content else QUICK_GELU_ALPHA
+    return ModelConfig(
+        hidden=config.integer("hidden_size"),
+        inter=config.integer("intermediate_size"),
+        heads=config.integer("num_attention_heads"),
+        kv_heads=config.integer("num_key_value_heads"),
+        head_dim=config.integer("head_dim"),
+        experts=config.integer("num_local_experts"),
+        experts_per_token=config.integer("num_experts_per_tok"),
+        vocab=config.integer("vocab_size"),
+        sliding=_hf_sliding(config),
+        window=config.integer("sliding_window"),
+        rope_theta=theta,
+        rope_factor=rope.number("factor"),
+        rope_original_length=rope.integer("original_max_position_embeddings"),
+        rope_beta_fast=rope.number("beta_fast"),
+        rope_beta_slow=rope.number("beta_slow"),
+        rope_truncate=bool(rope.value("truncate")),
+        swiglu_alpha=alpha,
+        swiglu_limit=config.number("swiglu_limit"),
+        norm_eps=config.number("rms_norm_eps"),
+    )
+
+
+def _hf_rope(config: Section) -> tuple[Section, float]:
+    """The rope section and theta; InputError if the spellings of transformers 4 and 5 disagree."""
+    new = config.section("rope_parameters") if "rope_parameters" in config.content else None
+    if "rope_scaling" not in config.content:
+        rope = config.section("rope_parameters")
+        return rope, rope.number("rope_theta")
+    rope, theta = config.section("rope_scaling"), config.number("rope_theta")
+    if new is not None and new.content != {**rope.content, "rope_theta": theta}:
+        raise InputError(
+            f"{config.where}: expects rope_parameters to repeat rope_scaling and rope_theta, found "
+            f"{dict(new.content)!r} beside {dict(rope.content)!r} and {theta!r}"
+        )
+    return rope, theta
+
+
+def _hf_sliding(config: Section) -> tuple[bool, ...]:
+    kinds = {"sliding_attention": True, "full_attention": False}
+    types, layers = config.value("layer_types"), config.integer("num_hidden_layers")
+    if not isinstance(types, Sequence) or len(types) != layers or not set(types) <= set(kinds):
+        raise InputError(
+            f"{config.where}: layer_types expects {layers} of {list(kinds)}, found {types!r}"
+        )
+    return tuple(kinds[kind] for kind in types)
+
+
+def openai_config(config: Section) -> ModelConfig:
+    """The numbers of an OpenAI config.json; what it leaves out stands in OpenAI's code."""
+    return ModelConfig(
+        hidden=config.integer("hidden_size"),
+        inter=config.integer("intermediate_size"),
+        heads=config.integer("num_attention_heads"),
+        kv_heads=config.integer("num_key_value_heads"),
+        head_dim=config.integer("head_dim"),
+        experts=config.integer("num_experts"),
+        experts_per_token=config.integer("experts_per_token"),
+        vocab=config.integer("vocab_size"),
+        sliding=tuple(n % 2 == 0 for n in range(config.integer("num_hidden_layers"))),
+        window=config.integer("sliding_window"),
+        rope_theta=config.number("rope_theta"),
+        rope_factor=config.number("rope_scaling_factor"),
+        rope_original_length=config.integer("initial_context_length"),
+        rope_beta_fast=config.number("rope_ntk_beta"),
+        rope_beta_slow=config.number("rope_ntk_alpha"),
+        rope_truncate=False,
+        swiglu_alpha=QUICK_GELU_ALPHA,
+        swiglu_limit=config.number("swiglu_limit"),
+        norm_eps=OPENAI_NORM_EPS,
+    )
+
+
+MEGATRON_FIXED: Mapping[str, object] = {
+    "softmax_type": "learnable",
+    "glu_linear_offset": 1.0,
+    "gated_linear_unit": True,
+    "normalization": "RMSNorm",
+    "add_bias_linear": True,
+    "add_qkv_bias": True,
+    "moe_router_pre_softmax": False,
+    "moe_router_score_function": "softmax",
+    "position_embedding_type": "yarn",
+    "share_embeddings_and_output_weights": False,
+    "yarn_mscale": None,
+    "yarn_mscale_all_dim": None,
+}
+"""Options of Megatron's model that GPT-OSS leaves no choice about."""
+
+
+def megatron_config(model: Section) -> ModelConfig:
+    """The numbers of Megatron's model options (the `model` section of run_config.yaml)."""
+    for key, expected in MEGATRON_FIXED.items():
+        model.require(key, expected)
+    behind, ahead = model.value("window_size")
+    if ahead != 0:
+        raise InputError(f"{model.where}: window_size expects 0 keys ahead, found {ahead!r}")
+    return ModelConfig(
+        hidden=model.integer("hidden_size"),
+        inter=model.integer("moe_ffn_hidden_size"),
+        heads=model.integer("num_attention_heads"),
+        kv_heads=model.integer("num_query_groups"),
+        head_dim=model.integer("kv_channels"),
+        experts=model.integer("num_moe_experts"),
+        experts_per_token=model.integer("moe_router_topk"),
+        vocab=model.integer("vocab_size"),
+        sliding=_megatron_sliding(model),
+        window=behind + 1,
+        rope_theta=model.number("rotary_base"),
+        rope_factor=model.number("yarn_rotary_scaling_factor"),
+        rope_original_length=model.integer("yarn_original_max_position_embeddings"),
+        rope_beta_fast=model.number("yarn_beta_fast"),
+        rope_beta_slow=model.number("yarn_beta_slow"),
+        rope_truncate=bool(model.value("yarn_correction_range_round_to_int")),
+        swiglu_alpha=QUICK_GELU_ALPHA,
+        swiglu_limit=model.number("activation_func_clamp_value"),
+        norm_eps=model.number("layernorm_epsilon"),
+    )
+
+
+def _megatron_sliding(model: Section) -> tuple[bool, ...]:
+    """Layers count from 1; every `skip`-th attends to all, or a list says 1 for a window."""
+    skip, layers = model.value("window_attn_skip_freq"), model.integer("num_layers")
+    if isinstance(skip, list) and len(skip) == layers:
+        return tuple(bool(windowed) for windowed in skip)
+    every = model.integer("window_attn_skip_freq")
+    return tuple(number % every != 0 for number in range(1, layers + 1))

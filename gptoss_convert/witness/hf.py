@@ -1,0 +1,132 @@
+"""Reader of HF directories, BF16 and MXFP4, after transformers' GptOss modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptoss_convert.errors import InputError
+from gptoss_convert.witness.configs import hf_config, read_json
+from gptoss_convert.witness.fetch import Fetcher
+from gptoss_convert.witness.fp4 import BLOCK, Packed, checked
+from gptoss_convert.witness.model import ExpertMatrices, LayerWeights
+from gptoss_convert.witness.readers import (
+    StoredTensors,
+    SubBlock,
+    hf_files,
+    safetensors_chunks,
+)
+
+
+class HfReader:
+    """An HF directory; config.json says whether its experts are packed, as for transformers."""
+
+    def __init__(self, directory: Path, device: torch.device, fetcher: Fetcher | None = None):
+        config = read_json(directory / "config.json")
+        self.config = hf_config(config)
+        self.packed = "quantization_config" in config.content
+        if self.packed:
+            config.section("quantization_config").require("quant_method", "mxfp4")
+        chunks = safetensors_chunks(directory, hf_files(directory))
+        self._files = StoredTensors(directory, chunks, fetcher or Fetcher(device))
+
+    def embedding(self) -> Tensor:
+        """`[vocab, hidden]`."""
+        return self._vocabulary("model.embed_tokens.weight")
+
+    def norm(self) -> Tensor:
+        """The final norm's weight, `[hidden]`."""
+        return self._files.read("model.norm.weight", (self.config.hidden,))
+
+    def unembedding(self) -> Tensor:
+        """`[vocab, hidden]`."""
+        return self._vocabulary("lm_head.weight")
+
+    def _vocabulary(self, name: str) -> Tensor:
+        return self._files.read(name, (self.config.vocab, self.config.hidden))
+
+    def prepare(self, index: int) -> None:
+        """Start to read layer `index`."""
+        self._files.ahead(f"model.layers.{index}.")
+
+    def layer(self, index: int) -> LayerWeights:
+        """The weights of layer `index`; gate and up are the even and odd rows, or columns."""
+        c, prefix = self.config, f"model.layers.{index}"
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+
+        def read(name: str, *shape: int) -> Tensor:
+            return self._files.read(f"{prefix}.{name}", shape)
+
+        gate_up = self._gate_up(f"{prefix}.mlp.experts.gate_up_proj")
+        gate_up_bias = read("mlp.experts.gate_up_proj_bias", c.experts, 2 * c.inter)
+        return LayerWeights(
+            attention_norm=read("input_layernorm.weight", c.hidden),
+            q_weight=read("self_attn.q_proj.weight", q, c.hidden),
+            q_bias=read("self_attn.q_proj.bias", q),
+            k_weight=read("self_attn.k_proj.weight", kv, c.hidden),
+            k_bias=read("self_attn.k_proj.bias", kv),
+            v_weight=read("self_attn.v_proj.weight", kv, c.hidden),
+            v_bias=read("self_attn.v_proj.bias", kv),
+            sinks=read("self_attn.sinks", c.heads),
+            o_weight=read("self_attn.o_proj.weight", c.hidden, q),
+            o_bias=read("self_attn.o_proj.bias", c.hidden),
+            mlp_norm=read("post_attention_layernorm.weight", c.hidden),
+            router_weight=read("mlp.router.weight", c.experts, c.hidden),
+            router_bias=read("mlp.router.bias", c.experts),
+            gate_weight=gate_up[:, 0::2],
+            gate_bias=gate_up_bias[:, 0::2],
+            up_weight=gate_up[:, 1::2],
+            up_bias=gate_up_bias[:, 1::2],
+            down_weight=self._down(f"{prefix}.mlp.experts.down_proj"),
+            down_bias=read("mlp.experts.down_proj_bias", c.experts, c.hidden),
+        )
+
+    def _gate_up(self, stem: str) -> ExpertMatrices:
+        """`[expert, (inter glu), hidden]`: BF16 is stored input-major, blocks output-major."""
+        c = self.config
+        if self.packed:
+            return self._blocks(stem, 2 * c.inter, c.hidden)
+        return self._files.read(stem, (c.experts, c.hidden, 2 * c.inter)).transpose(1, 2)
+
+    def _down(self, stem: str) -> ExpertMatrices:
+        """`[expert, hidden, inter]`: BF16 is stored input-major, blocks output-major."""
+        c = self.config
+        if self.packed:
+            return self._blocks(stem, c.hidden, c.inter)
+        return self._files.read(stem, (c.experts, c.inter, c.hidden)).transpose(1, 2)
+
+    def _blocks(self, stem: str, rows: int, columns: int) -> Packed:
+        return read_packed(self._files, stem, "_", (self.config.experts, rows, columns))
+
+    def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:
+        """Names of the tensors that feed a sub-block of layer `index`."""
+        ends = ("_blocks", "_scales", "_bias") if self.packed else ("", "_bias")
+        names = {
+            "attention": (
+                "input_layernorm.weight",
+                *(f"self_attn.{p}_proj.{kind}" for p in "qkvo" for kind in ("weight", "bias")),
+                "self_attn.sinks",
+            ),
+            "router": ("post_attention_layernorm.weight", "mlp.router.weight", "mlp.router.bias"),
+            "experts": tuple(
+                f"mlp.experts.{p}_proj{end}" for p in ("gate_up", "down") for end in ends
+            ),
+        }
+        return tuple(f"model.layers.{index}.{name}" for name in names[block])
+
+
+def read_packed(
+    files: StoredTensors, stem: str, separator: str, shape: tuple[int, int, int]
+) -> Packed:
+    """Blocks and scales of `stem` that decode to `shape` `[expert, out, in]`."""
+    experts, rows, columns = shape
+    if columns % BLOCK != 0:
+        raise InputError(f"{stem}: expects rows in blocks of {BLOCK}, found {columns} columns")
+    scales = (experts, rows, columns // BLOCK)
+    packed = Packed(
+        files.read_bytes(f"{stem}{separator}blocks", (*scales, BLOCK // 2)),
+        files.read_bytes(f"{stem}{separator}scales", scales),
+    )
+    return checked(packed, stem)

@@ -1,0 +1,172 @@
+"""Reader of Megatron torch_dist directories, after megatron-core's GPTModel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptoss_convert.containers import Chunk
+from gptoss_convert.errors import InputError
+from gptoss_convert.witness.fetch import Fetcher
+from gptoss_convert.witness.model import LayerWeights, ModelConfig
+from gptoss_convert.witness.readers import StoredTensors, SubBlock
+
+
+class MegatronReader:
+    """A torch_dist iteration: stacked keys, a key per layer, or a key per layer and expert.
+
+    `config` comes from the caller, since the weights carry none; the vocabulary may be padded.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        chunks: Iterable[Chunk],
+        config: ModelConfig,
+        device: torch.device,
+        fetcher: Fetcher | None = None,
+    ):
+        self.config = config
+        self._tensors = StoredTensors(directory, chunks, fetcher or Fetcher(device))
+        self._stacked = "decoder.layers.self_attention.linear_qkv.weight" in self._tensors
+        experts = self._layer_key(0, "mlp.experts.experts.0.linear_fc2.weight")
+        self._per_expert = experts in self._tensors
+        fused = self._layer_key(0, "mlp.linear_fc1.layer_norm_weight")
+        plain = self._layer_key(0, "pre_mlp_layernorm.weight")
+        fused_only = fused in self._tensors and plain not in self._tensors
+        self._mlp_norm = (
+            "mlp.linear_fc1.layer_norm_weight" if fused_only else ("pre_mlp_layernorm.weight")
+        )
+        self._check_layer_count()
+
+    def _check_layer_count(self) -> None:
+        name = self._layer_key(0, "self_attention.linear_qkv.weight")
+        layers = len(self.config.sliding)
+        if self._stacked:
+            found = self._tensors.shape(name)[0]
+            expected_end = found == layers
+        else:
+            beyond = self._layer_key(layers, "self_attention.linear_qkv.weight")
+            expected_end, found = beyond not in self._tensors, f"more ({beyond})"
+        if not expected_end:
+            raise InputError(f"{name}: expects {layers} layers, found {found}")
+
+    def _layer_key(self, index: int, name: str) -> str:
+        return f"decoder.layers.{name}" if self._stacked else f"decoder.layers.{index}.{name}"
+
+    def embedding(self) -> Tensor:
+        """`[vocab, hidden]`, without padding."""
+        return self._vocabulary("embedding.word_embeddings.weight")
+
+    def norm(self) -> Tensor:
+        """The final norm's weight, `[hidden]`."""
+        return self._tensors.read("decoder.final_layernorm.weight", (self.config.hidden,))
+
+    def unembedding(self) -> Tensor:
+        """`[vocab, hidden]`, without padding."""
+        return self._vocabulary("output_layer.weight")
+
+    def _vocabulary(self, name: str) -> Tensor:
+        rows = self._tensors.shape(name)[0]
+        if rows < self.config.vocab:
+            raise InputError(f"{name}: expects at least {self.config.vocab} rows, found {rows}")
+        return self._tensors.read(name, (rows, self.config.hidden))[: self.config.vocab]
+
+    def prepare(self, index: int) -> None:
+        """Start to read layer `index`."""
+        if self._stacked:
+            self._tensors.ahead("decoder.layers.", (index,))
+        else:
+            self._tensors.ahead(f"decoder.layers.{index}.")
+
+    def layer(self, index: int) -> LayerWeights:
+        """The weights of layer `index`: rows of q, k, v grouped by kv head, fc1 `[gate; up]`."""
+        c = self.config
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+
+        def read(name: str, *shape: int) -> Tensor:
+            prefix = (index,) if self._stacked else ()
+            return self._tensors.read(self._layer_key(index, name), shape, prefix)
+
+        q_weight, k_weight, v_weight = self._split_qkv(
+            read("self_attention.linear_qkv.weight", q + 2 * kv, c.hidden)
+        )
+        q_bias, k_bias, v_bias = self._split_qkv(read("self_attention.linear_qkv.bias", q + 2 * kv))
+        gate, up = self._fc1(index, "weight", (c.hidden,))
+        gate_bias, up_bias = self._fc1(index, "bias", ())
+        return LayerWeights(
+            attention_norm=read("self_attention.linear_qkv.layer_norm_weight", c.hidden),
+            q_weight=q_weight,
+            q_bias=q_bias,
+            k_weight=k_weight,
+            k_bias=k_bias,
+            v_weight=v_weight,
+            v_bias=v_bias,
+            sinks=read("self_attention.core_attention.softmax_offset", c.heads),
+            o_weight=read("self_attention.linear_proj.weight", c.hidden, q),
+            o_bias=read("self_attention.linear_proj.bias", c.hidden),
+            mlp_norm=read(self._mlp_norm, c.hidden),
+            router_weight=read("mlp.router.weight", c.experts, c.hidden),
+            router_bias=read("mlp.router.bias", c.experts),
+            gate_weight=gate,
+            gate_bias=gate_bias,
+            up_weight=up,
+            up_bias=up_bias,
+            down_weight=self._experts(index, "linear_fc2.weight", (c.hidden, c.inter)),
+            down_bias=self._experts(index, "linear_fc2.bias", (c.hidden,)),
+        )
+
+    def _split_qkv(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each kv head's group holds its query heads, then its key head, then its value head."""
+        c = self.config
+        group = c.heads // c.kv_heads
+        grouped = rows.unflatten(0, (c.kv_heads, group + 2, c.head_dim))
+        q, k, v = grouped.split((group, 1, 1), dim=1)
+        return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+
+    def _fc1(self, index: int, kind: str, columns: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Gate and up, `[expert, inter, ...]`: halves of one tensor, or `_w` and `_v`."""
+        inter = self.config.inter
+        if self._per_expert:
+            gate = self._experts(index, f"linear_fc1.{kind}_w", (inter, *columns))
+            return gate, self._experts(index, f"linear_fc1.{kind}_v", (inter, *columns))
+        fc1 = self._experts(index, f"linear_fc1.{kind}", (2 * inter, *columns))
+        return fc1[:, :inter], fc1[:, inter:]
+
+    def _experts(self, index: int, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor of all experts, `[expert, ...]`."""
+        experts, stem = self.config.experts, "mlp.experts.experts"
+        if not self._per_expert:
+            prefix = (index,) if self._stacked else ()
+            key = self._layer_key(index, f"{stem}.{name}")
+            return self._tensors.read(key, (experts, *shape), prefix)
+        keys = [self._layer_key(index, f"{stem}.{e}.{name}") for e in range(experts)]
+        return torch.stack([self._tensors.read(key, shape) for key in keys])
+
+    def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:
+        """Names of the tensors that feed a sub-block; of a stacked one, row `index` does."""
+        attention, experts = "self_attention", "mlp.experts.experts"
+        if self._per_expert:
+            experts = "mlp.experts.experts.*"
+        halves = ("_w", "_v") if self._per_expert else ("",)
+        names = {
+            "attention": (
+                f"{attention}.linear_qkv.layer_norm_weight",
+                f"{attention}.linear_qkv.weight",
+                f"{attention}.linear_qkv.bias",
+                f"{attention}.core_attention.softmax_offset",
+                f"{attention}.linear_proj.weight",
+                f"{attention}.linear_proj.bias",
+            ),
+            "router": (self._mlp_norm, "mlp.router.weight", "mlp.router.bias"),
+            "experts": (
+                *(f"{experts}.linear_fc1.{k}{half}" for k in ("weight", "bias") for half in halves),
+                f"{experts}.linear_fc2.weight",
+                f"{experts}.linear_fc2.bias",
+            ),
+        }
+        row = f"[{index}]" if self._stacked else ""
+        return tuple(f"{self._layer_key(index, name)}{row}" for name in names[block])

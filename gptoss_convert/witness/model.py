@@ -1,0 +1,69 @@
+"""What a forward pass needs of a model: its numbers, and the weights of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gptoss_convert.witness.fp4 import Packed
+
+ExpertMatrices = Tensor | Packed
+"""One matrix per expert, `[expert, out, in]`: any strides, or the same in MXFP4."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Every number the forward pass depends on."""
+
+    hidden: int
+    inter: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int
+    experts_per_token: int
+    vocab: int
+    sliding: tuple[bool, ...]
+    """For each layer whether it attends within the window only; its length is the layer count."""
+    window: int
+    """Keys a sliding layer sees: the token itself and `window - 1` before it."""
+    rope_theta: float
+    rope_factor: float
+    rope_original_length: int
+    rope_beta_fast: float
+    rope_beta_slow: float
+    rope_truncate: bool
+    """Whether YaRN's range is rounded to whole frequencies; released models do not round."""
+    swiglu_alpha: float
+    swiglu_limit: float
+    norm_eps: float
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The weights of one layer in any float dtype and any strides.
+
+    Matrices are `[out, in]`, those of the experts `[expert, out, in]`, biases `[out]` and
+    `[expert, out]`, norms `[hidden]`, sinks `[heads]`.
+    """
+
+    attention_norm: Tensor
+    q_weight: Tensor
+    q_bias: Tensor
+    k_weight: Tensor
+    k_bias: Tensor
+    v_weight: Tensor
+    v_bias: Tensor
+    sinks: Tensor
+    o_weight: Tensor
+    o_bias: Tensor
+    mlp_norm: Tensor
+    router_weight: Tensor
+    router_bias: Tensor
+    gate_weight: ExpertMatrices
+    gate_bias: Tensor
+    up_weight: ExpertMatrices
+    up_bias: Tensor
+    down_weight: ExpertMatrices
+    down_bias: Tensor

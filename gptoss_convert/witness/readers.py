@@ -1,0 +1,147 @@
+"""Readers: the weights of a checkpoint as the model code of its ecosystem would take them.
+
+Each reader is written by hand from that ecosystem's own arithmetic and shares nothing with the
+mapping tables: where a table is wrong, two readers of the same model disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from gptoss_convert.containers import Chunk, safetensors
+from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.witness.fetch import Fetcher, Run, runs_of
+from gptoss_convert.witness.model import LayerWeights, ModelConfig
+
+SubBlock = Literal["attention", "router", "experts"]
+"""The parts of a layer after which the residual stream can be observed."""
+
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+BYTES = {"U8": torch.uint8}
+
+
+class Reader(Protocol):
+    """A checkpoint as a model: read lazily, one layer at a time, onto one device."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The numbers of the model."""
+        ...
+
+    def embedding(self) -> Tensor:
+        """`[vocab, hidden]`."""
+        ...
+
+    def prepare(self, index: int) -> None:
+        """Start to read layer `index`, which will be asked for soon."""
+        ...
+
+    def layer(self, index: int) -> LayerWeights:
+        """The weights of layer `index`, counted from 0."""
+        ...
+
+    def norm(self) -> Tensor:
+        """The final norm's weight, `[hidden]`."""
+        ...
+
+    def unembedding(self) -> Tensor:
+        """`[vocab, hidden]`."""
+        ...
+
+    def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:
+        """Names, as stored, of the tensors that feed a sub-block of layer `index`."""
+        ...
+
+
+class StoredTensors:
+    """The tensors of a checkpoint's files by name, read late, onto one device."""
+
+    def __init__(self, directory: Path, chunks: Iterable[Chunk], fetcher: Fetcher):
+        self._directory = directory
+        self._fetcher = fetcher
+        self._chunks: dict[str, list[Chunk]] = {}
+        for chunk in chunks:
+            self._chunks.setdefault(chunk.tensor, []).append(chunk)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a tensor of this name is stored."""
+        return name in self._chunks
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor; IntegrityError if it is missing."""
+        if name not in self._chunks:
+            raise IntegrityError(f"{name}: missing")
+        return self._chunks[name][0].shape
+
+    def ahead(self, start: str, prefix: tuple[int, ...] = ()) -> None:
+        """Start to read all tensors whose names begin so, at the leading indices `prefix`."""
+        names = [name for name in self._chunks if name.startswith(start)]
+        self._fetcher.ahead([self._runs(name, prefix) for name in names])
+
+    def read(self, name: str, shape: tuple[int, ...], prefix: tuple[int, ...] = ()) -> Tensor:
+        """A float tensor, or its part at the leading indices `prefix`, which must have `shape`.
+
+        Raises InputError for another shape or dtype, IntegrityError if chunks leave a gap.
+        """
+        return self._read(name, shape, prefix, FLOATS)
+
+    def read_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A U8 tensor; raises as `read` does."""
+        return self._read(name, shape, (), BYTES)
+
+    def _read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        prefix: tuple[int, ...],
+        dtypes: dict[str, torch.dtype],
+    ) -> Tensor:
+        stored = self.shape(name)
+        if len(stored) != len(prefix) + len(shape) or stored[len(prefix) :] != shape:
+            expected = (*(["any"] * len(prefix)), *shape)
+            raise InputError(f"{name}: expects shape {expected}, found {stored}")
+        kind = self._chunks[name][0].dtype
+        if kind not in dtypes:
+            raise InputError(f"{name}: expects a dtype of {', '.join(dtypes)}, found {kind}")
+        dtype, runs = dtypes[kind], self._runs(name, prefix)
+        held = sum(run.nbytes for run in runs) // dtype.itemsize
+        if held != math.prod(shape):
+            raise IntegrityError(
+                f"{name}: expects {math.prod(shape)} elements at {prefix}, chunks hold {held}"
+            )
+        return self._fetcher.read(runs).view(dtype).view(shape)
+
+    def _runs(self, name: str, prefix: tuple[int, ...]) -> tuple[Run, ...]:
+        whole = [(0, length) for length in self.shape(name)[len(prefix) :]]
+        box = (*((index, index + 1) for index in prefix), *whole)
+        return runs_of(self._directory, self._chunks[name], box)
+
+
+def safetensors_chunks(directory: Path, names: Iterable[str]) -> list[Chunk]:
+    """The tensors of several files; IntegrityError if one stands in two of them."""
+    chunks: dict[str, Chunk] = {}
+    for name in names:
+        for chunk in safetensors.read_header(directory, name).chunks:
+            if chunk.tensor in chunks:
+                where = directory / name
+                raise IntegrityError(f"{where}: {chunk.tensor} is stored in another file as well")
+            chunks[chunk.tensor] = chunk
+    return list(chunks.values())
+
+
+def hf_files(directory: Path) -> list[str]:
+    """The weight files of an HF directory: those of its index, or the one `model.safetensors`."""
+    index = directory / safetensors.INDEX
+    if not index.exists():
+        return ["model.safetensors"]
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{index}: expects an object weight_map, found {error!r}") from error
