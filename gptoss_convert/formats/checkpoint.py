@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers import Chunk, safetensors
+from gptoss_convert.containers.paths import read_text
+from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.formats import sidecar
 from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.sidecar import Origin
@@ -23,6 +25,7 @@ BESIDE = "beside:"
 """Prefix of the sidecar's files, which may lie in another directory than the weights."""
 FORMATS = ("hf", "openai", "megatron")
 _CASTS = frozenset(("F32", "F16"))
+_MAX_CONFIG = 1 << 22
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".incomplete")
 MAX_CARRIED = 256 << 20
 """Most bytes of such files, each and all together: they are held in memory."""
@@ -141,3 +144,22 @@ def carried_files(root: Path) -> tuple[Path, ...]:
 def casts(allowed: bool) -> frozenset[str]:
     """The float dtypes accepted where the tables say BF16."""
     return _CASTS if allowed else frozenset()
+
+
+def best_variant(format: str, config: Config, chunks: Sequence[Chunk]) -> str:
+    """The variant whose names fit best; dtypes decide between packed blocks and mis-saved ones."""
+    table = load_table(format)
+    sizes = load_model().sizes(config.numbers)
+    found = {(chunk.tensor, chunk.dtype == "U8") for chunk in chunks}
+
+    def misfit(variant: str) -> int:
+        expected = {(t.name, t.dtype == "U8") for t in table.tensors(variant, sizes)}
+        return len(expected ^ found)
+
+    return min(table.variants, key=misfit)
+
+
+def read_config(root: Path, name: str = CONFIG) -> tuple[str, dict[str, Any]]:
+    """The text and content of a config.json."""
+    text = read_text(root, name, _MAX_CONFIG)
+    return text, parse_object(str(root / name), text)
