@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from gptoss_convert.conversion.plan import Conversion, plan
     from gptoss_convert.conversion.run import Report, convert
     from gptoss_convert.parameters import Parameter, Parameters, open
-    from gptoss_convert.verify.gate import Verification, verify_checkpoints
+    from gptoss_convert.verify.gate import verify_checkpoints
+    from gptoss_convert.verify.result import Verification, VerifyOptions
 
 __all__ = [
     "Conversion",
@@ -30,6 +31,7 @@ __all__ = [
     "Parameters",
     "Report",
     "Verification",
+    "VerifyOptions",
     "__version__",
     "convert",
     "inspect",
@@ -47,7 +49,8 @@ _HOME = {
     "Parameter": "parameters",
     "Parameters": "parameters",
     "Report": "conversion.run",
-    "Verification": "verify.gate",
+    "Verification": "verify.result",
+    "VerifyOptions": "verify.result",
     "convert": "conversion.run",
     "inspect": "check.inspection",
     "open": "parameters",

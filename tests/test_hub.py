@@ -19,7 +19,7 @@ from gptoss_convert.conversion.run import run
 from gptoss_convert.errors import IntegrityError, NetworkError, UsageError
 from gptoss_convert.hub.names import Repository
 from gptoss_convert.hub.push import destination, push
-from gptoss_convert.verify.gate import Options as VerifyOptions
+from gptoss_convert.verify.result import VerifyOptions
 from tests.hub_server import Fault, Hub, serving
 from tests.stopping import At, HaltError, halt
 from tests.test_golden import inventory, published_config, write_header_only

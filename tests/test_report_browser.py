@@ -12,7 +12,7 @@ import pytest
 from gptoss_convert import verify_checkpoints
 from gptoss_convert.show import report_page
 from gptoss_convert.synth.synth import synth
-from gptoss_convert.verify.gate import Options
+from gptoss_convert.verify.result import VerifyOptions
 from tests.browser import Tab, chromium, tab
 
 pytestmark = pytest.mark.skipif(
@@ -71,7 +71,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
     synth(folder / "a", layers=2)
     synth(folder / "b", layers=2, seed=1)
-    chosen = Options(device="cpu", sample=1, statistics=True)
+    chosen = VerifyOptions(device="cpu", sample=1, statistics=True)
     summary = verify_checkpoints(folder / "a", folder / "b", chosen).summary()
     return report_page.write(enlarged(summary), folder / "report", "gptoss-convert verify a b")
 

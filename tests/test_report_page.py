@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from gptoss_convert import convert, verify_checkpoints
-from gptoss_convert.conversion.options import Options as ConvertOptions
+from gptoss_convert.conversion.options import Options
 from gptoss_convert.formats.opening import open_checkpoint
 from gptoss_convert.show.report_page.axes import LogLane, runs, spaced
 from gptoss_convert.show.report_page.content import page_of
@@ -35,7 +35,7 @@ from gptoss_convert.show.report_page.figures import loads, sqnr_borders
 from gptoss_convert.show.report_page.html import html
 from gptoss_convert.show.report_page.markdown import escaped, markdown
 from gptoss_convert.synth.synth import synth
-from gptoss_convert.verify.gate import Options
+from gptoss_convert.verify.result import VerifyOptions
 
 Summary = dict[str, Any]
 DOWN = "model.layers.1.mlp.experts.down_proj"
@@ -64,15 +64,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model, the same in BF16, two experts exchanged, other numbers, those as MXFP4."""
     made = tmp_path_factory.mktemp("pages")
     synth(made / "mxfp4", layers=2)
-    convert(made / "mxfp4", made / "bf16", ConvertOptions(to="hf", dtype="bf16"))
+    convert(made / "mxfp4", made / "bf16", Options(to="hf", dtype="bf16"))
     edited(made / "bf16", made / "wrong", lambda bits: bits[[0, 2, 1, *range(3, 8)]])
     edited(made / "bf16", made / "tuned", nudged)
-    convert(made / "tuned", made / "lossy", ConvertOptions(to="hf", dtype="mxfp4", lossy=True))
+    convert(made / "tuned", made / "lossy", Options(to="hf", dtype="mxfp4", lossy=True))
     return made
 
 
 def verified(source: Path, target: Path, **options: Any) -> Summary:
-    chosen = Options(device="cpu", statistics=True, sample=1, **options)
+    chosen = VerifyOptions(device="cpu", statistics=True, sample=1, **options)
     return verify_checkpoints(source, target, chosen).summary()
 
 

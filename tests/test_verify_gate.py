@@ -18,14 +18,14 @@ import pytest
 import torch
 
 from gptoss_convert import convert, verify_checkpoints
-from gptoss_convert.conversion.options import Options as ConvertOptions
+from gptoss_convert.conversion.options import Options
 from gptoss_convert.errors import InputError, ResourceError, UsageError
 from gptoss_convert.layouts import tables
 from gptoss_convert.show.documents import document
 from gptoss_convert.synth.synth import synth
 from gptoss_convert.verify import logits_level as forward_levels
 from gptoss_convert.verify import oracle_level
-from gptoss_convert.verify.gate import Options, Verification
+from gptoss_convert.verify.result import Verification, VerifyOptions
 from gptoss_convert.witness import oracles
 from tests.test_documents import follows_its_schema
 
@@ -38,14 +38,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same tiny model in every format."""
     folder = tmp_path_factory.mktemp("tiny")
     synth(folder / "mxfp4")
-    convert(folder / "mxfp4", folder / "bf16", ConvertOptions(to="hf", dtype="bf16"))
-    convert(folder / "mxfp4", folder / "openai", ConvertOptions(to="openai"))
-    convert(folder / "mxfp4", folder / "megatron", ConvertOptions(to="megatron"))
+    convert(folder / "mxfp4", folder / "bf16", Options(to="hf", dtype="bf16"))
+    convert(folder / "mxfp4", folder / "openai", Options(to="openai"))
+    convert(folder / "mxfp4", folder / "megatron", Options(to="megatron"))
     return folder
 
 
 def verified(source: Path, target: Path, **options: object) -> Verification:
-    return verify_checkpoints(source, target, Options(device="cpu", **options))  # pyright: ignore[reportArgumentType]
+    return verify_checkpoints(source, target, VerifyOptions(device="cpu", **options))  # pyright: ignore[reportArgumentType]
 
 
 def rewritten(folder: Path, copy: Path, old: str, new: str) -> Path:
@@ -174,8 +174,8 @@ def test_a_wrong_table_passes_values_and_fails_logits(
     """The route there and back through the wrong table is clean: only the readers can tell."""
     wrong_table(tensor, layout)
     target = tmp_path / "megatron"
-    convert(tiny / "mxfp4", target, ConvertOptions(to="megatron"))
-    convert(target, tmp_path / "back", ConvertOptions(to="hf", dtype="mxfp4"))
+    convert(tiny / "mxfp4", target, Options(to="megatron"))
+    convert(target, tmp_path / "back", Options(to="hf", dtype="mxfp4"))
     weights = "model.safetensors"
     assert (tmp_path / "back" / weights).read_bytes() == (tiny / "mxfp4" / weights).read_bytes()
     found = verified(tiny / "mxfp4", target)
@@ -287,9 +287,9 @@ def test_header_and_values_do_without_torch(tiny: Path) -> None:
         "import sys\n"
         "sys.modules['torch'] = None\n"
         "from gptoss_convert import verify_checkpoints, GptossError\n"
-        "from gptoss_convert.verify.gate import Options\n"
+        "from gptoss_convert.verify.result import VerifyOptions\n"
         f"source, target = {str(tiny / 'mxfp4')!r}, {str(tiny / 'megatron')!r}\n"
-        "assert verify_checkpoints(source, target, Options(level='values')).same\n"
+        "assert verify_checkpoints(source, target, VerifyOptions(level='values')).same\n"
         "try:\n"
         "    verify_checkpoints(source, target)\n"
         "except GptossError as error:\n"

@@ -11,8 +11,9 @@ from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.opening import open_checkpoint
 from gptoss_convert.synth.synth import synth
-from gptoss_convert.verify.gate import Options, verify_checkpoints
+from gptoss_convert.verify.gate import verify_checkpoints
 from gptoss_convert.verify.prompts import own_sequences, shown_tokens
+from gptoss_convert.verify.result import VerifyOptions
 from gptoss_convert.witness.parity_report import NextTokens
 
 
@@ -55,7 +56,7 @@ def test_both_sides_stand_beside_each_other_by_rank(opened: Checkpoint) -> None:
 
 def test_models_that_differ_expect_different_tokens(tiny: Path, tmp_path: Path) -> None:
     synth(tmp_path / "other", seed=1)
-    options = Options(device="cpu", prompt="hello", max_length=1, sample=1)
+    options = VerifyOptions(device="cpu", prompt="hello", max_length=1, sample=1)
     found = verify_checkpoints(tiny, tmp_path / "other", options)
     (shown,) = found.levels[-1].numbers["next_tokens"]
     for side in ("source", "target"):

@@ -39,7 +39,8 @@ TOGETHER = """
 import json, sys
 from gptoss_convert.machine.ranks import ALONE, join
 from gptoss_convert.witness import fetch, observe
-from gptoss_convert.verify.gate import Options, verify_checkpoints
+from gptoss_convert.verify.gate import verify_checkpoints
+from gptoss_convert.verify.result import VerifyOptions
 
 fetched, batches = [], []
 fill, walk = fetch._fill, observe.Pass._walk
@@ -47,7 +48,7 @@ fetch._fill = lambda piece, view: fetched.extend(piece) or fill(piece, view)
 observe.Pass._walk = lambda self, mine: batches.extend(mine) or walk(self, mine)
 
 def report(source, target, options, ranks):
-    found = verify_checkpoints(source, target, Options(device="cpu", **options), ranks=ranks)
+    found = verify_checkpoints(source, target, VerifyOptions(device="cpu", **options), ranks=ranks)
     summary = found.summary()
     for level in summary["levels"]:
         del level["seconds"]

@@ -182,7 +182,8 @@ def verify(
     """
     from gptoss_convert.machine.ranks import join
     from gptoss_convert.show import report_page
-    from gptoss_convert.verify.gate import Options, verify_checkpoints
+    from gptoss_convert.verify.gate import verify_checkpoints
+    from gptoss_convert.verify.result import VerifyOptions
 
     with join() as ranks:
         if rank_log:
@@ -191,7 +192,7 @@ def verify(
             # Before hours of comparing: is all there that the report needs?
             report_page.prepare(folder)
         told = progress.for_rank(quiet, ranks.rank, ranks.log)
-        choices = Options(**options, statistics=folder is not None)
+        choices = VerifyOptions(**options, statistics=folder is not None)
         done = verify_checkpoints(source, target, choices, told, ranks)
         if ranks.rank == 0:
             _write(done.summary(), json_to, folder, junit)

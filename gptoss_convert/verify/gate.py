@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,94 +16,13 @@ from gptoss_convert.formats.config import Config
 from gptoss_convert.hub.sources import open_source
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
-
-LEVELS = ("header", "values", "logits", "oracle")
-LOSSLESS = "lossless"
-
-
-@dataclass(frozen=True)
-class Options:
-    """Every choice of a verification."""
-
-    level: str = "logits"
-    source_format: str | None = None
-    target_format: str | None = None
-    revision: str | None = None
-    """Of a SOURCE on the Hub: a branch, a tag or a commit."""
-    device: str = "auto"
-    """`auto` takes a GPU if there is one."""
-    dtype: str = "float32"
-    """Of the forward pass: `float32`, or `bf16`, which is fast and coarse."""
-    tokens: Path | None = None
-    """JSON lines of token ids or texts, or plain text, instead of the fixed token set."""
-    prompt: str | None = None
-    """Text whose most likely next tokens are shown for both sides."""
-    max_length: int | None = None
-    """Longest sequence of the fixed token set."""
-    sample: int | None = None
-    """About the most positions of the fixed token set."""
-    layers: int | None = None
-    """Compare only so many layers."""
-    limits: str = LOSSLESS
-    """Table of limits.toml; with any but `lossless` the logits decide, not the values."""
-    workers: int | None = None
-    max_memory: int = 4_000_000_000
-    statistics: bool = False
-    """Collect what only a report shows: SQNR by expert, histograms of MXFP4 scales."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """What one level found."""
-
-    name: str
-    same: bool
-    seconds: float
-    text: str
-    """One line for people."""
-    findings: tuple[str, ...] = ()
-    """What differs, in words, worst or first of its kind first."""
-    numbers: Mapping[str, Any] = field(default_factory=dict)
-    """Everything that was measured, as plain data."""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Two checkpoints held against each other."""
-
-    source: Mapping[str, Any]
-    target: Mapping[str, Any]
-    limits: str
-    levels: tuple[Level, ...]
-
-    @property
-    def same(self) -> bool:
-        """Whether the checkpoints are the same model, within the limits."""
-        return all(level.same for level in self._deciding)
-
-    @property
-    def verdict(self) -> str:
-        """The answer in one line."""
-        wrong = next((level for level in self._deciding if not level.same), None)
-        if wrong:
-            return f"different: {wrong.findings[0]}"
-        within = "" if self.limits == LOSSLESS else f", within the limits '{self.limits}'"
-        return f"same: {self._deciding[-1].text}{within}"
-
-    @property
-    def _deciding(self) -> list[Level]:
-        tolerant = self.limits != LOSSLESS and any(one.name == "logits" for one in self.levels)
-        return [one for one in self.levels if not (tolerant and one.name == "values")]
-
-    def summary(self) -> dict[str, Any]:
-        """The verification as plain data."""
-        return {"same": self.same, "verdict": self.verdict, **asdict(self)}
+from gptoss_convert.verify.result import LEVELS, Level, Verification, VerifyOptions
 
 
 def verify_checkpoints(
     source: str | Path,
     target: str | Path,
-    options: Options | None = None,
+    options: VerifyOptions | None = None,
     progress: Progress = SILENT,
     ranks: Ranks = ALONE,
 ) -> Verification:
@@ -116,7 +34,7 @@ def verify_checkpoints(
     where memory is too small, RankError if another rank failed; a difference is no error but the
     result.
     """
-    options = options or Options()
+    options = options or VerifyOptions()
     if options.level not in LEVELS:
         raise UsageError(f"--level {options.level}: choose {', '.join(LEVELS)}")
     began = time.monotonic()
@@ -163,7 +81,7 @@ def config_differences(ours: Config, theirs: Config) -> list[str]:
 
 
 def _values(
-    ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress, ranks: Ranks
+    ours: Checkpoint, theirs: Checkpoint, options: VerifyOptions, progress: Progress, ranks: Ranks
 ) -> Level:
     began = time.monotonic()
     report = compare_values(
@@ -211,7 +129,7 @@ def describe(difference: Difference) -> str:
 
 
 def _logits(
-    ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress, ranks: Ranks
+    ours: Checkpoint, theirs: Checkpoint, options: VerifyOptions, progress: Progress, ranks: Ranks
 ) -> Level:
     _need_torch()
     from gptoss_convert.verify.logits_level import logits_level
@@ -220,7 +138,7 @@ def _logits(
 
 
 def _oracle(
-    ours: Checkpoint, theirs: Checkpoint, options: Options, progress: Progress, ranks: Ranks
+    ours: Checkpoint, theirs: Checkpoint, options: VerifyOptions, progress: Progress, ranks: Ranks
 ) -> Level:
     _need_torch()
     from gptoss_convert.verify.oracle_level import oracle_level

@@ -13,8 +13,8 @@ from gptoss_convert.errors import ResourceError, UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.machine.progress import Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
-from gptoss_convert.verify.gate import Level, Options
 from gptoss_convert.verify.prompts import own_sequences, shown_tokens
+from gptoss_convert.verify.result import Level, VerifyOptions
 from gptoss_convert.verify.sides import open_reader
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.limits import load_limits
@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 def logits_level(
     ours: Checkpoint,
     theirs: Checkpoint,
-    options: Options,
+    options: VerifyOptions,
     progress: Progress,
     ranks: Ranks = ALONE,
 ) -> Level:
@@ -53,7 +53,7 @@ def logits_level(
 def _compare(
     ours: Checkpoint,
     theirs: Checkpoint,
-    options: Options,
+    options: VerifyOptions,
     device: torch.device,
     progress: Progress,
     new_fetcher: NewFetcher,
@@ -90,7 +90,7 @@ def _require_equal_devices(device: torch.device, ranks: Ranks) -> None:
 
 
 def _sequences(
-    source: Reader, sides: Sequence[Checkpoint], options: Options, device: torch.device
+    source: Reader, sides: Sequence[Checkpoint], options: VerifyOptions, device: torch.device
 ) -> tuple[TokenSequence, ...]:
     own = own_sequences(options.tokens, options.prompt, sides, source.config.vocab)
     if options.tokens:

@@ -15,8 +15,8 @@ from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.machine.progress import Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
-from gptoss_convert.verify.gate import Level, Options
 from gptoss_convert.verify.logits_level import memory_advice
+from gptoss_convert.verify.result import Level, VerifyOptions
 from gptoss_convert.verify.sides import open_reader
 from gptoss_convert.witness import forward
 from gptoss_convert.witness.fetch import Fetcher
@@ -35,7 +35,7 @@ from gptoss_convert.witness.walk import Prompts, walk
 def oracle_level(
     ours: Checkpoint,
     theirs: Checkpoint,
-    options: Options,
+    options: VerifyOptions,
     progress: Progress,
     ranks: Ranks = ALONE,
 ) -> Level:
@@ -126,7 +126,7 @@ class Agreement:
         )
 
 
-def _agreement(side: Checkpoint, options: Options, device: torch.device) -> Agreement | str:
+def _agreement(side: Checkpoint, options: VerifyOptions, device: torch.device) -> Agreement | str:
     """Run one side's own model; text says why there is none to run."""
     reader = open_reader(side, Fetcher(device, options.max_memory // 2), options.layers)
     sequences = _tokens(reader, options)
@@ -157,7 +157,7 @@ def judge(found: Sequence[Distances], limits: OracleLimits, spread: float) -> Ag
     )
 
 
-def _tokens(reader: Reader, options: Options) -> list[list[int]]:
+def _tokens(reader: Reader, options: VerifyOptions) -> list[list[int]]:
     sample = options.sample if options.sample is not None else 1
     chosen = token_set(reader.config, options.max_length or 1, 0, sample)
     return [list(one.tokens) for one in chosen]
