@@ -128,8 +128,8 @@ def interleaved_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * c - odd * s, odd * c + even * s), dim=-1).flatten(-2)
 
 
-def presoftmax(router: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    top, chosen = router.softmax(-1).topk(count, dim=-1)
+def presoftmax(router: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    top, chosen = router.softmax(-1).topk(config.experts_per_token, dim=-1)
     return chosen, top
 
 

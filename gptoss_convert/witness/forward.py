@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from gptoss_convert.witness.first_calls import settle_kernels
 from gptoss_convert.witness.fp4 import Packed
+from gptoss_convert.witness.fp8 import rounded
 from gptoss_convert.witness.model import ExpertMatrices, LayerWeights, ModelConfig
 
 
@@ -106,7 +107,8 @@ def attention(
     k = linear(x_SD, weights.k_weight, weights.k_bias).unflatten(-1, (-1, config.head_dim))
     v = linear(x_SD, weights.v_weight, weights.v_bias).unflatten(-1, (-1, config.head_dim))
     cos_Sh, sin_Sh = rotary_tables(config, len(x_SD), x_SD.device)
-    q_SNH, k_SKH = rotate(q, cos_Sh, sin_Sh), rotate(k, cos_Sh, sin_Sh)
+    turned = rotate_interleaved if config.rope_interleaved else rotate
+    q_SNH, k_SKH = turned(q, cos_Sh, sin_Sh), turned(k, cos_Sh, sin_Sh)
     mixed_SNH = attend(q_SNH, k_SKH, v, weights.sinks, window, numerics.score_elements)
     return linear(mixed_SNH.flatten(1), weights.o_weight, weights.o_bias)
 
@@ -193,7 +195,9 @@ def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tup
     """cos and sin `[S, h]` in float32, times YaRN's concentration 0.1 ln(factor) + 1."""
     inverse_h = inverse_frequencies(config).to(device)
     angles_Sh = torch.arange(length, device=device).float().unsqueeze(1) * inverse_h
-    concentration = 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_factor > 1 else 1.0
+    concentration = config.rope_concentration
+    if concentration is None:
+        concentration = 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_factor > 1 else 1.0
     return angles_Sh.cos() * concentration, angles_Sh.sin() * concentration
 
 
@@ -232,6 +236,13 @@ def rotate(x_SNH: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
     return turned.to(x_SNH.dtype)
 
 
+def rotate_interleaved(x_SNH: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
+    """Rotary embedding, interleaved: component 2i turns with component 2i + 1."""
+    halves = torch.cat((x_SNH[..., 0::2], x_SNH[..., 1::2]), dim=-1)
+    first, second = rotate(halves, cos_Sh, sin_Sh).chunk(2, dim=-1)
+    return torch.stack((first, second), dim=-1).flatten(-2)
+
+
 @dataclass(frozen=True)
 class Routing:
     """Where a router sends each token of a batch."""
@@ -248,12 +259,14 @@ def router(x_TD: Tensor, weights: LayerWeights, config: ModelConfig) -> Routing:
     """The routing of a residual stream that comes from attention; its matrix is from `dense`."""
     normed_TD = rms_norm(x_TD, weights.mlp_norm, config.norm_eps)
     router_TE = linear(normed_TD, weights.router_weight, weights.router_bias)
-    return Routing(router_TE, *route(router_TE, config.experts_per_token))
+    return Routing(router_TE, *route(router_TE, config))
 
 
-def route(router_TE: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+def route(router_TE: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """The chosen experts `[T, A]` and their weights: a softmax over the chosen logits only."""
-    top_TA, chosen_TA = router_TE.topk(experts_per_token, dim=-1)
+    top_TA, chosen_TA = router_TE.topk(config.experts_per_token, dim=-1)
+    if config.softmax_before_choice:
+        return chosen_TA, router_TE.softmax(-1, torch.float32).gather(1, chosen_TA).to(top_TA.dtype)
     return chosen_TA, top_TA.float().softmax(-1).to(router_TE.dtype)
 
 
@@ -261,7 +274,7 @@ def swiglu(gate: Tensor, up: Tensor, config: ModelConfig) -> Tensor:
     """Clamped gated QuickGELU: the gate is clamped from above only, up on both sides, plus one."""
     gate = gate.clamp(max=config.swiglu_limit)
     up = up.clamp(-config.swiglu_limit, config.swiglu_limit)
-    return gate * torch.sigmoid(config.swiglu_alpha * gate) * (up + 1.0)
+    return gate * torch.sigmoid(config.swiglu_alpha * gate) * (up + config.swiglu_offset)
 
 
 def experts(
@@ -287,10 +300,11 @@ def experts(
         )
         for n in met:
             tokens = places[n][e] // config.experts_per_token
-            x = batches[n][tokens]
+            x = rounded(batches[n][tokens], config.expert_inputs)
             gate = linear(x, gate_FD, weights.gate_bias[e])
             up = linear(x, up_FD, weights.up_bias[e])
-            down = linear(swiglu(gate, up, config), down_DF, weights.down_bias[e])
+            inner = rounded(swiglu(gate, up, config), config.expert_inputs)
+            down = linear(inner, down_DF, weights.down_bias[e])
             sums[n][tokens] += down * routings[n].shares.flatten()[places[n][e]].unsqueeze(1)
     return sums
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gptoss_convert.witness.fp4 import Packed
@@ -38,6 +39,17 @@ class ModelConfig:
     swiglu_alpha: float
     swiglu_limit: float
     norm_eps: float
+    # GPT-OSS leaves no choice about what follows: no configuration says it.
+    rope_concentration: float | None = None
+    """Factor of cosines and sines; None is YaRN's own, 0.1 ln(factor) + 1."""
+    rope_interleaved: bool = False
+    """Whether component 2i turns with 2i + 1; else i turns with i + head_dim / 2."""
+    softmax_before_choice: bool = False
+    """Whether a router's shares are a softmax over all experts, not over the chosen ones."""
+    swiglu_offset: float = 1.0
+    """What is added to `up`."""
+    expert_inputs: torch.dtype | None = None
+    """Dtype through which the inputs of the experts' products are rounded; None rounds nothing."""
 
 
 @dataclass(frozen=True)
