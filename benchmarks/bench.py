@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import measure, remove
+from gptoss_convert.machine.files import pieces, write_file
 from gptoss_convert.synth.synth import plan_synth
 
 FORMATS = {
@@ -114,7 +115,7 @@ def _headers_of(path: Path, model: str) -> Path:
                 stream.truncate(file.size)
         for name, content in image.closing:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(content)
+            write_file(path / name, pieces(content, {}))
     return path
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptoss_convert.containers import DTYPE_BYTES
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.engine.compute import compute
 from gptoss_convert.engine.parts import Part, cast, lay_out, read
 from gptoss_convert.engine.steps import TILE_BYTES, Step, member_box
@@ -56,7 +57,7 @@ class Parameters(Mapping[str, "Parameter"]):
 
     def __init__(self, checkpoint: Checkpoint, extents: Sequence[Extent]) -> None:
         self.checkpoint = checkpoint
-        self._files = _Files(checkpoint.roots)
+        self._files = _Files()
         sizes = load_model().sizes(checkpoint.config.numbers)
         self._parameters = {
             family.weight: Parameter(
@@ -167,7 +168,7 @@ class Parameter:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold it."""
-        return tuple(sorted({self._files.path(extent.file) for extent in self.extents}))
+        return tuple(sorted({extent.file.path for extent in self.extents}))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -285,19 +286,14 @@ def _times(shape: Sequence[int]) -> str:
 class _Files:
     """The files of an open checkpoint, until they are closed or nothing refers to them."""
 
-    def __init__(self, roots: Mapping[str, Path]) -> None:
-        self._roots = roots
-        self._files = SourceFiles(roots)
+    def __init__(self) -> None:
+        self._files = SourceFiles()
         self._finalizer = weakref.finalize(self, self._files.__exit__, None, None, None)
 
-    def path(self, file: str) -> Path:
-        prefix, colon, name = file.rpartition(":")
-        return self._roots[prefix + colon] / name
-
-    def read(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
+    def read(self, file: FileRef, offset: int, nbytes: int, arena: Arena, position: int) -> None:
         if not self._finalizer.alive:
-            raise UsageError(f"{self.path(name)}: the checkpoint was closed")
-        self._files.read(name, offset, nbytes, arena, position)
+            raise UsageError(f"{file}: the checkpoint was closed")
+        self._files.read(file, offset, nbytes, arena, position)
 
     def require_unchanged(self) -> None:
         self._files.require_unchanged()

@@ -48,8 +48,7 @@ def extents_of(path: Path, tensor: str) -> list[tuple[Path, int]]:
     found = []
     for extent in opened.extents():
         if extent.tensor == tensor:
-            prefix, colon, plain = extent.file.rpartition(":")
-            found.append((opened.roots[prefix + colon] / plain, extent.at(extent.box)))
+            found.append((extent.file.path, extent.at(extent.box)))
     assert found
     return found
 

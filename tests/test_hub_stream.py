@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.hub.stream import Schedule
+
+
+def refs(*names: str) -> tuple[FileRef, ...]:
+    return tuple(FileRef(Path("repository"), name) for name in names)
 
 
 def arrivals(spans: Sequence[tuple[int, ...]]) -> list[set[int]]:
@@ -15,7 +21,7 @@ def arrivals(spans: Sequence[tuple[int, ...]]) -> list[set[int]]:
     Steps finish as late as possible: only when nothing else can happen.
     """
     shards = max((span[-1] for span in spans if span), default=-1) + 1
-    schedule = Schedule(tuple(map(str, range(shards))), dict(enumerate(spans)))
+    schedule = Schedule(refs(*map(str, range(shards))), dict(enumerate(spans)))
     left, arrived, seen = list(schedule.order), 0, []
 
     def present() -> set[int]:
@@ -48,8 +54,8 @@ def test_a_shard_that_a_late_one_needs_stays_and_nothing_waits_for_ever():
 
 
 def test_steps_that_need_no_shard_come_first_then_those_that_free_an_older_one():
-    assert Schedule(("a", "b"), {0: (1,), 1: (0, 1), 2: (0,)}).order == [2, 1, 0]
-    assert Schedule(("a", "b"), {0: (1,), 1: (), 2: (0,)}).order == [1, 2, 0]
+    assert Schedule(refs("a", "b"), {0: (1,), 1: (0, 1), 2: (0,)}).order == [2, 1, 0]
+    assert Schedule(refs("a", "b"), {0: (1,), 1: (), 2: (0,)}).order == [1, 2, 0]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import gptoss_convert
 from gptoss_convert import Options, Parameters, convert
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.formats.checkpoint import Choices
 from gptoss_convert.layouts.model import load_model
@@ -142,10 +143,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     original = SourceFiles.read
 
     def read(
-        files: SourceFiles, name: str, offset: int, nbytes: int, arena: Arena, at: int
+        files: SourceFiles, file: FileRef, offset: int, nbytes: int, arena: Arena, at: int
     ) -> None:
         lengths.append(nbytes)
-        original(files, name, offset, nbytes, arena, at)
+        original(files, file, offset, nbytes, arena, at)
 
     with monkeypatch.context() as patched:
         patched.setattr(SourceFiles, "read", read)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.engine.parts import Part, joined, runs
 from gptoss_convert.layouts.extents import Extent
 from gptoss_convert.layouts.layout import Box
+
+FILE = FileRef(Path(), "file")
 
 
 def parts_of(boxes: Sequence[Box], positions: Sequence[int], memory: bytearray) -> list[Part]:
@@ -20,7 +24,7 @@ def parts_of(boxes: Sequence[Box], positions: Sequence[int], memory: bytearray) 
     for box, position in zip(boxes, positions, strict=True):
         shape = [hi - lo for lo, hi in box]
         strides = [2 * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        extent = Extent("w", box, "file", 0, tuple(strides), "BF16", "tensor")
+        extent = Extent("w", box, FILE, 0, tuple(strides), "BF16", "tensor")
         array = np.ndarray(shape, np.uint16, memory, position, strides)
         parts.append(Part(extent, box, position, array))
     return parts
@@ -81,7 +85,7 @@ def test_parts_outside_the_arena_stay_apart() -> None:
 
 
 def test_runs_cover_a_strided_box_once_and_are_as_long_as_possible() -> None:
-    extent = Extent("w", ((0, 4), (0, 3), (0, 5)), "file", 0, (30, 10, 2), "BF16", "tensor")
+    extent = Extent("w", ((0, 4), (0, 3), (0, 5)), FILE, 0, (30, 10, 2), "BF16", "tensor")
     assert list(runs(extent, ((0, 4), (0, 3), (0, 5)))) == [(0, 120)]
     box = ((0, 4), (1, 3), (0, 5))
     found = list(runs(extent, box))
@@ -90,7 +94,7 @@ def test_runs_cover_a_strided_box_once_and_are_as_long_as_possible() -> None:
 
 
 def test_runs_that_lie_close_are_joined_with_the_gaps_between_them() -> None:
-    extent = Extent("w", ((0, 4), (0, 3), (0, 5)), "file", 0, (3000, 10, 2), "BF16", "tensor")
+    extent = Extent("w", ((0, 4), (0, 3), (0, 5)), FILE, 0, (3000, 10, 2), "BF16", "tensor")
     box = ((0, 4), (0, 3), (1, 3))
     assert list(runs(extent, box, gap=5)) == [
         (3000 * n + 10 * m, 4) for n in range(4) for m in range(3)

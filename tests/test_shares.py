@@ -89,7 +89,7 @@ def test_neighbouring_steps_write_to_different_files(
     numbers = range(len(steps.steps))
     order = spread(steps, numbers)
     assert sorted(order) == [*numbers]
-    files = [steps.steps[number].targets[0].file for number in order]
+    files = [steps.steps[number].targets[0].file.name for number in order]
     count = len(set(files))
     assert count > 4
     # The shards hold about as many steps each, so that each comes up once in about as many.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.containers import Chunk
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.engine.execute import Done, execute, places
 from gptoss_convert.engine.steps import Plan, make_plan
 from gptoss_convert.errors import InputError, IntegrityError
@@ -217,7 +218,7 @@ class MemorySource:
             piece = bits_of(tensors[chunk.tensor])[box_of(chunk)].tobytes()
             self._bytes[chunk.offset : chunk.offset + chunk.nbytes] = piece
 
-    def read(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
+    def read(self, file: FileRef, offset: int, nbytes: int, arena: Arena, position: int) -> None:
         assert 0 <= offset <= offset + nbytes <= len(self._bytes)
         arena.memory[position : position + nbytes] = self._bytes[offset : offset + nbytes]
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion import manifest
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.run import convert
@@ -19,6 +20,7 @@ from gptoss_convert.errors import TargetError, UsageError
 from gptoss_convert.machine.files import Arena
 from gptoss_convert.synth.synth import MODELS, plan_synth, special_tokens, synth, virtual_checkpoint
 from gptoss_convert.synth.values import SyntheticBytes, distributions, tensors_of
+from tests.tiny_files import known
 
 BLOCKS = "model.layers.1.mlp.experts.gate_up_proj_blocks"
 SCALES = "model.layers.1.mlp.experts.gate_up_proj_scales"
@@ -32,7 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def read(source: SyntheticBytes, name: str, offset: int, nbytes: int) -> Bytes:
     arena = Arena(nbytes + 4096)
-    source.read(name, offset, nbytes, arena, offset % 4096)
+    source.read(FileRef(Path(), name), offset, nbytes, arena, offset % 4096)
     return np.frombuffer(arena.memory, np.uint8, nbytes, offset % 4096).copy()
 
 
@@ -256,7 +258,7 @@ def test_transformers_loads_the_directory_and_routes_to_every_expert(hf: Path) -
 def test_the_tokenizer_has_bytes_and_special_tokens_at_their_ids(
     tmp_path: Path, model: str
 ) -> None:
-    closing = dict(plan_synth(tmp_path / "hf", model=model).image.closing)
+    closing = known(plan_synth(tmp_path / "hf", model=model).image)
     tokenizer = Tokenizer.from_str(closing["tokenizer.json"].decode())
     config = json.loads(closing["config.json"])
     assert tokenizer.encode("a\n\xff<|return|>").ids == [
@@ -274,7 +276,7 @@ def test_the_tokenizer_has_bytes_and_special_tokens_at_their_ids(
 
 
 def test_20b_special_tokens_are_the_released_ones(tmp_path: Path) -> None:
-    closing = dict(plan_synth(tmp_path / "hf", model="20b").image.closing)
+    closing = known(plan_synth(tmp_path / "hf", model="20b").image)
     assert json.loads(closing["generation_config.json"]) == {
         "bos_token_id": 199998,
         "do_sample": True,

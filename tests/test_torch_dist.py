@@ -27,6 +27,7 @@ from gptoss_convert.containers.torch_dist import (
     read,
 )
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
+from tests.tiny_files import known
 from tests.torch_dist_files import box_of, bytes_of, read_tensors, write_image, write_small
 
 SPECS = [
@@ -125,7 +126,7 @@ def test_items_share_their_fixed_bytes() -> None:
 
 def test_metadata_holds_each_name_once() -> None:
     """A 120b checkpoint has 37 thousand items: names repeated for each would double the file."""
-    metadata = dict(plan().closing)[".metadata"]
+    metadata = known(plan())[".metadata"]
     assert [metadata.count(name) for name in (b"__0_0.distcp", b"experts")] == [1, 1]
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, state_dict_saver
 
+from gptoss_convert.containers import Image
 from tests.tiny_models import TinyShape, hf_bf16_tensors, megatron_tensors, openai_tensors
 
 
@@ -177,3 +178,8 @@ def openai_config(shape: TinyShape) -> dict[str, object]:
         "rope_ntk_alpha": 1,
         "rope_ntk_beta": shape.beta_fast,
     }
+
+
+def known(image: Image) -> dict[str, bytes]:
+    """The small files of an image whose content is known, by name."""
+    return {name: content for name, content in image.closing if isinstance(content, bytes)}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptoss_convert.containers import Chunk, Image, TensorSpec
 from gptoss_convert.containers.torch_dist import extra_state_objects, image, read
+from tests.tiny_files import known
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -44,7 +45,7 @@ def write_image(plan: Image, tensors: Mapping[str, Tensor], path: Path) -> Path:
                 if chunk.file == file.name:
                     stream.seek(chunk.offset)
                     stream.write(bytes_of(tensors[chunk.tensor][box_of(chunk)]))
-    for name, content in plan.closing:
+    for name, content in known(plan).items():
         (path / name).write_bytes(content)
     return path
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.check.scrub import Seen, layers_of, reading_plan, reread
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.manifest import (
     NAME,
     Manifest,
@@ -24,7 +25,7 @@ from gptoss_convert.engine import anomalies as oddities
 from gptoss_convert.engine.execute import Region
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import IntegrityError
-from gptoss_convert.formats import releases
+from gptoss_convert.formats import releases, sidecar
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, casts
 from gptoss_convert.formats.opening import open_checkpoint
 from gptoss_convert.layouts.folding import fold
@@ -105,7 +106,7 @@ def check(
     began = time.monotonic()
     opened = open_checkpoint(Path(path), choices)
     opened.extents(casts(True))
-    base = opened.beside or opened.root
+    base = opened.base
     manifest = read_manifest(base)
     problems: list[str] = []
     notes = [*opened.notes]
@@ -146,20 +147,19 @@ def check(
     )
 
 
-def _place(opened: Checkpoint, base: Path, file: str) -> str:
+def _place(base: Path, file: FileRef) -> str:
     """The name that the manifest has for a file of an extent."""
-    prefix, colon, plain = file.rpartition(":")
-    return (opened.roots[prefix + colon] / plain).relative_to(base).as_posix()
+    return file.path.relative_to(base).as_posix()
 
 
 def _weight_files(opened: Checkpoint, base: Path) -> set[str]:
-    return {_place(opened, base, extent.file) for extent in opened.extents(casts(True))}
+    return {_place(base, extent.file) for extent in opened.extents(casts(True))}
 
 
 def _listed_files(base: Path, manifest: Manifest, weights: set[str]) -> Iterator[str]:
     """What is wrong with the files that the manifest lists; those without weights are read."""
     arena = Arena(0)
-    with SourceFiles({"": base}) as files:
+    with SourceFiles() as files:
         for name, (size, crc) in sorted(manifest.files.items()):
             path = base / name
             found = path.stat().st_size if path.is_file() else None
@@ -168,7 +168,7 @@ def _listed_files(base: Path, manifest: Manifest, weights: set[str]) -> Iterator
             elif found != size:
                 yield f"{path}: {found} bytes, the manifest says {size}"
             elif name not in weights and size <= _SMALL:
-                yield from _same_crc(path, crc, files.crc(name, 0, size, arena))
+                yield from _same_crc(path, crc, files.crc(FileRef(base, name), 0, size, arena))
     if unlisted := sorted(weights - manifest.files.keys()):
         yield f"{base / NAME}: does not list {', '.join(unlisted)}, which hold weights"
 
@@ -225,14 +225,14 @@ def _judge(
         yield from _odd_values(opened, plan, seen)
         return
     regions = [region for result in seen for region in result.regions]
-    damaged = _damaged_files(opened, base, manifest, regions) if everything else {}
+    damaged = _damaged_files(base, manifest, regions) if everything else {}
     named: set[str] = set()
     for weight, found in layers.items():
         listed = manifest.layers.get(weight, ())
         for layer, value in sorted(found.items()):
             if layer < len(listed) and listed[layer] == value:
                 continue
-            tensors, files = _tensors(opened, base, plan, (weight, layer), set(damaged))
+            tensors, files = _tensors(base, plan, (weight, layer), set(damaged))
             named |= files
             known = f"{listed[layer]:016x}" if layer < len(listed) else "nothing"
             yield (
@@ -254,17 +254,14 @@ def _odd_values(opened: Checkpoint, plan: Plan, seen: Iterable[Seen]) -> Iterato
         yield f"{opened.root}: {len(zeros)} weight matrices are zero throughout, in {names}"
 
 
-def _damaged_files(
-    opened: Checkpoint, base: Path, manifest: Manifest, regions: Iterable[Region]
-) -> dict[str, str]:
+def _damaged_files(base: Path, manifest: Manifest, regions: Iterable[Region]) -> dict[str, str]:
     """The weight files whose CRC-32 is not the manifest's; what no tensor holds is read here."""
     parts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for region in regions:
-        place = _place(opened, base, region.file)
-        parts[place].append((region.offset, region.length, region.crc))
+        parts[region.file].append((region.offset, region.length, region.crc))
     found: dict[str, str] = {}
     arena = Arena(0)
-    with SourceFiles({"": base}) as files:
+    with SourceFiles() as files:
         for name, held in parts.items():
             size, expected = manifest.files.get(name, (-1, 0))
             path = base / name
@@ -272,7 +269,7 @@ def _damaged_files(
                 continue
 
             def gap(at: int, length: int, name: str = name) -> int:
-                return files.crc(name, at, length, arena)
+                return files.crc(FileRef(base, name), at, length, arena)
 
             for problem in _same_crc(path, expected, joined_crc(name, size, held, gap)):
                 found[name] = problem
@@ -280,15 +277,15 @@ def _damaged_files(
 
 
 def _tensors(
-    opened: Checkpoint, base: Path, plan: Plan, group: tuple[str, int], damaged: set[str]
+    base: Path, plan: Plan, group: tuple[str, int], damaged: set[str]
 ) -> tuple[list[str], set[str]]:
     """The tensors of a layer of a weight and their files; in damaged files, where some are."""
     extents = {
-        (_place(opened, base, extent.file), extent.tensor)
+        (_place(base, extent.file), extent.tensor)
         for step in plan.steps
         if (step.family.weight, step.layer) == group
         for extent in step.sources
-        if ":" not in extent.file
+        if not sidecar.holds(extent.file.name)
     }
     extents = {pair for pair in extents if pair[0] in damaged} or extents
     return sorted({tensor for _, tensor in extents}), {file for file, _ in extents}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from isal import isal_zlib
 
@@ -30,6 +31,7 @@ class Seen:
 
     step: int
     regions: tuple[Region, ...]
+    """Their files by the names that the manifest has for them."""
     fingerprint: int
     oddities: Oddities
     problem: str | None
@@ -59,12 +61,12 @@ def reread(
     seen: list[Seen] = []
     total = plan.read_bytes * len(numbers) // max(len(plan.steps), 1)
     with (
-        SourceFiles(checkpoint.roots) as files,
+        SourceFiles() as files,
         progress.phase("reading", total, len(numbers)) as advance,
     ):
         run_all(
             numbers,
-            lambda: _Worker(plan, files, room).run,
+            lambda: _Worker(plan, files, checkpoint.base, room).run,
             workers=count,
             finished=seen.extend,
             advance=advance,
@@ -74,8 +76,9 @@ def reread(
 
 
 class _Worker:
-    def __init__(self, plan: Plan, files: SourceFiles, room: int) -> None:
+    def __init__(self, plan: Plan, files: SourceFiles, base: Path, room: int) -> None:
         self._plan = plan
+        self._base = base
         self._files = files
         self._room = room
         self._arena = Arena(room)
@@ -104,7 +107,8 @@ class _Worker:
         memory = memoryview(self._arena.memory)
         for offset, position, length in part.runs():
             crc = isal_zlib.crc32(memory[position : position + length])
-            yield Region(part.extent.file, offset, length, crc)
+            place = part.extent.file.path.relative_to(self._base).as_posix()
+            yield Region(place, offset, length, crc)
 
 
 def layers_of(plan: Plan, seen: Iterable[Seen]) -> Mapping[str, Mapping[int, int]]:

@@ -19,7 +19,7 @@ from gptoss_convert.compare.config_diff import (
     numbers_that_differ,
 )
 from gptoss_convert.compare.inventory import Contents, Place, contents_of, encoding_of, in_words
-from gptoss_convert.compare.pairs import Side, judge_steps, second
+from gptoss_convert.compare.pairs import Side, judge_steps
 from gptoss_convert.engine.steps import Plan, Step, make_plan
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices
 from gptoss_convert.formats.config import Config
@@ -138,8 +138,6 @@ def diff(
     plan = _plan(ours, theirs, *(_cut(at, common, limits) for at in (ours_at, theirs_at)))
     texts = [side.hf_config for side in (ours, theirs) if side.hf_config is not None]
     changes = judge_steps(
-        ours,
-        theirs,
         plan,
         range(len(plan.steps)),
         _judge,
@@ -201,7 +199,7 @@ def _plan(ours: Checkpoint, theirs: Checkpoint, source: list[Extent], target: li
     model = load_model()
     a, b = model.sizes(ours.config.numbers), model.sizes(theirs.config.numbers)
     sizes = {axis: min(a[axis], b[axis]) for axis in a} | {"layer": max(a["layer"], b["layer"])}
-    return make_plan(model, sizes, source, second(target), partial=True)
+    return make_plan(model, sizes, source, target, partial=True)
 
 
 def _parameters(

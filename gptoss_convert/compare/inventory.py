@@ -28,6 +28,7 @@ def contents_of(checkpoint: Checkpoint) -> tuple[Contents, list[str]]:
         [tensor for tensor in known if tensor.name in stored],
         [chunk for chunk in checkpoint.chunks if chunk.tensor in names],
         casts(True),
+        checkpoint.root,
     )
     by_member: dict[Place, list[Extent]] = defaultdict(list)
     for extent in found:

@@ -6,9 +6,9 @@ Memory is bounded as in a conversion, and each byte is read once.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -18,8 +18,7 @@ from gptoss_convert.codecs import mxfp4
 from gptoss_convert.compare.diagnosis import Bits
 from gptoss_convert.engine.parts import Part, Parts, cast, lay_out, read
 from gptoss_convert.engine.steps import Plan, Step, member_box
-from gptoss_convert.formats.checkpoint import Checkpoint
-from gptoss_convert.layouts.extents import Extent, overlap, volume
+from gptoss_convert.layouts.extents import overlap, volume
 from gptoss_convert.layouts.layout import Box
 from gptoss_convert.machine import resources
 from gptoss_convert.machine.files import PAGE, Arena, SourceFiles
@@ -42,18 +41,8 @@ class Side:
 Judge = Callable[[int, Step, Side, Side], T]
 """What is to be known of one step: its number, the step, and both sides."""
 
-_TARGET = "target:"
-"""Prefix of the second side's files."""
-
-
-def second(extents: Iterable[Extent]) -> list[Extent]:
-    """The extents of the second side, marked so that a plan tells its files from the first's."""
-    return [replace(extent, file=_TARGET + extent.file) for extent in extents]
-
 
 def judge_steps(
-    source: Checkpoint,
-    target: Checkpoint,
     plan: Plan,
     numbers: Sequence[int],
     judge: Judge[T],
@@ -63,7 +52,8 @@ def judge_steps(
     progress: Progress,
     processes: int = 1,
 ) -> list[T]:
-    """What `judge` says of the steps of these numbers, in any order; the plan leads to `target`.
+    """What `judge` says of the steps of these numbers, in any order; the plan leads to the
+    second side.
 
     So many `processes` do so on this machine. Raises ResourceError where memory is too small for
     one step.
@@ -72,7 +62,7 @@ def judge_steps(
     count = resources.choose_workers(room, max_memory, workers, processes)
     judged: list[T] = []
     with ExitStack() as stack:
-        files = stack.enter_context(SourceFiles({"": source.root, _TARGET: target.root}))
+        files = stack.enter_context(SourceFiles())
         share = len(numbers) / max(len(plan.steps), 1)
         total = int((plan.read_bytes + plan.write_bytes) * share)
         advance = stack.enter_context(progress.phase("comparing", total, len(numbers)))

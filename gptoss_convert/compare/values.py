@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss_convert.compare.diagnosis import Bits, looks, pieces
-from gptoss_convert.compare.pairs import Side, judge_steps, second
+from gptoss_convert.compare.pairs import Side, judge_steps
 from gptoss_convert.compare.value_statistics import step_statistics
 from gptoss_convert.compare.values_report import Compared, Element, ValuesReport, summed_up
 from gptoss_convert.engine.fingerprint import fingerprint
@@ -51,7 +51,7 @@ def compare_values(
         if key != "max_position_embeddings" and ours[key] != theirs[key]:
             raise InputError(f"{target.root}: {key} is {theirs[key]}, SOURCE has {ours[key]}")
     model = load_model()
-    plan = make_plan(model, model.sizes(ours), _stored(source), second(_stored(target)))
+    plan = make_plan(model, model.sizes(ours), _stored(source), _stored(target))
     numbers = [n for n, step in enumerate(plan.steps) if layers is None or step.layer < layers]
     dealt = deal([volume(plan.steps[n].box) for n in numbers], ranks.size)
 
@@ -66,8 +66,6 @@ def compare_values(
         )
 
     compared = judge_steps(
-        source,
-        target,
         plan,
         [n for n, rank in zip(numbers, dealt, strict=True) if rank == ranks.rank],
         judge,

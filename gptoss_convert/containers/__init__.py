@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gptoss_convert.containers.refs import Copied
+
 DTYPE_BYTES: dict[str, int] = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 """Item size of each dtype a GPT-OSS weight may be stored in, by its safetensors name."""
 
@@ -63,5 +65,14 @@ class Image:
 
     files: tuple[FileImage, ...]
     chunks: tuple[Chunk, ...]
-    closing: tuple[tuple[str, bytes], ...]
+    closing: tuple[tuple[str, Content], ...]
     """(name, content) of files written, in this order, after all tensor bytes are on disk."""
+
+
+Content = bytes | Copied
+"""A small file's content: known, or that of another file, which is read when it is written."""
+
+
+def content_size(content: Content) -> int:
+    """Bytes of a small file."""
+    return len(content) if isinstance(content, bytes) else content.size

@@ -6,6 +6,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.errors import DiskError, IntegrityError
 from gptoss_convert.machine.files import Arena, SourceFiles, TargetFiles
@@ -35,8 +36,8 @@ def _read_rate(conversion: Conversion, arena: Arena) -> float:
     name, size = max(sizes.items(), key=lambda item: item[1])
     nbytes = min(size, SAMPLE)
     began = time.monotonic()
-    with SourceFiles({"": root}) as files:
-        files.read(name, 0, nbytes, arena, 0)
+    with SourceFiles() as files:
+        files.read(FileRef(root, name), 0, nbytes, arena, 0)
     return nbytes / max(time.monotonic() - began, 1e-6)
 
 

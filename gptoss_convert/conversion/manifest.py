@@ -12,7 +12,7 @@ from typing import Any
 
 from isal import isal_zlib
 
-from gptoss_convert.containers import FileImage, Image
+from gptoss_convert.containers import FileImage, Image, content_size
 from gptoss_convert.containers.paths import read_text, safe_name
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.engine import anomalies as oddities
@@ -86,9 +86,16 @@ def _number(text: Any, digits: int) -> int | None:
 
 
 def manifest(
-    header: Mapping[str, Any], image: Image, plan: Plan, done: Mapping[int, Done]
+    header: Mapping[str, Any],
+    image: Image,
+    plan: Plan,
+    done: Mapping[int, Done],
+    small: Mapping[str, int],
 ) -> bytes:
-    """The manifest's text: sorted, the same for the same conversion."""
+    """The manifest's text: sorted, the same for the same conversion.
+
+    `small` are the CRC-32 of the closing files, as they were written.
+    """
     regions: dict[str, list[Region]] = defaultdict(list)
     for result in done.values():
         for region in result.regions:
@@ -98,8 +105,7 @@ def manifest(
         for file in image.files
     }
     for name, content in image.closing:
-        crc = isal_zlib.crc32(content)
-        files[name] = {"bytes": len(content), "crc32": f"{crc:08x}"}
+        files[name] = {"bytes": content_size(content), "crc32": f"{small[name]:08x}"}
     content = {
         "schema": SCHEMA,
         **header,

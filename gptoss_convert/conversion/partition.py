@@ -36,7 +36,7 @@ def spread(plan: Plan, numbers: Sequence[int]) -> list[int]:
     """
     of_file: dict[str, list[int]] = defaultdict(list)
     for number in numbers:
-        of_file[plan.steps[number].targets[0].file].append(number)
+        of_file[plan.steps[number].targets[0].file.name].append(number)
     return [
         number
         for _, number in sorted(
@@ -146,9 +146,9 @@ def require_kept(
     other = (ranks.rank + ranks.local_size) % ranks.size
     theirs = [Region(*region) for region in ranks.gather(mine)[other]]
     arena = Arena(conversion.plan.buffer_bytes)
-    with SourceFiles({"": work_path(conversion.target)}) as files:
+    with SourceFiles() as files:
         for region in theirs:
-            if not same_bytes(files, region, arena):
+            if not same_bytes(files, work_path(conversion.target), region, arena):
                 raise DiskError(
                     f"{conversion.target}: {region.file}: {region.length} bytes at "
                     f"{region.offset} are not as rank {other} wrote them: this file system "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.containers import Image
+from gptoss_convert.containers import Image, content_size
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.publish import check_target
 from gptoss_convert.engine.steps import Plan, make_plan
@@ -24,12 +25,11 @@ from gptoss_convert.layouts.folding import fold_tensors
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import load_table
 from gptoss_convert.machine import resources
+from gptoss_convert.machine.files import Places, pieces
 from gptoss_convert.version import VERSION
 
 ENCODINGS = ("keep", "mxfp4", "bf16")
 SHARDS = ("auto", "size", "published")
-_REFERENCE = "scales:"
-"""Prefix of the files of another checkpoint that only lends its scales."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class Conversion:
     options: Options
     plan: Plan
     image: Image
-    roots: Mapping[str, Path]
-    """The directories that files of the plan lie in, by prefix of the file name."""
     workers: int
     notes: tuple[str, ...]
+    places: Places = field(default_factory=dict)
+    """Where the directories of a repository lie once its files are at hand."""
 
     @cached_property
     def write_bytes(self) -> int:
         """Bytes of all files of TARGET but the carried ones."""
         return sum(file.size for file in self.image.files) + sum(
-            len(content) for _, content in self.image.closing
+            content_size(content) for _, content in self.image.closing
         )
 
     @cached_property
@@ -63,13 +63,15 @@ class Conversion:
             for _, content in file.fixed:
                 digest.update(content)
         for name, content in self.image.closing:
-            digest.update(f"{name} {len(content)}\n".encode() + content)
+            digest.update(f"{name} {content_size(content)}\n".encode())
+            for piece in pieces(content, self.places):
+                digest.update(piece)
         digest.update(f"{len(self.plan.steps)} steps".encode())
-        names = sorted({extent.file for step in self.plan.steps for extent in step.sources})
+        files = {extent.file for step in self.plan.steps for extent in step.sources}
         return {
             "tool": f"gptoss-convert {VERSION}",
             "options": self.options.decisive,
-            "source": {name: self._identity(name) for name in names},
+            "source": {name: self._identity(file) for name, file in sorted(self._named(files))},
             "plan": digest.hexdigest(),
             "from": self._from(),
             "to": {"format": self.options.to, "variant": self.variant},
@@ -80,16 +82,22 @@ class Conversion:
         found = {"path": source.place, "format": source.label}
         return found | ({"revision": source.commit} if source.commit else {})
 
-    def _identity(self, name: str) -> list[int]:
+    def _named(self, files: Iterable[FileRef]) -> Iterator[tuple[str, FileRef]]:
+        """Files by names that stay the same wherever SOURCE lies."""
+        base = self.source.base
+        for file in files:
+            inside = file.path.is_relative_to(base)
+            yield (str(file.path.relative_to(base)) if inside else str(file)), file
+
+    def _identity(self, file: FileRef) -> list[int]:
         """Size and time of change of a source file, empty for one that lies nowhere."""
-        prefix, colon, plain = name.rpartition(":")
-        if self.source.repository is not None and prefix + colon != _REFERENCE:
+        outline = self.source.outline
+        if outline is not None and file.root.is_relative_to(outline):
             # The commit says more than the time of a download.
             return []
-        path = self.roots[prefix + colon] / plain
-        if not path.exists():
+        if not file.path.exists():
             return []
-        state = path.stat()
+        state = file.path.stat()
         return [state.st_size, state.st_mtime_ns]
 
     def summary(self) -> dict[str, Any]:
@@ -141,10 +149,8 @@ def plan_opened(
     notes = [*opened.notes]
     sizes = load_model().sizes(opened.config.numbers)
     held = opened.extents(casts(options.cast))
-    roots = opened.roots
     if options.scales is not None:
-        held, lent = _with_reference(opened, held, options.scales)
-        roots |= lent
+        held = _with_reference(opened, held, options.scales)
     image, more_notes = make_image(opened, variant, options)
     taken = _target_extents(options.to, variant, sizes, image)
     steps = make_plan(load_model(), sizes, held, taken)
@@ -152,7 +158,7 @@ def plan_opened(
         steps.buffer_bytes, options.max_memory, options.workers, processes
     )
     return Conversion(
-        opened, target, variant, options, steps, image, roots, workers, (*notes, *more_notes)
+        opened, target, variant, options, steps, image, workers, (*notes, *more_notes)
     )
 
 
@@ -170,9 +176,7 @@ def _variant(source: Checkpoint, options: Options) -> str:
     return options.layout + ("-both" if options.also_local_spec else "")
 
 
-def _with_reference(
-    source: Checkpoint, held: list[Extent], path: Path
-) -> tuple[list[Extent], dict[str, Path]]:
+def _with_reference(source: Checkpoint, held: list[Extent], path: Path) -> list[Extent]:
     """The source's extents with the scales of another checkpoint instead of its own."""
     if source.encoding == "mxfp4":
         raise UsageError(f"--scales {path}: SOURCE is MXFP4 and has its own scales")
@@ -184,15 +188,14 @@ def _with_reference(
     if not lent:
         raise UsageError(f"--scales {path}: holds no MXFP4 scales")
     own = [extent for extent in held if extent.param not in wanted]
-    roots = {_REFERENCE + prefix: root for prefix, root in reference.roots.items()}
-    return own + [replace(e, file=_REFERENCE + e.file) for e in lent], roots
+    return own + lent
 
 
 def _target_extents(
     format: str, variant: str, sizes: Mapping[str, int], image: Image
 ) -> list[Extent]:
-    beside = [c for c in image.chunks if c.file.startswith(f"{sidecar.FOLDER}/")]
-    weights = [c for c in image.chunks if not c.file.startswith(f"{sidecar.FOLDER}/")]
+    beside = [c for c in image.chunks if sidecar.holds(c.file)]
+    weights = [c for c in image.chunks if not sidecar.holds(c.file)]
     taken = extents("target", load_table(format).tensors(variant, sizes), weights)
     if beside:
         taken += extents("target", load_table("scales").tensors("scales", sizes), beside)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.conversion.publish import work_path
 from gptoss_convert.engine.execute import Done, Region, places
@@ -36,13 +38,14 @@ def intact(
 def _lost(conversion: Conversion, known: Mapping[int, Done], progress: Progress) -> list[int]:
     total = sum(region.length for done in known.values() for region in done.regions)
     lost: list[int] = []
+    work = work_path(conversion.target)
     with (
-        SourceFiles({"": work_path(conversion.target)}) as files,
+        SourceFiles() as files,
         progress.phase("checking what is there", total, len(known)) as advance,
     ):
         arena = Arena(conversion.plan.buffer_bytes)
         for number, done in known.items():
-            if not all(same_bytes(files, region, arena) for region in done.regions):
+            if not all(same_bytes(files, work, region, arena) for region in done.regions):
                 lost.append(number)
             advance(sum(region.length for region in done.regions))
     return lost
@@ -52,9 +55,11 @@ def _places(done: Done) -> set[tuple[str, int, int]]:
     return {(region.file, region.offset, region.length) for region in done.regions}
 
 
-def same_bytes(files: SourceFiles, region: Region, arena: Arena) -> bool:
+def same_bytes(files: SourceFiles, work: Path, region: Region, arena: Arena) -> bool:
     """Whether a region is on the disk as it was written."""
     try:
-        return files.crc(region.file, region.offset, region.length, arena) == region.crc
+        return (
+            files.crc(FileRef(work, region.file), region.offset, region.length, arena) == region.crc
+        )
     except (IntegrityError, DiskError):
         return False

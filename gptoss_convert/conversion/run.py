@@ -40,7 +40,7 @@ from gptoss_convert.errors import CodecError, IntegrityError, UsageError
 from gptoss_convert.hub.stream import ShardStream
 from gptoss_convert.layouts.folding import fold
 from gptoss_convert.machine import resources
-from gptoss_convert.machine.files import ByteSource, SourceFiles, TargetFiles, write_file
+from gptoss_convert.machine.files import ByteSource, SourceFiles, TargetFiles, pieces, write_file
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
 
@@ -212,7 +212,7 @@ def _create(conversion: Conversion, files: TargetFiles) -> None:
 def _open(conversion: Conversion, files: TargetFiles, numbers: Iterable[int]) -> None:
     """The files that these steps write, which rank 0 has created."""
     steps = (conversion.plan.steps[number] for number in numbers)
-    names = {extent.file for step in steps for extent in step.targets}
+    names = {extent.file.name for step in steps for extent in step.targets}
     for file in conversion.image.files:
         if file.name in names:
             files.create(file.name, file.size)
@@ -221,10 +221,12 @@ def _open(conversion: Conversion, files: TargetFiles, numbers: Iterable[int]) ->
 def _close(conversion: Conversion, work: Path, done: Mapping[int, Done]) -> int:
     """Write the small files, the manifest among them; returns the manifest's CRC-32."""
     header = {k: v for k, v in conversion.header.items() if k in {"tool", "plan", "from", "to"}}
-    content = manifest.manifest(header, conversion.image, conversion.plan, done)
-    for name, text in ((manifest.NAME, content), *conversion.image.closing):
-        write_file(work / name, text)
-    return zlib.crc32(content)
+    small = {
+        name: write_file(work / name, pieces(content, conversion.places))
+        for name, content in conversion.image.closing
+    }
+    content = manifest.manifest(header, conversion.image, conversion.plan, done, small)
+    return write_file(work / manifest.NAME, [content])
 
 
 def _is_published(space: Workspace, manifest_crc: int, inode: int) -> bool:
@@ -288,7 +290,7 @@ def _reading(
 ) -> AbstractContextManager[ByteSource]:
     """What the workers read from, for as long as they do."""
     if source is None:
-        return SourceFiles(conversion.roots)
+        return SourceFiles(conversion.places)
     return source if isinstance(source, ShardStream) else nullcontext(source)
 
 

@@ -84,7 +84,7 @@ def _nonfinite(step: Step, part: Part) -> tuple[int, str]:
     axes = " ".join(step.family.axes)
     return len(odd), (
         f"{extent.tensor}: {value} at {index} ({axes}), {DTYPE_BYTES[extent.dtype]} bytes at "
-        f"{byte} of {extent.file}"
+        f"{byte} of {extent.file.name}"
     )
 
 

@@ -128,7 +128,7 @@ class _Worker:
         for part in itertools.chain(*taken.values()):
             for offset, position, length in part.runs():
                 written.add(part.extent, offset, memory[position : position + length])
-                self._targets.write(part.extent.file, offset, length, self._arena, position)
+                self._targets.write(part.extent.file.name, offset, length, self._arena, position)
 
 
 class _Written:
@@ -144,9 +144,9 @@ class _Written:
         if before is not None and before.offset + before.length == offset:
             crc = isal_zlib.crc32(content, before.crc)
             length = before.length + len(content)
-            regions[-1] = Region(extent.file, before.offset, length, crc)
+            regions[-1] = Region(extent.file.name, before.offset, length, crc)
         else:
-            regions.append(Region(extent.file, offset, len(content), isal_zlib.crc32(content)))
+            regions.append(Region(extent.file.name, offset, len(content), isal_zlib.crc32(content)))
 
     def regions(self) -> tuple[Region, ...]:
         return tuple(itertools.chain(*self._regions.values()))
@@ -155,7 +155,7 @@ class _Written:
 def places(step: Step) -> set[tuple[str, int, int]]:
     """Every run of bytes that a step writes: file, offset, length."""
     return {
-        (extent.file, extent.at(box) + skip, length)
+        (extent.file.name, extent.at(box) + skip, length)
         for member in step.family.members
         for extent, box in step.of(step.targets, member)
         for skip, length in runs(extent, box)

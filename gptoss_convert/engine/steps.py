@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from gptoss_convert.containers import DTYPE_BYTES
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.layouts.extents import Extent, disjoint, overlap, volume
 from gptoss_convert.layouts.layout import Box
@@ -152,7 +153,7 @@ def make_plan(
             extent for member in family.members if member in want for extent in target_of[member]
         ]
         steps.extend(_family_steps(family, sizes, held, taken, tile_bytes, partial))
-    order = {name: i for i, name in enumerate(dict.fromkeys(e.file for e in targets))}
+    order = {file: i for i, file in enumerate(dict.fromkeys(e.file for e in targets))}
     steps.sort(key=lambda step: _position(step, order))
     return Plan(tuple(steps), *_totals(steps))
 
@@ -245,7 +246,7 @@ def _by_param(extents: Iterable[Extent]) -> dict[str, list[Extent]]:
     return grouped
 
 
-def _position(step: Step, order: Mapping[str, int]) -> tuple[int, int]:
+def _position(step: Step, order: Mapping[FileRef, int]) -> tuple[int, int]:
     extent = step.targets[0]
     box = member_box(step.family, extent.param, step.box)
     return order[extent.file], extent.at(overlap(extent.box, box) or box)

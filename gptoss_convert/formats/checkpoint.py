@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,6 @@ from gptoss_convert.layouts.tables import load_table
 CONFIG = "config.json"
 MANIFEST = "gptoss-convert.json"
 """Written into every TARGET: what it holds, by file and by parameter."""
-BESIDE = "beside:"
-"""Prefix of the sidecar's files, which may lie in another directory than the weights."""
 FORMATS = ("hf", "openai", "megatron")
 _CASTS = frozenset(("F32", "F16"))
 _MAX_CONFIG = 1 << 22
@@ -53,6 +51,8 @@ class Checkpoint:
     """What only this format can tell, for people."""
     repository: Repository | None = None
     """Where it is from, pinned to a commit, if not from a directory."""
+    outline: Path | None = None
+    """The directory that stood for the repository while its headers were read."""
 
     @property
     def place(self) -> str:
@@ -79,19 +79,18 @@ class Checkpoint:
         """Where every parameter lies, sidecar scales included; each tensor's shape is checked."""
         sizes = load_model().sizes(self.config.numbers)
         tensors = load_table(self.format).tensors(self.variant, sizes)
-        found = extents(str(self.root), tensors, self.chunks, casts)
+        found = extents(str(self.root), tensors, self.chunks, casts, self.root)
         result = [extent for extent in found if not extent.alias]
         if self.scales is not None:
-            place = str((self.beside or self.root) / sidecar.FOLDER)
+            place = str(self.base / sidecar.FOLDER)
             beside = load_table("scales").tensors("scales", sizes)
-            found = extents(place, beside, self.scales.chunks)
-            result += [replace(extent, file=BESIDE + extent.file) for extent in found]
+            result += extents(place, beside, self.scales.chunks, root=self.base)
         return result
 
     @property
-    def roots(self) -> dict[str, Path]:
-        """The directories that the extents' files lie in, by prefix of the file name."""
-        return {"": self.root, BESIDE: self.beside or self.root}
+    def base(self) -> Path:
+        """The directory of everything that belongs to the checkpoint, the manifest included."""
+        return self.beside or self.root
 
     def origin(self) -> Origin | None:
         """How this checkpoint's MXFP4 files are stored, or those it came from."""

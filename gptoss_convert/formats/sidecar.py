@@ -49,6 +49,11 @@ class Sidecar:
     origin: Origin | None
 
 
+def holds(name: str) -> bool:
+    """Whether a file of a checkpoint is one of its sidecar's."""
+    return name.startswith(f"{FOLDER}/")
+
+
 def read(root: Path) -> Sidecar | None:
     """The sidecar in `root`, or None; raises InputError or IntegrityError if it is damaged."""
     if not (root / FOLDER / SCALES).is_file():

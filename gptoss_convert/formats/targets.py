@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptoss_convert.containers import Image, safetensors, torch_dist
-from gptoss_convert.containers.paths import open_inside
+from gptoss_convert.containers.refs import Copied, FileRef
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.formats import config as configs
@@ -91,20 +91,23 @@ def _megatron_image(source: Checkpoint, variant: str, options: Options) -> tuple
 _MAKERS = {"hf": _hf_image, "openai": _openai_image, "megatron": _megatron_image}
 
 
-def _carried(source: Checkpoint, options: Options) -> tuple[list[tuple[str, bytes]], list[str]]:
+def _carried(source: Checkpoint, options: Options) -> tuple[list[tuple[str, Copied]], list[str]]:
     """The Hugging Face side's files, from SOURCE or --tokenizer, and a note if one is missing."""
     folder = options.tokenizer
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--tokenizer {folder}: no such directory")
     paths = carried_files(folder) if folder is not None else source.carried
-    if (nbytes := sum(path.stat().st_size for path in paths)) > MAX_CARRIED:
+    copies = [
+        (path.name, Copied(FileRef(path.parent, path.name), path.stat().st_size)) for path in paths
+    ]
+    if (nbytes := sum(copied.size for _, copied in copies)) > MAX_CARRIED:
         raise InputError(
             f"{paths[0].parent}: {nbytes} bytes of files beside the weights, at most {MAX_CARRIED} "
             "are carried; move away what the model does not need"
         )
     lacking = [name for name in _TOKENIZER if name not in {path.name for path in paths}]
     note = f"no {' and no '.join(lacking)}: SOURCE has none; pass --tokenizer DIR to add them"
-    return [(path.name, _read(path.parent, path.name)) for path in paths], [note] * bool(lacking)
+    return copies, [note] * bool(lacking)
 
 
 def _shards(format: str, source: Checkpoint, variant: str, options: Options) -> Image:
@@ -151,8 +154,3 @@ def _dtypes_json(source: Checkpoint) -> bytes:
     return json.dumps(
         {t.name: _TAGS.get(t.name.rpartition(".")[2], "BF16") for t in tensors}
     ).encode()
-
-
-def _read(root: Any, name: str) -> bytes:
-    with open_inside(root, name) as file:
-        return file.read()

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from gptoss_convert.conversion.plan import Conversion, plan_opened
+from gptoss_convert.containers.refs import Copied
+from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.hub.bars import PIECE, bar_type
 from gptoss_convert.hub.client import Listing, cached, download, resolve
-from gptoss_convert.hub.outline import files_of, is_weights, opened, outline
+from gptoss_convert.hub.outline import files_of, is_weights
 from gptoss_convert.hub.stream import ShardStream
 from gptoss_convert.machine import resources
+from gptoss_convert.machine.files import Places
 from gptoss_convert.machine.progress import Advance, Progress
 
 _AT_ONCE = 4
@@ -28,24 +30,33 @@ def fetched(
 ) -> Iterator[tuple[Conversion, ShardStream | None]]:
     """The same conversion with SOURCE's files at hand: all of them, or shard by shard."""
     source, options = conversion.source, conversion.options
-    if source.repository is None:
+    if source.repository is None or source.outline is None:
         raise UsageError(f"{source.place}: not a repository on the Hub")
     listing = resolve(source.repository)
-    choices = replace(options.choices, format=source.format)
+    weights = weight_files(source) if not options.stream else frozenset()
+    root = snapshot(listing, source, weights, progress)
+    ready = replace(conversion, places=_places(conversion, source.outline, root))
     if not options.stream:
-        root = snapshot(listing, source, progress)
-        checkpoint = opened(listing, root, choices)
-        yield plan_opened(checkpoint, conversion.target, options), None
+        yield ready, None
         return
-    with outline(listing, source.format, whole=True) as root:
-        ready = plan_opened(opened(listing, root, choices), conversion.target, options)
-        folder = conversion.target.parent / f".{conversion.target.name}.gptoss-convert.shards"
-        yield ready, ShardStream(listing, ready, root, folder)
+    folder = conversion.target.parent / f".{conversion.target.name}.gptoss-convert.shards"
+    yield ready, ShardStream(listing, ready, folder)
 
 
-def snapshot(listing: Listing, source: Checkpoint, progress: Progress) -> Path:
-    """The cache's directory of the pinned commit, with every file of the checkpoint in it."""
-    weights = weight_files(source)
+def _places(conversion: Conversion, outline: Path, root: Path) -> Places:
+    """Where the directories that the plan names lie in the snapshot."""
+    used = {extent.file.root for step in conversion.plan.steps for extent in step.sources}
+    used |= {c.file.root for _, c in conversion.image.closing if isinstance(c, Copied)}
+    return {
+        folder: root / folder.relative_to(outline)
+        for folder in used
+        if folder.is_relative_to(outline)
+    }
+
+
+def snapshot(listing: Listing, source: Checkpoint, weights: Set[str], progress: Progress) -> Path:
+    """The cache's directory of the pinned commit, with these files of weights in it and all others
+    of the checkpoint."""
     names = [n for n in files_of(listing, source.format) if n in weights or not is_weights(n)]
     missing = [name for name in names if cached(listing, name) is None]
     folder = _cache_folder(listing)

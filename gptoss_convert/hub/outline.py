@@ -61,18 +61,18 @@ def is_weights(name: str) -> bool:
 
 
 @contextmanager
-def outline(listing: Listing, format: str | None, whole: bool = False) -> Iterator[Path]:
+def outline(listing: Listing, format: str | None) -> Iterator[Path]:
     """A temporary directory with a file for each of the format's, of its true size.
 
-    Headers and configuration are real, all else is a hole; with `whole`, the files beside the
-    weights are real, too. Errors that are raised inside name the repository.
+    Headers and configuration are real, all else is a hole. Errors that are raised inside name the
+    repository.
     """
     chosen = files_of(listing, format)
     with TemporaryDirectory(prefix="gptoss-convert-") as place:
         root = Path(place, *listing.repository.name.split("/"))
         with _named(f"{place}/"):
             root.mkdir(parents=True)
-            _fill(listing, root, [name for name in chosen if not is_weights(name)], whole)
+            _fill(listing, root, [name for name in chosen if not is_weights(name)], frozenset())
             read = _indexed(listing, root, chosen)
             _fill(listing, root, [name for name in chosen if is_weights(name)], read)
             yield root
@@ -83,17 +83,17 @@ def opened(listing: Listing, root: Path, choices: Choices) -> Checkpoint:
     found = open_checkpoint(root, choices)
     short = f"{root}".removesuffix(str(listing.repository))
     notes = tuple(note.replace(short, "") for note in found.notes)
-    return replace(found, repository=listing.repository, notes=notes)
+    return replace(found, repository=listing.repository, outline=root, notes=notes)
 
 
-def _fill(listing: Listing, root: Path, names: Iterable[str], real: bool | Set[str]) -> None:
+def _fill(listing: Listing, root: Path, names: Iterable[str], real: Set[str]) -> None:
     """Write files of their true size; what is not `real` is a hole, but for configuration."""
 
     def write(name: str) -> None:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
-            file.write(_content(listing, name, real if isinstance(real, bool) else name in real))
+            file.write(_content(listing, name, name in real))
             file.truncate(listing.files[name])
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:

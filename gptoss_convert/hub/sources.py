@@ -37,9 +37,9 @@ def opening(
     with outline(listing, choices.format) as root:
         found = opened(listing, root, choices)
         if weights is not None:
-            from gptoss_convert.hub.fetch import snapshot
+            from gptoss_convert.hub.fetch import snapshot, weight_files
 
-            place = snapshot(listing, found, weights)
+            place = snapshot(listing, found, weight_files(found), weights)
             found = opened(listing, place, replace(choices, format=found.format))
         yield found
 

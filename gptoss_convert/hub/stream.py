@@ -10,9 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import NetworkError
+from gptoss_convert.formats import sidecar
 from gptoss_convert.hub.bars import bar_type
 from gptoss_convert.hub.client import Listing, cached, download
 from gptoss_convert.machine.files import Arena, SourceFiles
@@ -22,7 +24,7 @@ from gptoss_convert.machine.files import Arena, SourceFiles
 class Schedule:
     """In which order shards arrive and steps are done."""
 
-    shards: tuple[str, ...]
+    shards: tuple[FileRef, ...]
     spans: Mapping[int, tuple[int, ...]]
     """By step, the places of its shards in that order, smallest first; empty if it needs none."""
 
@@ -50,33 +52,38 @@ class Schedule:
         )
 
 
-def schedule(plan: Plan, steps: Iterable[int], streamed: Iterable[str]) -> Schedule:
-    """The schedule of these steps; `streamed` are the names of all shards that may be needed."""
+def schedule(plan: Plan, steps: Iterable[int], streamed: Iterable[FileRef]) -> Schedule:
+    """The schedule of these steps; `streamed` are all shards that may be needed."""
     known = set(streamed)
     needed = {step: {extent.file for extent in plan.steps[step].sources} & known for step in steps}
+
     # What lies beside the weights is needed throughout: it comes first.
-    shards = sorted(set().union(*needed.values()), key=lambda name: (":" not in name, name))
-    places = {name: place for place, name in enumerate(shards)}
-    spans = {step: tuple(sorted(places[name] for name in names)) for step, names in needed.items()}
+    def urgency(file: FileRef) -> tuple[bool, str]:
+        return not sidecar.holds(file.name), file.name
+
+    shards = sorted(set().union(*needed.values()), key=urgency)
+    places = {file: place for place, file in enumerate(shards)}
+    spans = {step: tuple(sorted(places[file] for file in files)) for step, files in needed.items()}
     return Schedule(tuple(shards), spans)
 
 
 class ShardStream:
     """A byte source whose shards come one by one; at most two of adjacent ones lie on the disk."""
 
-    def __init__(self, listing: Listing, conversion: Conversion, root: Path, folder: Path) -> None:
-        """Nothing is downloaded before `begin`; `folder` holds shards, `root` all other files."""
+    def __init__(self, listing: Listing, conversion: Conversion, folder: Path) -> None:
+        """Nothing is downloaded before `begin`; `folder` holds shards."""
         self._listing = listing
         self._folder = folder
-        self._roots = conversion.roots
+        outline = conversion.source.outline
         self._paths = {
-            extent.file: path
+            file: file.path.relative_to(outline).as_posix()
             for step in conversion.plan.steps
-            for extent in step.sources
-            if (path := self._path(extent.file, root)) is not None
+            for file in (extent.file for extent in step.sources)
+            if outline is not None and file.root.is_relative_to(outline)
         }
-        self._others = SourceFiles(conversion.roots)
-        self._files: dict[str, SourceFiles] = {}
+        """By file, its path in the repository."""
+        self._others = SourceFiles(conversion.places)
+        self._files: dict[FileRef, SourceFiles] = {}
         self._left: set[int] = set()
         self._schedule = Schedule((), {})
         self._changed = threading.Condition()
@@ -94,8 +101,8 @@ class ShardStream:
     ) -> None:
         self.interrupt()
         self._others.__exit__(kind, error, trace)
-        for name in [*self._files]:
-            self._drop(name)
+        for file in [*self._files]:
+            self._drop(file)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def begin(self, plan: Plan, steps: Sequence[int]) -> Sequence[int]:
@@ -106,20 +113,20 @@ class ShardStream:
         threading.Thread(target=self._arrive, name="download", daemon=True).start()
         return self._schedule.order
 
-    def read(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
+    def read(self, file: FileRef, offset: int, nbytes: int, arena: Arena, position: int) -> None:
         """Fill the arena at `position`, once the shard is there."""
-        if name not in self._paths:
-            self._others.read(name, offset, nbytes, arena, position)
+        if file not in self._paths:
+            self._others.read(file, offset, nbytes, arena, position)
             return
         with self._changed:
-            while name not in self._files:
+            while file not in self._files:
                 if self._error is not None:
                     raise self._error
                 if self._stop.is_set():
-                    raise NetworkError(f"{self._paths[name]}: download given up")
+                    raise NetworkError(f"{self._paths[file]}: download given up")
                 self._changed.wait()
-            files = self._files[name]
-        files.read(self._paths[name], offset, nbytes, arena, position)
+            files = self._files[file]
+        files.read(file, offset, nbytes, arena, position)
 
     def finished(self, steps: Iterable[int]) -> None:
         """These steps are on the disk: drop the shards that no other step needs."""
@@ -127,9 +134,9 @@ class ShardStream:
             self._left.difference_update(steps)
             spans = self._schedule.spans
             needed = {place for step in self._left for place in spans[step]}
-            for place, name in enumerate(self._schedule.shards):
-                if place not in needed and name in self._files:
-                    self._drop(name)
+            for place, file in enumerate(self._schedule.shards):
+                if place not in needed and file in self._files:
+                    self._drop(file)
             self._changed.notify_all()
 
     def interrupt(self) -> None:
@@ -142,32 +149,27 @@ class ShardStream:
         """Download the shards in order, each when it may come."""
         bar = bar_type(lambda nbytes: None, self._stop)
         try:
-            for place, name in enumerate(self._schedule.shards):
+            for place, file in enumerate(self._schedule.shards):
                 with self._changed:
                     while not self._schedule.may_arrive(place, self._left):
                         if self._stop.is_set():
                             return
                         self._changed.wait()
-                path = self._paths[name]
+                path = self._paths[file]
                 known = cached(self._listing, path)
                 if known is None:
                     download(self._listing, path, bar, self._folder)
-                root = Path(str(known).removesuffix(path)) if known else self._folder
+                place_of = Path(str(known)) if known else self._folder / path
+                root = place_of.parents[file.name.count("/")]
                 with self._changed:
-                    self._files[name] = SourceFiles({"": root})
+                    self._files[file] = SourceFiles({file.root: root})
                     self._changed.notify_all()
         except BaseException as error:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def _drop(self, name: str) -> None:
+    def _drop(self, file: FileRef) -> None:
         """Close a shard and free its place; what the cache holds stays there."""
-        self._files.pop(name).__exit__(None, None, None)
-        (self._folder / self._paths[name]).unlink(missing_ok=True)
-
-    def _path(self, name: str, root: Path) -> str | None:
-        """The path in the repository of a file of the plan, None if it lies elsewhere."""
-        prefix, colon, plain = name.rpartition(":")
-        path = self._roots[prefix + colon] / plain
-        return path.relative_to(root).as_posix() if path.is_relative_to(root) else None
+        self._files.pop(file).__exit__(None, None, None)
+        (self._folder / self._paths[file]).unlink(missing_ok=True)

@@ -8,8 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.layouts.folding import fold
 from gptoss_convert.layouts.layout import STAR, Box, Placement, interval_boxes
@@ -22,7 +24,7 @@ class Extent:
 
     param: str
     box: Box
-    file: str
+    file: FileRef
     origin: int
     strides: tuple[int, ...]
     """Bytes per axis; 0 for an axis whose index the tensor's name binds."""
@@ -84,10 +86,11 @@ def extents(
     tensors: Iterable[Tensor],
     chunks: Sequence[Chunk],
     casts: frozenset[str] = frozenset(),
+    root: Path = Path(),
 ) -> list[Extent]:
     """The extents of all chunks; every tensor must be known, present and of the computed shape.
 
-    `casts` are float dtypes that are accepted where the table says BF16.
+    The chunks' files lie in `root`; `casts` are float dtypes accepted where the table says BF16.
     Raises InputError or IntegrityError that names the tensors, found and expected.
     """
     known = {tensor.name: tensor for tensor in tensors}
@@ -109,11 +112,12 @@ def extents(
                 f"{where}: {chunk.tensor}: expects dtype {tensor.dtype}, found {chunk.dtype}"
                 + ("; pass --cast to round it to BF16" if chunk.dtype in {"F32", "F16"} else "")
             )
-        result.extend(_chunk_extents(tensor, chunk))
+        result.extend(_chunk_extents(tensor, chunk, root))
     return result
 
 
-def _chunk_extents(tensor: Tensor, chunk: Chunk) -> Iterator[Extent]:
+def _chunk_extents(tensor: Tensor, chunk: Chunk, root: Path) -> Iterator[Extent]:
+    file = FileRef(root, chunk.file)
     steps = [DTYPE_BYTES[chunk.dtype]]
     for length in reversed(chunk.extent[1:]):
         steps.append(steps[-1] * length)
@@ -129,7 +133,7 @@ def _chunk_extents(tensor: Tensor, chunk: Chunk) -> Iterator[Extent]:
             yield Extent(
                 placement.param,
                 box,
-                chunk.file,
+                file,
                 origin,
                 strides,
                 chunk.dtype,

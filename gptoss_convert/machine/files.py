@@ -11,15 +11,17 @@ import mmap
 import os
 import resource
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Generic, Protocol, Self, TypeVar
 
 from isal import isal_zlib
 
+from gptoss_convert.containers import Content
 from gptoss_convert.containers.paths import open_inside
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import DiskError, IntegrityError
 
 PAGE = 4096
@@ -94,16 +96,21 @@ class _File:
 class ByteSource(Protocol):
     """What the workers read from: files on disk, or bytes that are made when they are asked for."""
 
-    def read(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
-        """Fill the arena at `position` with the bytes of file `name`; called from many threads."""
+    def read(self, file: FileRef, offset: int, nbytes: int, arena: Arena, position: int) -> None:
+        """Fill the arena at `position` with bytes of `file`; called from many threads."""
         ...
 
 
-class _OpenFiles:
-    """Files by name, opened as they are needed and closed when the context ends."""
+Places = Mapping[Path, Path]
+"""Where directories lie by now, for those that moved since a plan named them."""
+Key = TypeVar("Key", FileRef, str)
+
+
+class _OpenFiles(Generic[Key]):
+    """Files, opened as they are needed and closed when the context ends."""
 
     def __init__(self) -> None:
-        self._open: dict[str, _File] = {}
+        self._open: dict[Key, _File] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -118,20 +125,19 @@ class _OpenFiles:
             file.close()
 
 
-class SourceFiles(_OpenFiles):
-    """The source's files, each opened once and read by position; safe to share between threads.
+class SourceFiles(_OpenFiles[FileRef]):
+    """Files that are each opened once and read by position; safe to share between threads."""
 
-    A file's name may begin with a prefix that chooses another of the `roots`.
-    """
-
-    def __init__(self, roots: Mapping[str, Path]) -> None:
+    def __init__(self, places: Places | None = None) -> None:
         super().__init__()
-        self._roots = roots
+        self._places = places or {}
         self._lock = threading.Lock()
 
-    def read(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
+    def read(self, file: FileRef, offset: int, nbytes: int, arena: Arena, position: int) -> None:
         """Fill the arena at `position`, which has the phase of `offset`; raises IntegrityError."""
-        file = self._file(name)
+        self._read(self._opened(file), offset, nbytes, arena, position)
+
+    def _read(self, file: _File, offset: int, nbytes: int, arena: Arena, position: int) -> None:
         if file.direct is not None:
             lead = offset % PAGE
             whole = -(-(lead + nbytes) // PAGE) * PAGE
@@ -152,14 +158,14 @@ class SourceFiles(_OpenFiles):
             raise DiskError(f"{file.path}: {error.strerror} at byte {offset}") from None
         _check_length(file, offset, nbytes, got)
 
-    def crc(self, name: str, offset: int, nbytes: int, arena: Arena) -> int:
+    def crc(self, file: FileRef, offset: int, nbytes: int, arena: Arena) -> int:
         """The CRC-32 of a range, read through the arena piece by piece."""
         crc = 0
         for start in range(offset, offset + nbytes, _PIECE):
             length = min(_PIECE, offset + nbytes - start)
             arena.reset(length + 2 * PAGE)
             position = arena.take(length, start)
-            self.read(name, start, length, arena, position)
+            self.read(file, start, length, arena, position)
             crc = isal_zlib.crc32(memoryview(arena.memory)[position : position + length], crc)
         return crc
 
@@ -171,15 +177,14 @@ class SourceFiles(_OpenFiles):
             if not same or not file.path.exists() or not os.path.samestat(now, file.path.stat()):
                 raise IntegrityError(f"{file.path}: changed while it was being read")
 
-    def _file(self, name: str) -> _File:
+    def _opened(self, file: FileRef) -> _File:
         with self._lock:
-            if name not in self._open:
-                prefix, colon, plain = name.rpartition(":")
-                root = self._roots[prefix + colon]
-                with open_inside(root, plain) as stream:
+            if file not in self._open:
+                root = self._places.get(file.root, file.root)
+                with open_inside(root, file.name) as stream:
                     descriptor = os.dup(stream.fileno())
-                self._open[name] = _File(root / plain, descriptor, os.O_RDONLY)
-            return self._open[name]
+                self._open[file] = _File(root / file.name, descriptor, os.O_RDONLY)
+            return self._open[file]
 
 
 def _read_all(
@@ -203,7 +208,7 @@ def _check_length(file: _File, offset: int, wanted: int, got: int) -> None:
         )
 
 
-class TargetFiles(_OpenFiles):
+class TargetFiles(_OpenFiles[str]):
     """The files of a directory being written: sized first, filled in any order, synced last.
 
     Where other machines write the same files, bytes that fill no page go past the page cache, too,
@@ -295,22 +300,40 @@ def disk_error(where: object, error: OSError) -> DiskError:
     return DiskError(f"{where}: {error.strerror or error}{hint}")
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file anew and wait until it is on the disk."""
+def pieces(content: Content, places: Places) -> Iterator[bytes]:
+    """A small file's content, piece by piece; raises IntegrityError if a copied file changed."""
+    if isinstance(content, bytes):
+        yield content
+        return
+    file, left = content.file, content.size
+    with open_inside(places.get(file.root, file.root), file.name) as stream:
+        while piece := stream.read(_PIECE):
+            left -= len(piece)
+            yield piece
+    if left:
+        raise IntegrityError(f"{file}: {content.size} bytes when the plan was made, now {-left:+}")
+
+
+def write_file(path: Path, content: Iterable[bytes]) -> int:
+    """Write a small file anew and wait until it is on the disk; returns its CRC-32."""
+    crc = 0
     try:
         path.parent.mkdir(0o755, exist_ok=True)
         path.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(path, flags, 0o644)
         try:
-            written = 0
-            while written < len(content):
-                written += os.pwrite(descriptor, content[written:], written)
+            for piece in content:
+                crc = isal_zlib.crc32(piece, crc)
+                left = memoryview(piece)
+                while left:
+                    left = left[os.write(descriptor, left) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise disk_error(path, error) from None
+    return crc
 
 
 def sync_directory(path: Path) -> None:

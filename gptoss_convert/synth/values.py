@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss_convert.codecs.mxfp4.reference import bf16_bits
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.formats.config import Config
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import Tensor, load_table
@@ -173,9 +174,9 @@ class SyntheticBytes:
             for tensor in tensors_of(config)
         }
 
-    def read(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
-        """Fill the arena at `position` with bytes of tensor `name`; safe in many threads."""
-        pool, key = self._tensors[name]
+    def read(self, file: FileRef, offset: int, nbytes: int, arena: Arena, position: int) -> None:
+        """Fill the arena at `position` with bytes of a tensor, a file of its own; thread-safe."""
+        pool, key = self._tensors[file.name]
         out = np.frombuffer(arena.memory, np.uint8, nbytes, position)
         fill(pool, self._noise, key, offset, out)
 
