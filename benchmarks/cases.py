@@ -59,7 +59,7 @@ def verify(source: str, target: str, leave_out: str = "nothing") -> Result:
     """Compare all values of two checkpoints; `leave_out` the comparison to read both alone."""
     from gptoss_convert.compare import pairs, values
     from gptoss_convert.engine.execute import warm
-    from gptoss_convert.formats.opening import open_checkpoint
+    from gptoss_convert.formats.registry import open_checkpoint
 
     warm()
     if leave_out == "kernels":

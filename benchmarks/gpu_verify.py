@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels import measured, table
-from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.machine.ranks import ALONE
 from gptoss_convert.verify.oracle_level import distances, oracle_logits
 from gptoss_convert.verify.sides import open_reader

@@ -27,7 +27,7 @@ from gptoss_convert.engine.parts import Part, cast, lay_out, read
 from gptoss_convert.engine.steps import TILE_BYTES, Step, member_box
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, casts
-from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.layouts.extents import Extent, overlap, volume
 from gptoss_convert.layouts.layout import Box
 from gptoss_convert.layouts.model import Family, load_model

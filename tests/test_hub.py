@@ -17,7 +17,7 @@ from gptoss_convert import Options, convert, inspect, plan, verify_checkpoints
 from gptoss_convert.compare.diff import diff
 from gptoss_convert.conversion.run import run
 from gptoss_convert.errors import IntegrityError, NetworkError, UsageError
-from gptoss_convert.hub.names import Repository
+from gptoss_convert.formats.repository import Repository
 from gptoss_convert.hub.push import destination, push
 from gptoss_convert.verify.result import VerifyOptions
 from tests.hub_server import Fault, Hub, serving

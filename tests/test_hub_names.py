@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gptoss_convert.errors import UsageError
-from gptoss_convert.hub.names import Repository, repository, similar
+from gptoss_convert.formats.repository import Repository
+from gptoss_convert.hub.names import repository, similar
 
 
 @pytest.fixture(autouse=True)

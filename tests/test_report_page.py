@@ -17,7 +17,7 @@ import pytest
 
 from gptoss_convert import convert, verify_checkpoints
 from gptoss_convert.conversion.options import Options
-from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.show.report_page.axes import LogLane, runs, spaced
 from gptoss_convert.show.report_page.content import page_of
 from gptoss_convert.show.report_page.document import (

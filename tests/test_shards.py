@@ -10,7 +10,7 @@ import pytest
 
 from gptoss_convert.containers import safetensors
 from gptoss_convert.errors import GptossError, IntegrityError
-from gptoss_convert.formats import shards, sidecar
+from gptoss_convert.formats import hf, openai, shards, sidecar
 from gptoss_convert.formats.sidecar import FOLDER, ORIGIN, SCALES, Origin
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import load_table
@@ -37,7 +37,7 @@ def names_in(text: str) -> list[str]:
 
 @pytest.mark.parametrize("limit", [1, 3_000, 20_000, 50_000, 1 << 40])
 def test_shards_hold_every_tensor_once_and_keep_to_the_limit(limit: int):
-    headers = shards.by_size("hf", TENSORS, limit)
+    headers = shards.by_size(hf.STYLE, TENSORS, limit)
     found = [name for text in headers.values() for name in names_in(text)]
     assert sorted(found) == sorted(t.name for t in TENSORS)
     sizes = {spec.name: spec.nbytes for spec in shards.specs_of(TENSORS)}
@@ -52,9 +52,9 @@ def test_shards_hold_every_tensor_once_and_keep_to_the_limit(limit: int):
 
 
 def test_file_names_count_from_one_with_openais_double_dash():
-    for format, dash in (("hf", "-"), ("openai", "--")):
-        variant = list(load_table(format).tensors("mxfp4", SIZES))
-        headers = shards.by_size(format, variant, 50_000)
+    for style, dash in ((hf.STYLE, "-"), (openai.STYLE, "--")):
+        variant = list(load_table(style.format).tensors("mxfp4", SIZES))
+        headers = shards.by_size(style, variant, 50_000)
         count = len(headers)
         assert count > 1
         assert [*headers] == [
@@ -63,14 +63,14 @@ def test_file_names_count_from_one_with_openais_double_dash():
 
 
 def test_an_index_names_the_file_of_every_tensor():
-    headers = shards.by_size("hf", TENSORS, 50_000)
-    index = json.loads(shards.index_json(headers, "hf", None) or b"")
+    headers = shards.by_size(hf.STYLE, TENSORS, 50_000)
+    index = json.loads(shards.index_json(headers, "\n", None) or b"")
     assert index["weight_map"] == {
         name: file for file, text in headers.items() for name in names_in(text)
     }
     total = safetensors.total_bytes(shards.specs_of(TENSORS))
     assert index["metadata"]["total_size"] == total
-    assert shards.index_json(shards.by_size("hf", TENSORS, 1 << 40), "hf", None) is None
+    assert shards.index_json(shards.by_size(hf.STYLE, TENSORS, 1 << 40), "hf", None) is None
 
 
 def origin(headers: dict[str, str], index: str | None = None, format: str = "hf") -> Origin:
@@ -78,7 +78,7 @@ def origin(headers: dict[str, str], index: str | None = None, format: str = "hf"
 
 
 def test_remembered_headers_come_back_if_they_hold_these_tensors():
-    headers = shards.by_size("hf", TENSORS, 50_000)
+    headers = shards.by_size(hf.STYLE, TENSORS, 50_000)
     assert shards.restored("hf", TENSORS, origin(headers)) == headers
     assert shards.restored("hf", TENSORS, None) is None
     assert shards.restored("openai", TENSORS, origin(headers)) is None
@@ -92,16 +92,16 @@ def test_remembered_headers_come_back_if_they_hold_these_tensors():
 
 
 def test_a_remembered_index_comes_back_if_it_names_the_same_files():
-    headers = shards.by_size("hf", TENSORS, 50_000)
-    made = shards.index_json(headers, "hf", None) or b""
+    headers = shards.by_size(hf.STYLE, TENSORS, 50_000)
+    made = shards.index_json(headers, "\n", None) or b""
     content = json.loads(made) | {"metadata": {"total_size": 1, "total_parameters": 2}}
     before = json.dumps(content, indent=5)
-    assert shards.index_json(headers, "hf", origin(headers, before)) == before.encode()
+    assert shards.index_json(headers, "\n", origin(headers, before)) == before.encode()
     content["weight_map"] = dict.fromkeys(content["weight_map"], "elsewhere.safetensors")
     other = origin(headers, json.dumps(content))
-    assert shards.index_json(headers, "hf", other) == made
+    assert shards.index_json(headers, "\n", other) == made
     with pytest.raises(IntegrityError, match=rf"{FOLDER}/{ORIGIN}: index: not JSON"):
-        shards.index_json(headers, "hf", origin(headers, "{"))
+        shards.index_json(headers, "\n", origin(headers, "{"))
 
 
 def write_sidecar(root: Path, content: object) -> None:

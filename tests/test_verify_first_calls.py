@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.verify.oracle_level import oracle_logits
 from gptoss_convert.witness.first_calls import VECTOR_FUNCTIONS, settle_kernels
 from gptoss_convert.witness.hf import HfReader

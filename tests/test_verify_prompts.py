@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
-from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.synth.synth import synth
 from gptoss_convert.verify.gate import verify_checkpoints
 from gptoss_convert.verify.prompts import own_sequences, shown_tokens

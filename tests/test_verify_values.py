@@ -19,7 +19,7 @@ from gptoss_convert.compare.values_report import Difference, ValuesReport
 from gptoss_convert.conversion.manifest import NAME
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.errors import InputError, ResourceError
-from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.machine.resources import peak_memory
 from gptoss_convert.synth.synth import synth
 from gptoss_convert.verify.gate import describe

@@ -27,7 +27,7 @@ from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.formats import releases, sidecar
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, casts
-from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.layouts.folding import fold
 from gptoss_convert.machine.files import Arena, SourceFiles
 from gptoss_convert.machine.progress import SILENT, Progress

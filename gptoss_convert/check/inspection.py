@@ -12,7 +12,6 @@ from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, cast
 from gptoss_convert.hub.sources import locate, opening
 from gptoss_convert.layouts.folding import TensorGroup, fold_tensors
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import load_table
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def _inspected(checkpoint: Checkpoint) -> Inspection:
     parameters = sum(
         math.prod(sizes[axis] for axis in family.axes) for family in model.families.values()
     )
-    order = load_table(checkpoint.format).tensors(checkpoint.variant, sizes)
+    order = checkpoint.kind.table.tensors(checkpoint.variant, sizes)
     names = sorted({chunk.file for chunk in checkpoint.chunks})
     return Inspection(
         checkpoint,

@@ -32,6 +32,7 @@ from gptoss_convert.cli.options import (
     vocab_size_option,
     workers_option,
 )
+from gptoss_convert.errors import UsageError
 from gptoss_convert.machine import progress
 from gptoss_convert.show import report
 from gptoss_convert.show.pages import Page, render
@@ -39,7 +40,8 @@ from gptoss_convert.version import VERSION
 
 if TYPE_CHECKING:
     from gptoss_convert.conversion.plan import Conversion
-    from gptoss_convert.hub.names import Repository
+    from gptoss_convert.formats.checkpoint import Checkpoint
+    from gptoss_convert.formats.repository import Repository
     from gptoss_convert.machine.ranks import Ranks
 
 PROGRAM = "gptoss-convert"
@@ -214,14 +216,15 @@ def _converted(
 ) -> tuple[str, Mapping[str, Any], Page]:
     """What a conversion did, as a document of this kind and as a page."""
     from gptoss_convert.conversion.run import run
-    from gptoss_convert.formats.megatron.launch import arguments
+    from gptoss_convert.formats.registry import FORMATS
 
     if verbose and ranks.rank == 0:
         page = report.conversion(conversion.summary())
         click.echo(render(page, sys.stderr), err=True, color=True)
     told = progress.for_rank(quiet, ranks.rank, ranks.log)
     done = run(conversion, told, ranks=ranks).summary()
-    launch = arguments(conversion.source.config) if conversion.options.to == "megatron" else ()
+    words = FORMATS[conversion.options.to].launch_words
+    launch = words(conversion.source.config, done["target"]["path"]) if words else ()
     return "convert", done, report.finished(done, launch)
 
 
@@ -265,12 +268,19 @@ def inspect(
     choices = Choices(source_format, True, iteration, config, vocab_size)
     found = inspect(source, choices, revision)
     if launch:
-        from gptoss_convert.formats.megatron.launch import launch_page_of
-
-        say(launch_page_of(found.checkpoint))
+        say(_launch_page(found.checkpoint))
         return
     summary = found.summary()
     show("inspect", summary, report.inspection(summary), as_json=as_json)
+
+
+def _launch_page(checkpoint: Checkpoint) -> str:
+    """How to load it; raises UsageError where its format says all by itself."""
+    if checkpoint.kind.launch_page is None:
+        raise UsageError(
+            f"{checkpoint.root}: {checkpoint.label}; --launch is for Megatron: convert it first"
+        )
+    return checkpoint.kind.launch_page(checkpoint.config)
 
 
 @cli.command(epilog=EPILOG)

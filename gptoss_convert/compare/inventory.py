@@ -10,7 +10,6 @@ from gptoss_convert.formats.checkpoint import Checkpoint, casts
 from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.folding import ranges
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import load_table
 
 Place = tuple[str, int | None]
 """A weight, and its layer if it has layers."""
@@ -21,7 +20,7 @@ Contents = Mapping[Place, Sequence[Extent]]
 def contents_of(checkpoint: Checkpoint) -> tuple[Contents, list[str]]:
     """The extents of every weight and layer that the checkpoint holds whole, and other tensors."""
     sizes = load_model().sizes(checkpoint.config.numbers)
-    known = [*load_table(checkpoint.format).tensors(checkpoint.variant, sizes)]
+    known = [*checkpoint.kind.table.tensors(checkpoint.variant, sizes)]
     names, stored = {t.name for t in known}, {chunk.tensor for chunk in checkpoint.chunks}
     found = extents(
         str(checkpoint.root),

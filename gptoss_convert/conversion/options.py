@@ -7,29 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.formats.checkpoint import Choices
+from gptoss_convert.formats.options import ImageOptions
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ImageOptions):
     """How to convert; the defaults are the command line's."""
 
-    to: str
-    dtype: str = "keep"
     source_format: str | None = None
     revision: str | None = None
     """Of a repository on the Hub: a branch, a tag or a commit."""
     stream: bool = False
     """Of a repository on the Hub: convert each shard as it arrives, then drop it."""
-    shards: str = "auto"
-    """`auto`: as the MXFP4 source was, where a sidecar remembers it, else by size."""
-    max_shard_size: int = 5_000_000_000
     max_memory: int | None = None
     """Bytes; None: 400 MB, or what `workers` take."""
     workers: int | None = None
     scales: Path | None = None
     """An MXFP4 checkpoint, or a BF16 one with a sidecar, whose block scales are preferred."""
-    keep_scales: bool = True
-    """Write the sidecar where MXFP4 is decoded."""
     cast: bool = False
     lossy: bool = False
     repair: bool = False
@@ -38,16 +32,9 @@ class Options:
     """Accept weight matrices that are zero throughout."""
     strict: bool = False
     """Refuse a SOURCE with anything that is only remarked on otherwise."""
-    layout: str = "stacked"
-    """Megatron: layers `stacked` in one tensor, or one tensor `per-layer`."""
-    also_local_spec: bool = False
-    """Megatron: write the second norm under the local spec's name too."""
-    bridge: str = "modern"
-    """Megatron-Bridge: run_config.yaml for 0.4.0 and later, or `legacy`."""
     iteration: int | None = None
     config: Path | None = None
     vocab_size: int | None = None
-    tokenizer: Path | None = None
     overwrite: bool = False
     restart: bool = False
     """Discard what an interrupted conversion to the same TARGET left."""

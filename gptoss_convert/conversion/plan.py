@@ -17,13 +17,12 @@ from gptoss_convert.engine.steps import Plan, make_plan
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats import sidecar
 from gptoss_convert.formats.checkpoint import Checkpoint, casts
-from gptoss_convert.formats.opening import open_checkpoint
-from gptoss_convert.formats.targets import make_image
+from gptoss_convert.formats.registry import FORMATS, open_checkpoint
 from gptoss_convert.hub.sources import locate, opening
 from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.folding import fold_tensors
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import load_table
+from gptoss_convert.layouts.tables import Table, load_table
 from gptoss_convert.machine import resources
 from gptoss_convert.machine.files import Places, pieces
 from gptoss_convert.version import VERSION
@@ -102,7 +101,7 @@ class Conversion:
 
     def summary(self) -> dict[str, Any]:
         """The conversion as plain data."""
-        table = load_table(self.options.to)
+        table = FORMATS[self.options.to].table
         sizes = load_model().sizes(self.source.config.numbers)
         order = (tensor.name for tensor in table.tensors(self.variant, sizes))
         return {
@@ -145,14 +144,15 @@ def plan_opened(
     opened: Checkpoint, target: Path, options: Options, processes: int = 1
 ) -> Conversion:
     """The plan for a checkpoint that is open; TARGET has been checked."""
-    variant = _variant(opened, options)
+    kind = FORMATS[options.to]
+    variant = kind.variant(opened.encoding if options.dtype == "keep" else options.dtype, options)
     notes = [*opened.notes]
     sizes = load_model().sizes(opened.config.numbers)
     held = opened.extents(casts(options.cast))
     if options.scales is not None:
         held = _with_reference(opened, held, options.scales)
-    image, more_notes = make_image(opened, variant, options)
-    taken = _target_extents(options.to, variant, sizes, image)
+    image, more_notes = kind.image(opened, variant, options)
+    taken = _target_extents(kind.table, variant, sizes, image)
     steps = make_plan(load_model(), sizes, held, taken)
     workers = resources.choose_workers(
         steps.buffer_bytes, options.max_memory, options.workers, processes
@@ -160,20 +160,6 @@ def plan_opened(
     return Conversion(
         opened, target, variant, options, steps, image, workers, (*notes, *more_notes)
     )
-
-
-def _variant(source: Checkpoint, options: Options) -> str:
-    """The target's variant for `--to` and `--dtype`."""
-    encoding = source.encoding if options.dtype == "keep" else options.dtype
-    if options.to == "hf":
-        return encoding
-    if options.to == "openai":
-        if options.dtype == "bf16":
-            raise UsageError("--to openai --dtype bf16: OpenAI's layout has MXFP4 experts only")
-        return "mxfp4"
-    if options.dtype == "mxfp4":
-        raise UsageError("--to megatron --dtype mxfp4: Megatron's layout has BF16 experts only")
-    return options.layout + ("-both" if options.also_local_spec else "")
 
 
 def _with_reference(source: Checkpoint, held: list[Extent], path: Path) -> list[Extent]:
@@ -192,11 +178,11 @@ def _with_reference(source: Checkpoint, held: list[Extent], path: Path) -> list[
 
 
 def _target_extents(
-    format: str, variant: str, sizes: Mapping[str, int], image: Image
+    table: Table, variant: str, sizes: Mapping[str, int], image: Image
 ) -> list[Extent]:
     beside = [c for c in image.chunks if sidecar.holds(c.file)]
     weights = [c for c in image.chunks if not sidecar.holds(c.file)]
-    taken = extents("target", load_table(format).tensors(variant, sizes), weights)
+    taken = extents("target", table.tensors(variant, sizes), weights)
     if beside:
         taken += extents("target", load_table("scales").tensors("scales", sizes), beside)
     return taken

@@ -19,7 +19,7 @@ from gptoss_convert.errors import (
     TargetError,
     UsageError,
 )
-from gptoss_convert.hub.names import Repository
+from gptoss_convert.formats.repository import Repository
 from gptoss_convert.machine.files import sync_directory
 
 _USELESS = {InputError.exit_code, IntegrityError.exit_code}

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.containers import Chunk, safetensors
+from gptoss_convert.containers import Chunk, Image, safetensors
 from gptoss_convert.containers.paths import read_text
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.formats import sidecar
 from gptoss_convert.formats.config import Config
+from gptoss_convert.formats.options import ImageOptions
+from gptoss_convert.formats.repository import Repository
 from gptoss_convert.formats.sidecar import Origin
-from gptoss_convert.hub.names import Repository
 from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import load_table
+from gptoss_convert.layouts.tables import Table, load_table
 
 CONFIG = "config.json"
 MANIFEST = "gptoss-convert.json"
 """Written into every TARGET: what it holds, by file and by parameter."""
-FORMATS = ("hf", "openai", "megatron")
 _CASTS = frozenset(("F32", "F16"))
 _MAX_CONFIG = 1 << 22
-_NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".incomplete")
-MAX_CARRIED = 256 << 20
-"""Most bytes of such files, each and all together: they are held in memory."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk: headers read and checked, no weight touched."""
 
-    format: str
+    kind: Format
     variant: str
     root: Path
     config: Config
@@ -55,6 +52,11 @@ class Checkpoint:
     """The directory that stood for the repository while its headers were read."""
 
     @property
+    def format(self) -> str:
+        """The name of its format."""
+        return self.kind.name
+
+    @property
     def place(self) -> str:
         """What people call it: the repository's name, or the directory."""
         return str(self.repository or self.root)
@@ -67,18 +69,18 @@ class Checkpoint:
     @property
     def encoding(self) -> str:
         """`mxfp4` or `bf16`: how the experts are stored."""
-        held = load_table(self.format).holds(self.variant)
-        return "bf16" if "gate_up.weight" in held else "mxfp4"
+        return encoding(self.kind.table, self.variant)
 
     @property
     def label(self) -> str:
         """Format and encoding in one word: `hf-mxfp4`, `hf-bf16`, `openai`, `megatron`."""
-        return f"hf-{self.encoding}" if self.format == "hf" else self.format
+        several = len({encoding(self.kind.table, one) for one in self.kind.table.variants}) > 1
+        return f"{self.format}-{self.encoding}" if several else self.format
 
     def extents(self, casts: frozenset[str] = frozenset()) -> list[Extent]:
         """Where every parameter lies, sidecar scales included; each tensor's shape is checked."""
         sizes = load_model().sizes(self.config.numbers)
-        tensors = load_table(self.format).tensors(self.variant, sizes)
+        tensors = self.kind.table.tensors(self.variant, sizes)
         found = extents(str(self.root), tensors, self.chunks, casts, self.root)
         result = [extent for extent in found if not extent.alias]
         if self.scales is not None:
@@ -127,17 +129,37 @@ class Choices:
 DEFAULT = Choices()
 
 
-def carried_files(root: Path) -> tuple[Path, ...]:
-    """The files beside the weights that a served directory needs and no conversion changes."""
-    return tuple(
-        path
-        for path in sorted(root.iterdir() if root.is_dir() else ())
-        if path.is_file()
-        and not path.name.startswith(".")
-        and not path.name.endswith(_NOT_CARRIED)
-        and path.name not in {CONFIG, MANIFEST, "dtypes.json"}
-        and path.stat().st_size <= MAX_CARRIED
-    )
+@dataclass(frozen=True)
+class Format:
+    """One checkpoint format: all that the rest of the program asks of it."""
+
+    name: str
+    """What --from and --to call it."""
+    load: Callable[[], Table]
+    """Its mapping table; loaded when it is needed."""
+    recognise: Callable[[Path], Path | None]
+    """The folder of a directory that such a checkpoint lies in, None where there is none."""
+    open: Callable[[Path, Choices], Checkpoint]
+    """Open that folder, header by header; raises InputError or IntegrityError."""
+    listed: Callable[[Set[str]], Set[str]]
+    """Those of a repository's files that are such a checkpoint's; none where it holds none."""
+    variant: Callable[[str, ImageOptions], str]
+    """The variant that TARGET gets, for an encoding of experts; raises UsageError."""
+    image: Callable[[Checkpoint, str, ImageOptions], tuple[Image, list[str]]]
+    """The files of a TARGET of that variant, and what the user should know about them."""
+    side: str | None = None
+    """The folder in which the tokenizer and its like lie, None if the format keeps none."""
+    published: bool = False
+    """Whether OpenAI published models in it."""
+    launch_words: Callable[[Config, str], Sequence[str]] | None = None
+    """Lines on how a trainer loads a TARGET, for formats that do not say all by themselves."""
+    launch_page: Callable[[Config], str] | None = None
+    """The same as a Markdown page."""
+
+    @property
+    def table(self) -> Table:
+        """Its mapping table."""
+        return self.load()
 
 
 def casts(allowed: bool) -> frozenset[str]:
@@ -145,9 +167,13 @@ def casts(allowed: bool) -> frozenset[str]:
     return _CASTS if allowed else frozenset()
 
 
-def best_variant(format: str, config: Config, chunks: Sequence[Chunk]) -> str:
+def encoding(table: Table, variant: str) -> str:
+    """`mxfp4` or `bf16`: how a variant of a format stores the experts."""
+    return "bf16" if "gate_up.weight" in table.holds(variant) else "mxfp4"
+
+
+def best_variant(table: Table, config: Config, chunks: Sequence[Chunk]) -> str:
     """The variant whose names fit best; dtypes decide between packed blocks and mis-saved ones."""
-    table = load_table(format)
     sizes = load_model().sizes(config.numbers)
     found = {(chunk.tensor, chunk.dtype == "U8") for chunk in chunks}
 

@@ -3,69 +3,88 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from gptoss_convert.containers import TensorSpec, safetensors
+from gptoss_convert.containers import Image, TensorSpec, safetensors
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import GptossError, UsageError
+from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.config import Config
+from gptoss_convert.formats.options import ImageOptions
 from gptoss_convert.formats.sidecar import FOLDER, ORIGIN, Origin
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import Tensor, load_table
+from gptoss_convert.layouts.tables import Table, Tensor
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_HF_PUBLISHED_BYTES = 4_800_000_000
-_OPENAI_PUBLISHED_BYTES = 10 << 30
 _PADDING = {"by size": safetensors.PAGE, "published": 8}
 
 Headers = dict[str, str]
 """Header text by file name, in the order of the files."""
+Published = Mapping[str, Sequence[TensorSpec]]
+"""The tensors of each file, by name."""
 
 
-def by_size(format: str, tensors: Iterable[Tensor], limit: int) -> Headers:
+@dataclass(frozen=True)
+class Style:
+    """How a format's safetensors files are named, indexed and published."""
+
+    format: str
+    dash: str
+    """Between `model` and the number of a shard."""
+    end: str
+    """What the index ends with."""
+    published: Callable[[Config], Published]
+    """Names, numbering, order and boundaries of OpenAI's own MXFP4 files; exact for 20b."""
+
+    def names(self, count: int) -> list[str]:
+        """The names of so many shards."""
+        if count == 1:
+            return ["model.safetensors"]
+        numbers = range(1, count + 1)
+        return [f"model{self.dash}{i:05d}-of-{count:05d}.safetensors" for i in numbers]
+
+
+def image(
+    style: Style, table: Table, source: Checkpoint, variant: str, options: ImageOptions
+) -> Image:
+    """The files of TARGET's weights, sharded as the options ask.
+
+    Raises UsageError if BF16 experts are to be sharded as published.
+    """
+    sizes = load_model().sizes(source.config.numbers)
+    tensors = list(table.tensors(variant, sizes))
+    origin = source.origin() if source.scales is not None else None
+    headers = None
+    if options.shards == "published":
+        headers = _as_published(style, variant, source.config)
+    elif options.shards == "auto":
+        headers = restored(style.format, tensors, origin)
+    if headers is None:
+        headers = by_size(style, tensors, options.max_shard_size)
+    index = index_json(headers, style.end, origin)
+    return safetensors.image(headers, (safetensors.INDEX, index) if index else None)
+
+
+def _as_published(style: Style, variant: str, config: Config) -> Headers:
+    if variant != "mxfp4":
+        raise UsageError("--shards published: OpenAI published MXFP4 only; add --dtype mxfp4")
+    return {
+        name: safetensors.header_text(safetensors.reference_order(shard), {}, _PADDING["published"])
+        for name, shard in style.published(config).items()
+    }
+
+
+def by_size(style: Style, tensors: Iterable[Tensor], limit: int) -> Headers:
     """Shards of at most `limit` bytes in table order; blocks and their scales stay together."""
     specs = specs_of(tensors)
-    shards = _pack(_pairs(specs), limit)
+    shards = packed(_pairs(specs), limit)
     metadata = {"format": "pt"}
-    names = _names(format, len(shards))
+    names = style.names(len(shards))
     return {
         name: safetensors.header_text(
             safetensors.aligned_order(shard), metadata, _PADDING["by size"]
         )
-        for name, shard in zip(names, shards, strict=True)
-    }
-
-
-def published(format: str, variant: str, config: Config) -> Headers:
-    """Names, numbering, order and boundaries of OpenAI's own files; exact for 20b.
-
-    Hugging Face's files follow the sorted names of `original/` and a limit of 4.8 GB; `original/`
-    is one file for 20b and is cut at 10 GiB for 120b. Raises UsageError for BF16 experts.
-    """
-    if variant != "mxfp4":
-        raise UsageError("--shards published: OpenAI published MXFP4 only; add --dtype mxfp4")
-    sizes = load_model().sizes(config.numbers)
-    originals = sorted(load_table("openai").tensors("mxfp4", sizes), key=lambda t: t.name)
-    if format == "openai":
-        limit = _OPENAI_PUBLISHED_BYTES if config.size == "120b" else 1 << 62
-        shards = _pack([[spec] for spec in specs_of(originals)], limit)
-        names = _names(format, len(shards))
-    else:
-        holder = {
-            (param, tensor.bound.get("layer")): tensor
-            for tensor in load_table("hf").tensors("mxfp4", sizes)
-            for param in tensor.rule.params
-        }
-        ordered = [
-            holder[param, original.bound.get("layer")]
-            for original in originals
-            for param in original.rule.params
-        ]
-        shards = _pack([[spec] for spec in specs_of(ordered)], _HF_PUBLISHED_BYTES)
-        last = len(shards) - 1
-        names = [f"model-{i:05d}-of-{last:05d}.safetensors" for i in range(len(shards))]
-    return {
-        name: safetensors.header_text(safetensors.reference_order(shard), {}, _PADDING["published"])
         for name, shard in zip(names, shards, strict=True)
     }
 
@@ -85,7 +104,7 @@ def restored(format: str, tensors: Iterable[Tensor], origin: Origin | None) -> H
     return dict(origin.headers) if len(found) == len(expected) and set(found) == expected else None
 
 
-def index_json(headers: Mapping[str, str], format: str, origin: Origin | None) -> bytes | None:
+def index_json(headers: Mapping[str, str], end: str, origin: Origin | None) -> bytes | None:
     """The index of several shards, None for a single file; as before where the files are."""
     weight_map: dict[str, str] = {}
     total = 0
@@ -101,9 +120,8 @@ def index_json(headers: Mapping[str, str], format: str, origin: Origin | None) -
             return origin.index.encode()
     if [*headers] == ["model.safetensors"]:
         return None
-    if format == "hf" and next(iter(headers)).startswith("model-00000-of-"):
+    if next(iter(headers)).startswith("model-00000-of-"):
         return json.dumps(content).encode()
-    end = "" if format == "openai" else "\n"
     return (json.dumps(content, indent=2, sort_keys=True) + end).encode()
 
 
@@ -123,7 +141,7 @@ def _pairs(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
     return groups
 
 
-def _pack(groups: Iterable[Sequence[TensorSpec]], limit: int) -> list[list[TensorSpec]]:
+def packed(groups: Iterable[Sequence[TensorSpec]], limit: int) -> list[list[TensorSpec]]:
     """Fill shards in order; a group larger than the limit gets a shard of its own."""
     shards: list[list[TensorSpec]] = [[]]
     used = 0
@@ -135,10 +153,3 @@ def _pack(groups: Iterable[Sequence[TensorSpec]], limit: int) -> list[list[Tenso
         shards[-1].extend(group)
         used += nbytes
     return shards
-
-
-def _names(format: str, count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    dash = "--" if format == "openai" else "-"
-    return [f"model{dash}{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]

@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import quote
 
 from gptoss_convert.errors import NetworkError
-from gptoss_convert.hub.names import Repository, similar
+from gptoss_convert.formats.repository import Repository
+from gptoss_convert.hub.names import similar
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _POINTER = b"version https://git-lfs.github.com/spec/"

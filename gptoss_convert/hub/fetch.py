@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from gptoss_convert.containers.refs import Copied
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.errors import UsageError
-from gptoss_convert.formats.checkpoint import Checkpoint
+from gptoss_convert.formats.checkpoint import Checkpoint, casts
 from gptoss_convert.hub.bars import PIECE, bar_type
 from gptoss_convert.hub.client import Listing, cached, download, resolve
 from gptoss_convert.hub.outline import files_of, is_weights
@@ -90,11 +90,9 @@ def _remember(listing: Listing, folder: Path) -> None:
 
 def weight_files(source: Checkpoint) -> frozenset[str]:
     """The files of the repository that hold the checkpoint's tensors."""
-    folder = "original/" if source.format == "openai" and source.root.name == "original" else ""
-    names = {folder + chunk.file for chunk in source.chunks}
-    if source.scales is not None:
-        names |= {chunk.file for chunk in source.scales.chunks}
-    return frozenset(names)
+    outline = source.outline or source.root
+    files = {extent.file.path for extent in source.extents(casts(True))}
+    return frozenset(file.relative_to(outline).as_posix() for file in files)
 
 
 def _download_all(listing: Listing, names: list[str], advance: Advance) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 from gptoss_convert.errors import UsageError
+from gptoss_convert.formats.repository import Repository
 
 RELEASED = (
     "openai/gpt-oss-20b",
@@ -17,20 +17,6 @@ RELEASED = (
 )
 _ID = re.compile(r"(?!.*(?:--|\.\.))[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
 _SCHEME = "hf://"
-
-
-@dataclass(frozen=True)
-class Repository:
-    """A model repository `owner/name` at a revision: a branch, a tag or a commit."""
-
-    name: str
-    revision: str | None = None
-    """As it was asked for; None is the main branch."""
-    commit: str | None = None
-    """What the revision named when it was resolved, once."""
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def repository(source: str | Path, revision: str | None = None) -> Repository | None:

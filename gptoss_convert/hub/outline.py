@@ -19,8 +19,7 @@ from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import GptossError, InputError, NetworkError, UsageError
 from gptoss_convert.formats import sidecar
 from gptoss_convert.formats.checkpoint import CONFIG, MANIFEST, Checkpoint, Choices
-from gptoss_convert.formats.megatron import fields as megatron
-from gptoss_convert.formats.opening import open_checkpoint
+from gptoss_convert.formats.registry import FORMATS, open_checkpoint
 from gptoss_convert.hub.client import Listing, beginning
 
 _FIRST = 1 << 16
@@ -28,31 +27,26 @@ _FIRST = 1 << 16
 _AT_ONCE = 8
 _WHOLE = frozenset((CONFIG, MANIFEST, safetensors.INDEX, "dtypes.json", sidecar.ORIGIN))
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".distcp")
-_ORIGINAL = "original/"
-_TORCH_DIST = frozenset((megatron.TRACKER, ".metadata", "metadata.json"))
 
 
 def files_of(listing: Listing, format: str | None) -> tuple[str, ...]:
-    """The files of one checkpoint format: those beside config.json, or those in `original/`.
+    """The files of one checkpoint format, of the first that the repository holds if not said.
 
-    Raises UsageError for torch_dist, whose headers lie between its data, InputError for a path
-    that leads out of the repository.
+    Raises UsageError for a format whose headers lie between its data, InputError for a path that
+    leads out of the repository.
     """
     names = listing.files.keys()
-    beside = {name for name in names if "/" not in name}
-    if format == "megatron" or beside & _TORCH_DIST or any(n.startswith("iter_") for n in names):
+    try:
+        held = [kind.listed(names) for kind in FORMATS.values() if format in {None, kind.name}]
+    except UsageError as error:
         raise UsageError(
-            f"{listing.repository}: torch_dist is read from a directory only; run: hf download "
-            f"{listing.repository} --local-dir DIR"
-        )
-    original = {name for name in names if name.startswith(_ORIGINAL)}
-    inside = f"{_ORIGINAL}{CONFIG}" in original and (format == "openai" or CONFIG not in beside)
-    scales = {name for name in names if name.startswith(f"{sidecar.FOLDER}/")}
-    chosen = sorted(original if inside else beside | scales)
-    for name in chosen:
+            f"{listing.repository}: {error}; run: hf download {listing.repository} --local-dir DIR"
+        ) from None
+    chosen = next(filter(None, held), {name for name in names if "/" not in name})
+    for name in sorted(chosen):
         if not safe_name(name, folders=True):
             raise InputError(f"{listing.repository}: file name {name!r:.80} is not acceptable")
-    return tuple(chosen)
+    return tuple(sorted(chosen))
 
 
 def is_weights(name: str) -> bool:

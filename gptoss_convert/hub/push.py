@@ -6,8 +6,9 @@ import shlex
 from pathlib import Path
 
 from gptoss_convert.errors import NetworkError, UsageError
+from gptoss_convert.formats.repository import Repository
 from gptoss_convert.hub.client import translated
-from gptoss_convert.hub.names import Repository, repository
+from gptoss_convert.hub.names import repository
 from gptoss_convert.hub.outline import is_weights
 from gptoss_convert.version import VERSION
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from gptoss_convert.formats.checkpoint import Checkpoint, Choices
-from gptoss_convert.formats.opening import open_checkpoint
-from gptoss_convert.hub.names import Repository, repository
+from gptoss_convert.formats.registry import open_checkpoint
+from gptoss_convert.formats.repository import Repository
+from gptoss_convert.hub.names import repository
 from gptoss_convert.machine.progress import Progress
 
 

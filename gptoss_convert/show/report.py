@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -137,7 +136,7 @@ def conversion(summary: Mapping[str, Any]) -> Page:
 
 
 def finished(summary: Mapping[str, Any], launch: Sequence[str] = ()) -> Page:
-    """The line at the end of a conversion; for Megatron the arguments that load TARGET."""
+    """The line at the end of a conversion, and how a trainer loads TARGET."""
     moved = summary["read_bytes"] + summary["write_bytes"]
     seconds = max(summary["seconds"], 1e-3)
     target = summary["target"]
@@ -148,11 +147,7 @@ def finished(summary: Mapping[str, Any], launch: Sequence[str] = ()) -> Page:
     )
     if not launch:
         return [done]
-    from gptoss_convert.formats.megatron.launch import LAUNCH
-
-    lines = textwrap.wrap(" ".join(launch), 98, break_on_hyphens=False, break_long_words=False)
-    head = f"Megatron-LM's arguments for it, explained in {target['path']}/{LAUNCH}:"
-    return [done, "", head, *(f"  {line}" for line in lines)]
+    return [done, "", *launch]
 
 
 _MOST = 5

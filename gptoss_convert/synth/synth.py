@@ -23,7 +23,8 @@ from gptoss_convert.errors import UsageError
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.config import Config
-from gptoss_convert.formats.megatron.fields import HF_FOLDER
+from gptoss_convert.formats.hf import HF
+from gptoss_convert.formats.registry import FORMATS
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.synth.values import SyntheticBytes, tensors_of
 
@@ -71,9 +72,6 @@ MODELS: Mapping[str, Config] = {
     "120b": replace(_RELEASED, num_hidden_layers=36, num_local_experts=128),
 }
 """By name. No two axes of `tiny` are equally long, so that a mistaken transpose shows."""
-
-_SIDE_FOLDERS = {"hf": "", "megatron": f"{HF_FOLDER}/"}
-"""Where the tokenizer and its like lie in the formats that keep them."""
 
 
 def synth(
@@ -129,18 +127,19 @@ def plan_synth(
         raise UsageError(f"--shards {shards}: choose {', '.join(SHARDS)}")
     # The source lies in no directory, so there is none that TARGET could damage.
     check_target(Path(os.devnull), target)
+    kind = FORMATS[format]
     source = virtual_checkpoint(model, layers, seed)
     whole = source.config in (MODELS["20b"], MODELS["120b"])
     if shards == "auto":
-        shards = "published" if whole and dtype != "bf16" and format != "megatron" else "size"
+        shards = "published" if whole and dtype != "bf16" and kind.published else "size"
     # A sidecar would claim that the BF16 weights came from files that never were.
     options = Options(
         format, dtype, shards=shards, workers=workers, overwrite=overwrite, keep_scales=False
     )
     conversion = plan_opened(source, target, options)
     image = conversion.image
-    if format in _SIDE_FOLDERS:
-        side = _side_files(_SIDE_FOLDERS[format], source.config, model, seed)
+    if kind.side is not None:
+        side = _side_files(kind.side, source.config, model, seed)
         image = replace(image, closing=(*side, *image.closing))
     # The notes of a conversion tell of the tokenizer that a source lacks.
     return replace(conversion, image=image, notes=())
@@ -165,7 +164,7 @@ def virtual_checkpoint(model: str, layers: int | None = None, seed: int = 0) -> 
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     # The name says which bytes these are: an interrupted run of another seed must not go on.
     root = Path(f"synthetic-{model}-seed-{seed}")
-    return Checkpoint("hf", "mxfp4", root, config, text, chunks, {})
+    return Checkpoint(HF, "mxfp4", root, config, text, chunks, {})
 
 
 _SPECIAL = {

@@ -22,8 +22,9 @@ import numpy.typing as npt
 from gptoss_convert.codecs.mxfp4.reference import bf16_bits
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.formats.config import Config
+from gptoss_convert.formats.hf import HF
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import Tensor, load_table
+from gptoss_convert.layouts.tables import Tensor
 from gptoss_convert.machine.files import Arena
 
 Bytes = npt.NDArray[np.uint8]
@@ -237,7 +238,7 @@ def _stream(tensor: Tensor, seed: int) -> int:
 
 def tensors_of(config: Config) -> list[Tensor]:
     """Every tensor of the HF MXFP4 checkpoint of a model of this size."""
-    return list(load_table("hf").tensors("mxfp4", load_model().sizes(config.numbers)))
+    return list(HF.table.tensors("mxfp4", load_model().sizes(config.numbers)))
 
 
 def _quantise(values: Floats) -> tuple[Bytes, Bytes]:

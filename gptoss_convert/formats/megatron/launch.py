@@ -6,8 +6,8 @@ activation nor YaRN from a checkpoint, and Megatron-Bridge's AutoBridge.
 
 from __future__ import annotations
 
-from gptoss_convert.errors import UsageError
-from gptoss_convert.formats.checkpoint import Checkpoint
+import textwrap
+
 from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.megatron.fields import HF_FOLDER, model_fields
 
@@ -76,6 +76,14 @@ _BRIDGE = {
 }
 
 
+def launch_words(config: Config, target: str) -> list[str]:
+    """Megatron-LM's arguments, to be shown when a conversion has ended."""
+    words = " ".join(arguments(config))
+    lines = textwrap.wrap(words, 98, break_on_hyphens=False, break_long_words=False)
+    head = f"Megatron-LM's arguments for it, explained in {target}/{LAUNCH}:"
+    return [head, *(f"  {line}" for line in lines)]
+
+
 def launch_page(config: Config, bridge: str | None = None) -> str:
     """The same as a Markdown page; `bridge` is what run_config.yaml was written for, if known."""
     window, original = config.sliding_window, config.original_max_position_embeddings
@@ -121,12 +129,3 @@ bridge.export_ckpt(checkpoint, "exported-to-hugging-face")
 What Bridge makes from a Hugging Face directory has, up to 0.3.1, a window of {window},0:
 one token too many; this model has {window - 1},0.
 """
-
-
-def launch_page_of(checkpoint: Checkpoint) -> str:
-    """The page for a checkpoint on disk; raises UsageError if it is not Megatron's."""
-    if checkpoint.format != "megatron":
-        raise UsageError(
-            f"{checkpoint.root}: {checkpoint.label}; --launch is for Megatron: convert it first"
-        )
-    return launch_page(checkpoint.config)

@@ -9,20 +9,21 @@ from gptoss_convert.containers import torch_dist
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats import sidecar
+from gptoss_convert.formats.carried import carried_files
 from gptoss_convert.formats.checkpoint import (
     CONFIG,
     MANIFEST,
     Checkpoint,
     Choices,
+    Format,
     best_variant,
-    carried_files,
     read_config,
 )
 from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.megatron import fields as megatron
 
 
-def open_megatron(root: Path, choices: Choices) -> Checkpoint:
+def open_megatron(kind: Format, root: Path, choices: Choices) -> Checkpoint:
     """Open the asked or the latest iteration; raises as `open_checkpoint` does."""
     directory = torch_dist.find_iteration(root, choices.iteration)
     base = directory.parent if directory.name.startswith("iter_") else directory
@@ -35,7 +36,7 @@ def open_megatron(root: Path, choices: Choices) -> Checkpoint:
         notes.append(f"skipped entries that hold no weights: {skipped}")
     if padding:
         notes.append(f"vocabulary: {padding} rows of padding cut off")
-    variant = best_variant("megatron", config, chunks)
+    variant = best_variant(kind.table, config, chunks)
     fields = megatron.read_run_config(directory) or stored.common.get("args") or {}
     details = {
         "iteration": directory.name,
@@ -48,7 +49,7 @@ def open_megatron(root: Path, choices: Choices) -> Checkpoint:
         "optimizer": bool(stored.skipped.get("optimizer")),
     }
     return Checkpoint(
-        "megatron",
+        kind,
         variant,
         directory,
         config,

@@ -1,0 +1,139 @@
+"""Hugging Face directories: safetensors beside config.json, experts as MXFP4 or as BF16."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from functools import partial
+from pathlib import Path
+
+from gptoss_convert.containers import Image, safetensors
+from gptoss_convert.containers.strict_json import parse_object
+from gptoss_convert.errors import IntegrityError
+from gptoss_convert.formats import carried, shards, sidecar, unsupported
+from gptoss_convert.formats import config as configs
+from gptoss_convert.formats.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    Choices,
+    Format,
+    best_variant,
+    read_config,
+)
+from gptoss_convert.formats.config import Config
+from gptoss_convert.formats.openai import OPENAI
+from gptoss_convert.formats.options import ImageOptions
+from gptoss_convert.layouts.model import load_model
+from gptoss_convert.layouts.tables import load_table
+
+_PUBLISHED_BYTES = 4_800_000_000
+
+
+def _recognise(path: Path) -> Path | None:
+    if not (path / CONFIG).exists():
+        return None
+    keys = read_config(path)[1]
+    return path if "model_type" in keys or "architectures" in keys else None
+
+
+def _open(root: Path, choices: Choices) -> Checkpoint:
+    if problem := unsupported.recognise_files(root):
+        raise problem
+    text, content = read_config(root)
+    config = configs.from_hf(str(root / CONFIG), content)
+    chunks, headers = safetensors.read_directory(root)
+    if not chunks:
+        raise IntegrityError(f"{root}: no *.safetensors files beside config.json")
+    if problem := unsupported.recognise_tensors(str(root), chunks):
+        raise problem
+    variant = best_variant(HF.table, config, chunks)
+    notes = [*config.notes, *safetensors.remarks(root, chunks)]
+    if variant == "mis-saved":
+        what = "BF16 experts under the names of packed blocks, as transformers 5.21 to 5.23 save"
+        if not choices.repair:
+            raise IntegrityError(f"{root}: {what}; pass --repair to read them as BF16")
+        notes.append(f"{what}; --repair reads them as BF16")
+    elif ("quantization_config" in content) != (variant == "mxfp4"):
+        says = "has" if "quantization_config" in content else "has no"
+        held = "MXFP4" if variant == "mxfp4" else "BF16"
+        problem = f"{root / CONFIG}: {says} quantization_config, the experts are {held}"
+        if not choices.repair:
+            raise IntegrityError(f"{problem}; pass --repair to go by the tensors")
+        notes.append(problem)
+    scales = sidecar.read(root) if variant != "mxfp4" else None
+    return Checkpoint(
+        HF,
+        variant,
+        root,
+        config,
+        text,
+        chunks,
+        headers,
+        scales,
+        carried=carried.carried_files(root),
+        notes=tuple(notes),
+    )
+
+
+def _listed(names: Set[str]) -> Set[str]:
+    beside = {name for name in names if "/" not in name}
+    return beside | set(filter(sidecar.holds, names)) if CONFIG in beside else frozenset()
+
+
+def _variant(encoding: str, options: ImageOptions) -> str:
+    return encoding
+
+
+def _image(source: Checkpoint, variant: str, options: ImageOptions) -> tuple[Image, list[str]]:
+    weights = shards.image(STYLE, HF.table, source, variant, options)
+    side = carried.sidecar_image(source, variant, options)
+    copies, notes = carried.copies(source, options)
+    closing = [*copies, (CONFIG, _config(source, variant))]
+    files = (*weights.files, *side.files)
+    chunks = (*weights.chunks, *side.chunks)
+    # The index goes last: a reader that sees it may rely on every shard.
+    return Image(files, chunks, (*closing, *side.closing, *weights.closing)), notes
+
+
+def _config(source: Checkpoint, variant: str) -> bytes:
+    """config.json of the target; the MXFP4 source's own bytes where nothing changed since."""
+    base = parse_object(CONFIG, source.hf_config) if source.hf_config else None
+    origin = source.origin() if source.scales is not None else None
+    if variant == "mxfp4" and origin is not None and origin.format == "hf" and origin.config:
+        before = parse_object(f"{sidecar.FOLDER}/{sidecar.ORIGIN}: config", origin.config)
+        config = configs.from_hf(sidecar.ORIGIN, before)
+        unchanged = configs.hf_json(config, before, mxfp4=False).decode()
+        if source.hf_config in (origin.config, unchanged):
+            return origin.config.encode()
+    return configs.hf_json(source.config, base, mxfp4=variant == "mxfp4")
+
+
+def _published(config: Config) -> shards.Published:
+    """Shards in the order of the sorted names of `original/`, at most 4.8 GB each."""
+    sizes = load_model().sizes(config.numbers)
+    holder = {
+        (param, tensor.bound.get("layer")): tensor
+        for tensor in HF.table.tensors("mxfp4", sizes)
+        for param in tensor.rule.params
+    }
+    ordered = [
+        holder[param, original.bound.get("layer")]
+        for original in sorted(OPENAI.table.tensors("mxfp4", sizes), key=lambda t: t.name)
+        for param in original.rule.params
+    ]
+    found = shards.packed([[spec] for spec in shards.specs_of(ordered)], _PUBLISHED_BYTES)
+    last = len(found) - 1
+    return {f"model-{i:05d}-of-{last:05d}.safetensors": shard for i, shard in enumerate(found)}
+
+
+STYLE = shards.Style("hf", "-", "\n", _published)
+HF = Format(
+    "hf",
+    partial(load_table, "hf"),
+    _recognise,
+    _open,
+    _listed,
+    _variant,
+    _image,
+    side="",
+    published=True,
+)

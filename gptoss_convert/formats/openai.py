@@ -1,0 +1,96 @@
+"""OpenAI's `original/`: safetensors in its own names, experts as MXFP4 only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Set
+from functools import partial
+from pathlib import Path
+
+from gptoss_convert.containers import Image, safetensors
+from gptoss_convert.errors import IntegrityError, UsageError
+from gptoss_convert.formats import config as configs
+from gptoss_convert.formats import shards
+from gptoss_convert.formats.checkpoint import CONFIG, Checkpoint, Choices, Format, read_config
+from gptoss_convert.formats.config import Config
+from gptoss_convert.formats.options import ImageOptions
+from gptoss_convert.layouts.model import load_model
+from gptoss_convert.layouts.tables import load_table
+
+_FOLDER = "original"
+_PUBLISHED_BYTES = 10 << 30
+_TAGS = {"blocks": "FP4", "scales": "UE8"}
+
+
+def _recognise(path: Path) -> Path | None:
+    if (path / _FOLDER / CONFIG).exists():
+        return path / _FOLDER
+    if not (path / CONFIG).exists():
+        return None
+    keys = read_config(path)[1]
+    mine = "num_experts" in keys and not {"model_type", "architectures"} & keys.keys()
+    return path if mine else None
+
+
+def _open(root: Path, choices: Choices) -> Checkpoint:
+    _, content = read_config(root)
+    config = configs.from_openai(str(root / CONFIG), content)
+    chunks, headers = safetensors.read_directory(root)
+    if not chunks:
+        raise IntegrityError(f"{root}: no *.safetensors files beside config.json")
+    notes = tuple(safetensors.remarks(root, chunks))
+    return Checkpoint(OPENAI, "mxfp4", root, config, None, chunks, headers, notes=notes)
+
+
+def _listed(names: Set[str]) -> Set[str]:
+    inside = {name for name in names if name.startswith(f"{_FOLDER}/")}
+    beside = {name for name in names if "/" not in name}
+    if f"{_FOLDER}/{CONFIG}" in inside:
+        return inside
+    return beside if CONFIG in beside else frozenset()
+
+
+def _variant(encoding: str, options: ImageOptions) -> str:
+    if options.dtype == "bf16":
+        raise UsageError("--to openai --dtype bf16: OpenAI's layout has MXFP4 experts only")
+    return "mxfp4"
+
+
+def _image(source: Checkpoint, variant: str, options: ImageOptions) -> tuple[Image, list[str]]:
+    weights = shards.image(STYLE, OPENAI.table, source, variant, options)
+    closing = (
+        (CONFIG, configs.openai_json(source.config)),
+        ("dtypes.json", _dtypes_json(source)),
+    )
+    return Image(weights.files, weights.chunks, (*closing, *weights.closing)), []
+
+
+def _dtypes_json(source: Checkpoint) -> bytes:
+    """OpenAI's dtypes.json: one line, in the order of the model."""
+    sizes = load_model().sizes(source.config.numbers)
+    tensors = OPENAI.table.tensors("mxfp4", sizes)
+    return json.dumps(
+        {t.name: _TAGS.get(t.name.rpartition(".")[2], "BF16") for t in tensors}
+    ).encode()
+
+
+def _published(config: Config) -> shards.Published:
+    """Sorted names: one file for 20b, files of at most 10 GiB for 120b."""
+    tensors = OPENAI.table.tensors("mxfp4", load_model().sizes(config.numbers))
+    ordered = shards.specs_of(sorted(tensors, key=lambda t: t.name))
+    limit = _PUBLISHED_BYTES if config.size == "120b" else 1 << 62
+    found = shards.packed([[spec] for spec in ordered], limit)
+    return dict(zip(STYLE.names(len(found)), found, strict=True))
+
+
+STYLE = shards.Style("openai", "--", "", _published)
+OPENAI = Format(
+    "openai",
+    partial(load_table, "openai"),
+    _recognise,
+    _open,
+    _listed,
+    _variant,
+    _image,
+    published=True,
+)
