@@ -16,7 +16,7 @@ from torch import Tensor
 from gptoss_convert.witness import forward
 from gptoss_convert.witness.fp4 import Packed
 from gptoss_convert.witness.model import LayerWeights, ModelConfig
-from gptoss_convert.witness.readers import Reader, SubBlock
+from gptoss_convert.witness.readers import ChangedReader, Reader
 
 Weights = dict[str, Tensor]
 EditLayer = Callable[[int, Weights, ModelConfig], Mapping[str, Tensor]]
@@ -48,27 +48,27 @@ class Mutant:
     """Name of a function of the forward pass, and what replaces it."""
 
 
-class MutantReader:
+class MutantReader(ChangedReader):
     """A reader of `source` with one error; `stale` is a model of the same sizes."""
 
     def __init__(self, source: Reader, mutant: Mutant, stale: Reader):
+        super().__init__(source, mutant.config(source.config))
         self.source, self.mutant, self.stale = source, mutant, stale
-        self.config = mutant.config(source.config)
 
-    def embedding(self) -> Tensor:
+    def _embedding(self) -> Tensor:
         return self.mutant.embedding(self.source.embedding(), self.source.unembedding())
 
-    def unembedding(self) -> Tensor:
+    def _unembedding(self) -> Tensor:
         last = self.stale if self.mutant.stale_from is not None else self.source
         return self.mutant.unembedding(last.unembedding(), self.source.embedding())
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         return self.mutant.norm(self.source.norm())
 
     def prepare(self, index: int) -> None:
-        pass
+        """The source is prepared by itself."""
 
-    def layer(self, index: int) -> LayerWeights:
+    def _layer(self, index: int) -> LayerWeights:
         stale = self.mutant.stale_from is not None and index >= self.mutant.stale_from
         weights = (self.stale if stale else self.source).layer(self.mutant.order(index))
         if self.mutant.packed and index == 1:
@@ -79,9 +79,6 @@ class MutantReader:
             for f in fields(LayerWeights)
         }
         return replace(weights, **self.mutant.layer(index, decoded, self.config))
-
-    def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:
-        return self.source.feeding(index, block)
 
 
 def at(layer: int, edit: Callable[[Weights, ModelConfig], Mapping[str, Tensor]]) -> EditLayer:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gptoss_convert.containers import Chunk
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.witness import fetch
-from gptoss_convert.witness.fetch import Fetcher, runs_of
+from gptoss_convert.witness.fetch import Fetcher, ranges_of
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 5, 6)
@@ -49,9 +49,9 @@ def test_every_box_arrives_whole_from_any_chunks(
     whole, chunks = stored(folder, cuts)
     box = tuple((low, max(high, low + 1)) for low, high in box)
     expected = whole[tuple(slice(*span) for span in box)]
-    runs = runs_of(folder, chunks, box)
-    assert sum(run.nbytes for run in runs) == expected.nbytes
-    found = Fetcher(CPU).read(runs).numpy().view(np.uint16).reshape(expected.shape)
+    ranges = ranges_of(folder, chunks, box)
+    assert sum(one.nbytes for one in ranges) == expected.nbytes
+    found = Fetcher(CPU).read(ranges).numpy().view(np.uint16).reshape(expected.shape)
     assert np.array_equal(found, expected)
 
 
@@ -59,36 +59,36 @@ def test_a_whole_tensor_is_one_run_and_is_read_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, chunks = stored(tmp_path, ((), (), (), ()))
-    runs = runs_of(tmp_path, chunks, tuple((0, n) for n in SHAPE))
-    assert len(runs) == 1
+    ranges = ranges_of(tmp_path, chunks, tuple((0, n) for n in SHAPE))
+    assert len(ranges) == 1
     monkeypatch.setattr(fetch, "PIECE", 100)
-    assert len(list(fetch._batches(runs))) == 8
-    assert Fetcher(CPU).read(runs).numpy().tobytes() == whole.tobytes()
+    assert len(list(fetch._batches(ranges))) == 8
+    assert Fetcher(CPU).read(ranges).numpy().tobytes() == whole.tobytes()
 
 
 def test_what_was_begun_ahead_is_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, chunks = stored(tmp_path, ((1,), (), (), ()))
-    layers = [runs_of(tmp_path, chunks, ((n, n + 1), (0, 4), (0, 5), (0, 6))) for n in range(3)]
+    layers = [ranges_of(tmp_path, chunks, ((n, n + 1), (0, 4), (0, 5), (0, 6))) for n in range(3)]
     fetcher = Fetcher(CPU, max_ahead=2 * 240)
     fetcher.ahead(layers[:2])
     fetcher.ahead(layers[:2])
     fetcher.ahead(layers[2:])  # no room
     assert set(fetcher._ahead) == set(layers[:2])
-    found = [fetcher.read(runs).numpy().tobytes() for runs in layers]
+    found = [fetcher.read(ranges).numpy().tobytes() for ranges in layers]
     assert found == [layer.tobytes() for layer in whole]
     assert not fetcher._ahead
 
 
 def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
     _, chunks = stored(tmp_path, ((), (), (), ()))
-    runs = runs_of(tmp_path, chunks, tuple((0, n) for n in SHAPE))
+    ranges = ranges_of(tmp_path, chunks, tuple((0, n) for n in SHAPE))
     with (tmp_path / "f").open("r+b") as file:
         file.truncate(103)
     message = r"f: truncated: expects 720 bytes at 3, found 100"
     with pytest.raises(IntegrityError, match=message):
-        Fetcher(CPU).read(runs)
+        Fetcher(CPU).read(ranges)
     (tmp_path / "f").unlink()
     with pytest.raises(IntegrityError, match="f: No such file"):
-        Fetcher(CPU).read(runs)
+        Fetcher(CPU).read(ranges)

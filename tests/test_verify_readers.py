@@ -2,27 +2,32 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptoss_convert.containers import Chunk
 from gptoss_convert.containers.torch_dist import read
 from gptoss_convert.errors import CodecError, GptossError, InputError, IntegrityError
+from gptoss_convert.verify.sides import FewerLayers
 from gptoss_convert.witness.configs import Section, megatron_config
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.fp4 import Packed, checked
 from gptoss_convert.witness.hf import HfReader
 from gptoss_convert.witness.megatron import MegatronReader
+from gptoss_convert.witness.mistakes import Mistake, MistakenReader
 from gptoss_convert.witness.model import ModelConfig
 from gptoss_convert.witness.openai import OpenAiReader
-from gptoss_convert.witness.readers import Reader
+from gptoss_convert.witness.readers import ChangedReader, Reader
 from gptoss_convert.witness.walk import Prompts, all_logits
 from tests.test_forward import CPU, sequences
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4, write_megatron, write_openai
@@ -60,8 +65,108 @@ def test_the_same_model_gives_the_same_bits_from_every_layout(
         assert torch.equal(expected, all_logits(reader, prompts, Numerics())), reader
 
 
+@dataclass(frozen=True)
+class Operand:
+    """How an operand of a product lies in memory: what a kernel may be chosen by."""
+
+    product: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    row_major: bool
+    """It, or its transpose, as a weight `[out, in]` is."""
+    misaligned: int
+    """Bytes beyond a multiple of 64."""
+
+    @classmethod
+    def of(cls, product: str, held: Tensor) -> Operand:
+        row_major = held.is_contiguous() or (held.ndim == 2 and held.t().is_contiguous())
+        lies = tuple(held.shape), held.stride(), row_major, held.data_ptr() % 64
+        return cls(product, held.dtype, *lies)
+
+
+class Products(TorchDispatchMode):
+    """Notes every operand of every product, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operands: list[Operand] = []
+
+    def __torch_dispatch__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, func: OpOverload, types: object, args: tuple[Any, ...], kwargs: Any = None
+    ) -> object:
+        name = func.overloadpacket.__name__
+        if name in {"mm", "addmm", "linear", "mv", "addmv", "dot", "bmm", "baddbmm"}:
+            self.operands += [Operand.of(name, one) for one in args if isinstance(one, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def every_reader(folder: Path, shape: TinyShape) -> list[Reader]:
+    """The same model through every reader there is, in every layout that it knows."""
+    weights = random_weights(shape, seed=3)
+    packed = HfReader(write_hf_mxfp4(folder / "mxfp4", shape, weights), CPU)
+    iteration = write_megatron(folder / "mcore" / "iter_0000001", shape, weights, pad_vocab=31)
+    stacked = megatron_tensors(shape, weights)
+    readers = [
+        packed,
+        HfReader(write_hf_bf16(folder / "bf16", shape, weights), CPU),
+        OpenAiReader(write_openai(folder / "original", shape, weights), CPU),
+        megatron_reader(iteration, packed.config),
+        FewerLayers(packed, shape.layers),
+        MistakenReader(packed, Mistake("nothing were wrong")),
+    ]
+    for per_expert in (False, True):
+        keys, place = per_layer(stacked, shape, per_expert), folder / f"flat-{per_expert}"
+        place.mkdir()
+        chunks = flat_chunks(place, keys, halves=True)
+        readers.append(MegatronReader(place, chunks, packed.config, CPU))
+    wide = {name: tensor.float() for name, tensor in stacked.items()}
+    (folder / "wide").mkdir()
+    chunks = flat_chunks(folder / "wide", wide, halves=False)
+    readers.append(MegatronReader(folder / "wide", chunks, packed.config, CPU))
+    return readers
+
+
+def own_subclasses(kind: type) -> set[type]:
+    found = {one for one in kind.__subclasses__() if one.__module__.startswith("gptoss_convert")}
+    return found.union(*map(own_subclasses, found)) if found else set()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("shape", [DISTINCT, SQUARE], ids=["distinct", "square"])
+def test_every_operand_lies_the_same_whichever_reader_it_comes_from(
+    tmp_path: Path, shape: TinyShape, dtype: torch.dtype
+) -> None:
+    prompts, noted = Prompts.of(sequences(shape)[:2], CPU), []
+    readers = every_reader(tmp_path, shape)
+    assert own_subclasses(Reader) - {type(one) for one in readers} == {ChangedReader}
+    for reader in readers:
+        with Products() as products:
+            all_logits(reader, prompts, Numerics(dtype))
+        # Attention multiplies activations, as strided as it likes; all else weights.
+        weighed = [one for one in products.operands if "bmm" not in one.product]
+        assert len(weighed) > 3 * shape.layers * (5 + shape.experts)
+        for one in weighed:
+            assert one.row_major, (reader, one)
+            assert one.misaligned == 0, (reader, one)
+        noted.append(products.operands)
+    assert all(one == noted[0] for one in noted)
+
+
+@pytest.mark.parametrize("shape", [DISTINCT, SQUARE], ids=["distinct", "square"])
+def test_every_reader_hands_out_fresh_tensors(tmp_path: Path, shape: TinyShape) -> None:
+    for reader in every_reader(tmp_path, shape):
+        ends = {name: getattr(reader, name)() for name in ("embedding", "norm", "unembedding")}
+        for name, held in (ends | vars(reader.layer(1))).items():
+            for one in (held.blocks, held.scales) if isinstance(held, Packed) else (held,):
+                assert one.is_contiguous(), (reader, name)
+                assert one.data_ptr() == one.untyped_storage().data_ptr(), (reader, name)
+                assert one.data_ptr() % 64 == 0, (reader, name)
+                assert one.untyped_storage().nbytes() == one.nbytes, (reader, name)
+
+
 def flat_chunks(folder: Path, tensors: dict[str, Tensor], halves: bool) -> list[Chunk]:
-    """Store BF16 tensors raw in one file, whole or as two boxes along the last axis."""
+    """Store BF16 or F32 tensors raw in one file, whole or as two boxes along the last axis."""
     stored, chunks, offset = bytearray(), [], 0
     for name, tensor in tensors.items():
         width = tensor.shape[-1]
@@ -70,8 +175,9 @@ def flat_chunks(folder: Path, tensors: dict[str, Tensor], halves: bool) -> list[
             box = tensor[..., low:high].contiguous()
             start = (0,) * (tensor.ndim - 1) + (low,)
             shape, extent = tuple(tensor.shape), tuple(box.shape)
-            chunks.append(Chunk(name, "BF16", shape, start, extent, "flat.bin", offset))
-            stored += box.view(torch.int16).numpy().tobytes()
+            kind = "BF16" if box.dtype == torch.bfloat16 else "F32"
+            chunks.append(Chunk(name, kind, shape, start, extent, "flat.bin", offset))
+            stored += box.view(torch.uint8).numpy().tobytes()
             offset += box.nbytes
     (folder / "flat.bin").write_bytes(stored)
     return chunks

@@ -6,17 +6,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.witness.configs import Section, hf_config
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.hf import HfReader
 from gptoss_convert.witness.megatron import MegatronReader
-from gptoss_convert.witness.model import LayerWeights, ModelConfig
+from gptoss_convert.witness.model import ModelConfig
 from gptoss_convert.witness.openai import OpenAiReader
-from gptoss_convert.witness.readers import Reader, SubBlock
+from gptoss_convert.witness.readers import ChangedReader, Reader
 
 
 def open_reader(checkpoint: Checkpoint, fetcher: Fetcher, layers: int | None) -> Reader:
@@ -42,36 +40,11 @@ def numbers(checkpoint: Checkpoint) -> ModelConfig:
     return hf_config(Section(json.loads(text), f"{checkpoint.root}: config.json"))
 
 
-class FewerLayers:
+class FewerLayers(ChangedReader):
     """A reader that ends after its first layers: the same head behind a shorter model."""
 
     def __init__(self, reader: Reader, layers: int):
-        self._reader = reader
-        self.config = replace(reader.config, sliding=reader.config.sliding[:layers])
-
-    def embedding(self) -> Tensor:
-        """`[vocab, hidden]`."""
-        return self._reader.embedding()
-
-    def prepare(self, index: int) -> None:
-        """Start to read layer `index`."""
-        self._reader.prepare(index)
-
-    def layer(self, index: int) -> LayerWeights:
-        """The weights of layer `index`."""
-        return self._reader.layer(index)
-
-    def norm(self) -> Tensor:
-        """The final norm's weight, `[hidden]`."""
-        return self._reader.norm()
-
-    def unembedding(self) -> Tensor:
-        """`[vocab, hidden]`."""
-        return self._reader.unembedding()
-
-    def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:
-        """Names of the tensors that feed a sub-block of layer `index`."""
-        return self._reader.feeding(index, block)
+        super().__init__(reader, replace(reader.config, sliding=reader.config.sliding[:layers]))
 
 
 def tokenizer_of(*checkpoints: Checkpoint) -> Path | None:

@@ -24,12 +24,10 @@ PIECE = 16 << 20
 """Bytes that one thread reads at a time."""
 MAX_AHEAD = 2_000_000_000
 """Bytes of a checkpoint that are read before they are needed: a layer of the 20b as BF16."""
-Box = tuple[tuple[int, int], ...]
-"""`[low, high)` on each axis."""
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ByteRange:
     """Bytes that lie together in a file, and where they go."""
 
     path: Path
@@ -54,7 +52,7 @@ class Loading:
 
 
 class Fetcher:
-    """Reads runs of bytes onto one device, by way of page-locked memory if that is a GPU.
+    """Reads ranges of bytes onto one device, by way of page-locked memory if that is a GPU.
 
     At most `max_ahead` bytes are read before they are asked for.
     """
@@ -63,38 +61,38 @@ class Fetcher:
         self.device = device
         self._pinned = device.type == "cuda"
         self._max_ahead = max_ahead
-        self._ahead: dict[tuple[Run, ...], Loading] = {}
+        self._ahead: dict[tuple[ByteRange, ...], Loading] = {}
         self._open: dict[Path, int] = {}
 
     def __del__(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
 
-    def ahead(self, wanted: Sequence[tuple[Run, ...]]) -> None:
+    def ahead(self, wanted: Sequence[tuple[ByteRange, ...]]) -> None:
         """Start to read what `read` will soon be asked for, unless memory is short."""
-        wanted = [runs for runs in wanted if runs not in self._ahead]
+        wanted = [ranges for ranges in wanted if ranges not in self._ahead]
         held = sum(loading.content.numel() for loading in self._ahead.values())
-        if held + sum(run.nbytes for runs in wanted for run in runs) <= self._max_ahead:
-            self._ahead |= {runs: self._begin(runs) for runs in wanted}
+        if held + sum(one.nbytes for ranges in wanted for one in ranges) <= self._max_ahead:
+            self._ahead |= {ranges: self._begin(ranges) for ranges in wanted}
 
-    def read(self, runs: tuple[Run, ...]) -> Tensor:
-        """The bytes of `runs` in one tensor on the device, u8."""
-        content = (self._ahead.pop(runs, None) or self._begin(runs)).wait()
+    def read(self, ranges: tuple[ByteRange, ...]) -> Tensor:
+        """The bytes of `ranges` in one tensor on the device, u8."""
+        content = (self._ahead.pop(ranges, None) or self._begin(ranges)).wait()
         return content.to(self.device, non_blocking=True)
 
-    def _begin(self, runs: tuple[Run, ...]) -> Loading:
-        content = torch.empty(length(runs), dtype=torch.uint8, pin_memory=self._pinned)
+    def _begin(self, ranges: tuple[ByteRange, ...]) -> Loading:
+        content = torch.empty(length(ranges), dtype=torch.uint8, pin_memory=self._pinned)
         view = content.numpy().data
-        for run in runs:
-            if run.path not in self._open:
-                self._open[run.path] = _opened(run.path)
-        pieces = [[(self._open[run.path], run) for run in batch] for batch in _batches(runs)]
+        for one in ranges:
+            if one.path not in self._open:
+                self._open[one.path] = _opened(one.path)
+        pieces = [[(self._open[one.path], one) for one in batch] for batch in _batches(ranges)]
         return Loading(content, [_threads().submit(_fill, piece, view) for piece in pieces])
 
 
-def length(runs: Sequence[Run]) -> int:
-    """Bytes of the tensor that the runs fill."""
-    return max(run.position + run.nbytes for run in runs)
+def length(ranges: Sequence[ByteRange]) -> int:
+    """Bytes of the tensor that the ranges fill."""
+    return max(one.position + one.nbytes for one in ranges)
 
 
 @cache
@@ -109,14 +107,14 @@ def _opened(path: Path) -> int:
         raise IntegrityError(f"{path}: {error.strerror}") from None
 
 
-def _batches(runs: Sequence[Run]) -> Iterator[list[Run]]:
-    """Groups of about PIECE bytes: long runs are cut, short ones are read one after another."""
-    batch: list[Run] = []
+def _batches(ranges: Sequence[ByteRange]) -> Iterator[list[ByteRange]]:
+    """Groups of about PIECE bytes: long ranges are cut, short ones are read one after another."""
+    batch: list[ByteRange] = []
     held = 0
-    for run in runs:
-        for start in range(0, run.nbytes, PIECE):
-            nbytes = min(PIECE, run.nbytes - start)
-            batch.append(Run(run.path, run.offset + start, nbytes, run.position + start))
+    for one in ranges:
+        for start in range(0, one.nbytes, PIECE):
+            nbytes = min(PIECE, one.nbytes - start)
+            batch.append(ByteRange(one.path, one.offset + start, nbytes, one.position + start))
             held += nbytes
             if held >= PIECE:
                 yield batch
@@ -125,29 +123,36 @@ def _batches(runs: Sequence[Run]) -> Iterator[list[Run]]:
         yield batch
 
 
-def _fill(piece: Sequence[tuple[int, Run]], view: memoryview) -> None:
-    for descriptor, run in piece:
+def _fill(piece: Sequence[tuple[int, ByteRange]], view: memoryview) -> None:
+    for descriptor, one in piece:
         done = 0
-        while done < run.nbytes:
-            room = view[run.position + done : run.position + run.nbytes]
+        while done < one.nbytes:
+            room = view[one.position + done : one.position + one.nbytes]
             try:
-                count = os.preadv(descriptor, [room], run.offset + done)
+                count = os.preadv(descriptor, [room], one.offset + done)
             except OSError as error:
-                raise DiskError(f"{run.path}: {error.strerror} at byte {run.offset}") from None
+                raise DiskError(f"{one.path}: {error.strerror} at byte {one.offset}") from None
             if count == 0:
                 raise IntegrityError(
-                    f"{run.path}: truncated: expects {run.nbytes} bytes at {run.offset}, "
+                    f"{one.path}: truncated: expects {one.nbytes} bytes at {one.offset}, "
                     f"found {done}"
                 )
             done += count
 
 
-def runs_of(directory: Path, chunks: Sequence[Chunk], box: Box) -> tuple[Run, ...]:
-    """Where the elements of `box` lie, to be laid out as one row-major tensor of its shape."""
-    return tuple(run for chunk in chunks for run in _chunk_runs(directory, chunk, box))
+def ranges_of(
+    directory: Path, chunks: Sequence[Chunk], box: Sequence[tuple[int, int]]
+) -> tuple[ByteRange, ...]:
+    """Where the elements of `box` lie, to be laid out as one row-major tensor of its shape.
+
+    A box is `[low, high)` on each axis.
+    """
+    return tuple(one for chunk in chunks for one in _chunk_ranges(directory, chunk, box))
 
 
-def _chunk_runs(directory: Path, chunk: Chunk, box: Box) -> Iterator[Run]:
+def _chunk_ranges(
+    directory: Path, chunk: Chunk, box: Sequence[tuple[int, int]]
+) -> Iterator[ByteRange]:
     held = [(start, start + n) for start, n in zip(chunk.start, chunk.extent, strict=True)]
     common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(held, box, strict=True)]
     if any(low >= high for low, high in common):
@@ -155,7 +160,7 @@ def _chunk_runs(directory: Path, chunk: Chunk, box: Box) -> Iterator[Run]:
     item = DTYPE_BYTES[chunk.dtype]
     there = _strides(held, item)
     here = _strides(box, item)
-    # Trailing axes that both sides hold whole are one run together with the axis before them.
+    # Trailing axes that both sides hold whole are one range together with the axis before them.
     axis = len(common)
     while axis > 0 and all(common[axis:] == list(side)[axis:] for side in (held, box)):
         axis -= 1
@@ -166,7 +171,7 @@ def _chunk_runs(directory: Path, chunk: Chunk, box: Box) -> Iterator[Run]:
     path = directory / chunk.file
     for index in product(*(range(low, high) for low, high in common[:axis])):
         corner = (*index, *(low for low, _ in common[axis:]))
-        yield Run(
+        yield ByteRange(
             path,
             chunk.offset + _distance(corner, held, there),
             nbytes,

@@ -23,7 +23,7 @@ from torch.nn import functional
 from gptoss_convert.witness.first_calls import settle_kernels
 from gptoss_convert.witness.fp4 import Packed
 from gptoss_convert.witness.fp8 import rounded
-from gptoss_convert.witness.model import ExpertMatrices, LayerWeights, ModelConfig
+from gptoss_convert.witness.model import ExpertMatrices, LayerWeights, ModelConfig, fresh
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,13 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`x @ weight.T + bias`; the weight comes from `dense`, in the dtype of `x`."""
-    return functional.linear(x, weight, bias.to(x.dtype))
+    """`x @ weight.T + bias`, all of one dtype."""
+    return functional.linear(x, weight, bias)
 
 
 def dense(matrix: ExpertMatrices, dtype: torch.dtype) -> Tensor:
-    """A fresh row-major copy in `dtype`.
-
-    Always a copy: kernels round differently for other strides or alignments, and two layouts of
-    the same weights must give the same bits.
-    """
-    if isinstance(matrix, Packed):
-        return matrix.decode(dtype)
-    return torch.empty(matrix.shape, dtype=dtype, device=matrix.device).copy_(matrix)
+    """The values in `dtype`, fresh, whatever they were stored as: the operand of a product."""
+    return fresh(matrix.decode(dtype) if isinstance(matrix, Packed) else matrix.to(dtype))
 
 
 def attention(
@@ -101,7 +95,7 @@ def attention(
 ) -> Tensor:
     """Causal grouped-query attention with learnable sinks over one sequence, `[S, D]`.
 
-    The four matrices of `weights` come from `dense`.
+    Matrices and biases of `weights` come from `dense`.
     """
     q = linear(x_SD, weights.q_weight, weights.q_bias).unflatten(-1, (-1, config.head_dim))
     k = linear(x_SD, weights.k_weight, weights.k_bias).unflatten(-1, (-1, config.head_dim))
@@ -256,7 +250,7 @@ class Routing:
 
 
 def router(x_TD: Tensor, weights: LayerWeights, config: ModelConfig) -> Routing:
-    """The routing of a residual stream that comes from attention; its matrix is from `dense`."""
+    """The routing of a residual stream that comes from attention; matrix, bias are from `dense`."""
     normed_TD = rms_norm(x_TD, weights.mlp_norm, config.norm_eps)
     router_TE = linear(normed_TD, weights.router_weight, weights.router_bias)
     return Routing(router_TE, *route(router_TE, config))
@@ -289,9 +283,9 @@ def experts(
     atomics: the sum is deterministic on every device.
     """
     sums = [torch.zeros_like(x_TD) for x_TD in batches]
-    places = [places_by_expert(routing.chosen, config.experts) for routing in routings]
+    rows = [rows_by_expert(routing.chosen, config.experts) for routing in routings]
     for e in range(config.experts):
-        met = [n for n, by_expert in enumerate(places) if len(by_expert[e])]
+        met = [n for n, by_expert in enumerate(rows) if len(by_expert[e])]
         if not met:
             continue
         gate_FD, up_FD, down_DF = (
@@ -299,17 +293,17 @@ def experts(
             for matrices in (weights.gate_weight, weights.up_weight, weights.down_weight)
         )
         for n in met:
-            tokens = places[n][e] // config.experts_per_token
+            tokens = rows[n][e] // config.experts_per_token
             x = rounded(batches[n][tokens], config.expert_inputs)
             gate = linear(x, gate_FD, weights.gate_bias[e])
             up = linear(x, up_FD, weights.up_bias[e])
             inner = rounded(swiglu(gate, up, config), config.expert_inputs)
             down = linear(inner, down_DF, weights.down_bias[e])
-            sums[n][tokens] += down * routings[n].shares.flatten()[places[n][e]].unsqueeze(1)
+            sums[n][tokens] += down * routings[n].shares.flatten()[rows[n][e]].unsqueeze(1)
     return sums
 
 
-def places_by_expert(chosen_TA: Tensor, experts: int) -> Sequence[Tensor]:
+def rows_by_expert(chosen_TA: Tensor, experts: int) -> Sequence[Tensor]:
     """For each expert the ascending indices into `chosen_TA`, flattened, where it stands."""
     found = chosen_TA.flatten()
     counts = found.bincount(minlength=experts).tolist()

@@ -13,6 +13,7 @@ from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.fp4 import BLOCK, Packed, checked
 from gptoss_convert.witness.model import ExpertMatrices, LayerWeights
 from gptoss_convert.witness.readers import (
+    Reader,
     StoredTensors,
     SubBlock,
     hf_files,
@@ -20,7 +21,7 @@ from gptoss_convert.witness.readers import (
 )
 
 
-class HfReader:
+class HfReader(Reader):
     """An HF directory; config.json says whether its experts are packed, as for transformers."""
 
     def __init__(self, directory: Path, device: torch.device, fetcher: Fetcher | None = None):
@@ -32,16 +33,13 @@ class HfReader:
         chunks = safetensors_chunks(directory, hf_files(directory))
         self._files = StoredTensors(directory, chunks, fetcher or Fetcher(device))
 
-    def embedding(self) -> Tensor:
-        """`[vocab, hidden]`."""
+    def _embedding(self) -> Tensor:
         return self._vocabulary("model.embed_tokens.weight")
 
-    def norm(self) -> Tensor:
-        """The final norm's weight, `[hidden]`."""
+    def _norm(self) -> Tensor:
         return self._files.read("model.norm.weight", (self.config.hidden,))
 
-    def unembedding(self) -> Tensor:
-        """`[vocab, hidden]`."""
+    def _unembedding(self) -> Tensor:
         return self._vocabulary("lm_head.weight")
 
     def _vocabulary(self, name: str) -> Tensor:
@@ -51,7 +49,7 @@ class HfReader:
         """Start to read layer `index`."""
         self._files.ahead(f"model.layers.{index}.")
 
-    def layer(self, index: int) -> LayerWeights:
+    def _layer(self, index: int) -> LayerWeights:
         """The weights of layer `index`; gate and up are the even and odd rows, or columns."""
         c, prefix = self.config, f"model.layers.{index}"
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim

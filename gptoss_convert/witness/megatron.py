@@ -12,10 +12,10 @@ from gptoss_convert.containers import Chunk
 from gptoss_convert.errors import InputError
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.model import LayerWeights, ModelConfig
-from gptoss_convert.witness.readers import StoredTensors, SubBlock
+from gptoss_convert.witness.readers import Reader, StoredTensors, SubBlock
 
 
-class MegatronReader:
+class MegatronReader(Reader):
     """A torch_dist iteration: stacked keys, a key per layer, or a key per layer and expert.
 
     `config` comes from the caller, since the weights carry none; the vocabulary may be padded.
@@ -57,16 +57,13 @@ class MegatronReader:
     def _layer_key(self, index: int, name: str) -> str:
         return f"decoder.layers.{name}" if self._stacked else f"decoder.layers.{index}.{name}"
 
-    def embedding(self) -> Tensor:
-        """`[vocab, hidden]`, without padding."""
+    def _embedding(self) -> Tensor:
         return self._vocabulary("embedding.word_embeddings.weight")
 
-    def norm(self) -> Tensor:
-        """The final norm's weight, `[hidden]`."""
+    def _norm(self) -> Tensor:
         return self._tensors.read("decoder.final_layernorm.weight", (self.config.hidden,))
 
-    def unembedding(self) -> Tensor:
-        """`[vocab, hidden]`, without padding."""
+    def _unembedding(self) -> Tensor:
         return self._vocabulary("output_layer.weight")
 
     def _vocabulary(self, name: str) -> Tensor:
@@ -82,7 +79,7 @@ class MegatronReader:
         else:
             self._tensors.ahead(f"decoder.layers.{index}.")
 
-    def layer(self, index: int) -> LayerWeights:
+    def _layer(self, index: int) -> LayerWeights:
         """The weights of layer `index`: rows of q, k, v grouped by kv head, fc1 `[gate; up]`."""
         c = self.config
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptoss_convert.witness.forward import dense
 from gptoss_convert.witness.model import LayerWeights, ModelConfig
-from gptoss_convert.witness.readers import Reader, SubBlock
+from gptoss_convert.witness.readers import ChangedReader, Reader
 
 
 def same_weights(layer: LayerWeights) -> LayerWeights:
@@ -118,33 +118,12 @@ MISTAKES: tuple[Mistake, ...] = (
 """Known mistakes, each seen in an engine or one step from one that was."""
 
 
-class MistakenReader:
+class MistakenReader(ChangedReader):
     """A checkpoint as an engine with a mistake takes it."""
 
     def __init__(self, reader: Reader, mistake: Mistake):
-        self._reader, self._mistake = reader, mistake
-        self.config = mistake.config(reader.config)
+        super().__init__(reader, mistake.config(reader.config))
+        self._mistake = mistake
 
-    def embedding(self) -> Tensor:
-        """`[vocab, hidden]`."""
-        return self._reader.embedding()
-
-    def prepare(self, index: int) -> None:
-        """Start to read layer `index`."""
-        self._reader.prepare(index)
-
-    def layer(self, index: int) -> LayerWeights:
-        """The weights of layer `index`, mistaken."""
+    def _layer(self, index: int) -> LayerWeights:
         return self._mistake.weights(self._reader.layer(index))
-
-    def norm(self) -> Tensor:
-        """The final norm's weight, `[hidden]`."""
-        return self._reader.norm()
-
-    def unembedding(self) -> Tensor:
-        """`[vocab, hidden]`."""
-        return self._reader.unembedding()
-
-    def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:
-        """Names of the tensors that feed a sub-block of layer `index`."""
-        return self._reader.feeding(index, block)

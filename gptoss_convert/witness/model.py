@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from gptoss_convert.witness.fp4 import Packed
 
 ExpertMatrices = Tensor | Packed
-"""One matrix per expert, `[expert, out, in]`: any strides, or the same in MXFP4."""
+"""One matrix per expert, `[expert, out, in]`, or the same in MXFP4."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The weights of one layer in any float dtype and any strides.
+    """The weights of one layer in any float dtype.
 
     Matrices are `[out, in]`, those of the experts `[expert, out, in]`, biases `[out]` and
     `[expert, out]`, norms `[hidden]`, sinks `[heads]`.
@@ -79,3 +80,20 @@ class LayerWeights:
     up_bias: Tensor
     down_weight: ExpertMatrices
     down_bias: Tensor
+
+
+T = TypeVar("T", Tensor, Packed)
+
+
+def fresh(held: T) -> T:
+    """`held`, or a copy: row-major, and alone in memory that begins where an allocation does.
+
+    Kernels round differently for other strides or alignments; the same weights must reach them in
+    one form, however a checkpoint stores them.
+    """
+    if isinstance(held, Packed):
+        return Packed(fresh(held.blocks), fresh(held.scales))
+    alone = held.storage_offset() == 0 and held.untyped_storage().nbytes() == held.nbytes
+    if alone and held.is_contiguous():
+        return held
+    return held.clone(memory_format=torch.contiguous_format)

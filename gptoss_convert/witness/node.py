@@ -18,7 +18,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from gptoss_convert.errors import UsageError
 from gptoss_convert.machine.ranks import Ranks
-from gptoss_convert.witness.fetch import Fetcher, Run, length
+from gptoss_convert.witness.fetch import ByteRange, Fetcher, length
 
 NewFetcher = Callable[[int], Fetcher]
 """Makes a fetcher that reads at most so many bytes ahead."""
@@ -86,17 +86,17 @@ class _SharedFetcher(Fetcher):
         super().__init__(device, max_ahead)
         self._ranks = ranks
 
-    def ahead(self, wanted: Sequence[tuple[Run, ...]]) -> None:
+    def ahead(self, wanted: Sequence[tuple[ByteRange, ...]]) -> None:
         """Start to read, where the reading is done."""
         if self._ranks.local_rank == 0:
             super().ahead(wanted)
 
-    def read(self, runs: tuple[Run, ...]) -> Tensor:
-        """The bytes of `runs` in one tensor on the device, u8; raises RankError."""
+    def read(self, ranges: tuple[ByteRange, ...]) -> Tensor:
+        """The bytes of `ranges` in one tensor on the device, u8; raises RankError."""
         if self._ranks.local_rank == 0:
-            content = super().read(runs)
+            content = super().read(ranges)
         else:
-            content = torch.empty(length(runs), dtype=torch.uint8, device=self.device)
+            content = torch.empty(length(ranges), dtype=torch.uint8, device=self.device)
         try:
             distributed.broadcast(content, 0)
         except RuntimeError as error:

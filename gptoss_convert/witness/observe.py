@@ -14,7 +14,7 @@ from gptoss_convert.machine.ranks import Ranks
 from gptoss_convert.witness import forward, metrics
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.metrics import TokenScores
-from gptoss_convert.witness.parity_report import NextTokens, Place, SubBlockError
+from gptoss_convert.witness.parity_report import NextTokens, SubBlockError, TokenPosition
 from gptoss_convert.witness.readers import Reader
 from gptoss_convert.witness.tokens import TokenSequence
 from gptoss_convert.witness.walk import Prompts, State, walk
@@ -127,7 +127,7 @@ class _Batch:
     def note(self, ours: State, theirs: State, n: int, experts: int) -> None:
         """Compare the state after one sub-block, of the batch that is the walk's `n`-th."""
         found = metrics.divergence(ours.values[n], theirs.values[n])
-        where = place(self.sequences, found.position)
+        where = token_position(self.sequences, found.position)
         self.errors.append(
             SubBlockError(
                 layer=ours.layer,
@@ -205,10 +205,10 @@ def _cost(batch: Sequence[TokenSequence]) -> float:
     return sum(n + n * n / 65536 for n in (len(one.tokens) for one in batch))
 
 
-def place(sequences: Sequence[TokenSequence], index: int) -> Place:
+def token_position(sequences: Sequence[TokenSequence], index: int) -> TokenPosition:
     """Sequence and position of the `index`-th of all positions."""
     for one in sequences:
         if index < len(one.tokens):
-            return Place(one.name, index)
+            return TokenPosition(one.name, index)
         index -= len(one.tokens)
     raise IndexError(index)

@@ -12,10 +12,10 @@ from gptoss_convert.witness.configs import openai_config, read_json
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.hf import read_packed
 from gptoss_convert.witness.model import LayerWeights
-from gptoss_convert.witness.readers import StoredTensors, SubBlock, safetensors_chunks
+from gptoss_convert.witness.readers import Reader, StoredTensors, SubBlock, safetensors_chunks
 
 
-class OpenAiReader:
+class OpenAiReader(Reader):
     """An `original/` directory; like OpenAI's code it reads every .safetensors file in it."""
 
     def __init__(self, directory: Path, device: torch.device, fetcher: Fetcher | None = None):
@@ -26,23 +26,20 @@ class OpenAiReader:
         chunks = safetensors_chunks(directory, files)
         self._files = StoredTensors(directory, chunks, fetcher or Fetcher(device))
 
-    def embedding(self) -> Tensor:
-        """`[vocab, hidden]`."""
+    def _embedding(self) -> Tensor:
         return self._files.read("embedding.weight", (self.config.vocab, self.config.hidden))
 
-    def norm(self) -> Tensor:
-        """The final norm's weight, `[hidden]`."""
+    def _norm(self) -> Tensor:
         return self._files.read("norm.scale", (self.config.hidden,))
 
-    def unembedding(self) -> Tensor:
-        """`[vocab, hidden]`."""
+    def _unembedding(self) -> Tensor:
         return self._files.read("unembedding.weight", (self.config.vocab, self.config.hidden))
 
     def prepare(self, index: int) -> None:
         """Start to read layer `index`."""
         self._files.ahead(f"block.{index}.")
 
-    def layer(self, index: int) -> LayerWeights:
+    def _layer(self, index: int) -> LayerWeights:
         """The weights of layer `index`: q, k, v lie one after another, gate and up alternate."""
         c, prefix = self.config, f"block.{index}"
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim

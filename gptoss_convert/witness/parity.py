@@ -20,7 +20,7 @@ from gptoss_convert.witness import forward, metrics
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.limits import Limits, violations
 from gptoss_convert.witness.metrics import KlRange, Summary, TokenScores
-from gptoss_convert.witness.observe import Observed, Pass, place
+from gptoss_convert.witness.observe import Observed, Pass, token_position
 from gptoss_convert.witness.parity_report import (
     LayerReport,
     ParityReport,
@@ -149,8 +149,8 @@ def _report(
         original_length=source.config.rope_original_length,
         kl_by_position=_kl_by_position(positions, scores, source),
         sequences=tuple(SequenceLength(one.name, len(one.tokens)) for one in sequences),
-        worst_kl=place(sequences, int(scores.kl.argmax())),
-        worst_delta=place(sequences, int(scores.max_delta.argmax())),
+        worst_kl=token_position(sequences, int(scores.kl.argmax())),
+        worst_delta=token_position(sequences, int(scores.max_delta.argmax())),
         layers=layers,
         first_over=over,
         source_feeding=source.feeding(over.layer, over.block) if over else (),

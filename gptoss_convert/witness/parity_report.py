@@ -41,7 +41,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class Place:
+class TokenPosition:
     """A position of the token set."""
 
     sequence: str
@@ -88,8 +88,8 @@ class ParityReport:
     kl_by_position: tuple[KlRange, ...]
     """In ranges of half an octave, cut at the window and at the original length."""
     sequences: tuple[SequenceLength, ...]
-    worst_kl: Place
-    worst_delta: Place
+    worst_kl: TokenPosition
+    worst_delta: TokenPosition
     layers: tuple[LayerReport, ...]
     first_over: SubBlockError | None
     """The first sub-block whose error exceeds the limit."""

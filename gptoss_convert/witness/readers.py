@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from gptoss_convert.containers import Chunk, safetensors
 from gptoss_convert.errors import InputError, IntegrityError
-from gptoss_convert.witness.fetch import Fetcher, Run, runs_of
-from gptoss_convert.witness.model import LayerWeights, ModelConfig
+from gptoss_convert.witness.fetch import ByteRange, Fetcher, ranges_of
+from gptoss_convert.witness.model import LayerWeights, ModelConfig, fresh
 
 SubBlock = Literal["attention", "router", "experts"]
 """The parts of a layer after which the residual stream can be observed."""
@@ -27,37 +28,86 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 BYTES = {"U8": torch.uint8}
 
 
-class Reader(Protocol):
-    """A checkpoint as a model: read lazily, one layer at a time, onto one device."""
+class Reader(ABC):
+    """A checkpoint as a model: read lazily, one layer at a time, onto one device.
 
-    @property
-    def config(self) -> ModelConfig:
-        """The numbers of the model."""
-        ...
+    Whatever views a reader makes of what it read, what it hands out is fresh (`model.fresh`): this
+    class alone sees to that.
+    """
 
+    config: ModelConfig
+    """The numbers of the model."""
+
+    @final
     def embedding(self) -> Tensor:
         """`[vocab, hidden]`."""
-        ...
+        return fresh(self._embedding())
+
+    @final
+    def layer(self, index: int) -> LayerWeights:
+        """The weights of layer `index`, counted from 0."""
+        held = dict(vars(self._layer(index)))
+        for name in held:  # one by one: what was read goes as soon as its copies are made
+            held[name] = fresh(held[name])
+        return LayerWeights(**held)
+
+    @final
+    def norm(self) -> Tensor:
+        """The final norm's weight, `[hidden]`."""
+        return fresh(self._norm())
+
+    @final
+    def unembedding(self) -> Tensor:
+        """`[vocab, hidden]`."""
+        return fresh(self._unembedding())
+
+    @abstractmethod
+    def prepare(self, index: int) -> None:
+        """Start to read layer `index`, which will be asked for soon."""
+
+    @abstractmethod
+    def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:
+        """Names, as stored, of the tensors that feed a sub-block of layer `index`."""
+
+    @abstractmethod
+    def _embedding(self) -> Tensor: ...
+
+    @abstractmethod
+    def _layer(self, index: int) -> LayerWeights: ...
+
+    @abstractmethod
+    def _norm(self) -> Tensor: ...
+
+    @abstractmethod
+    def _unembedding(self) -> Tensor: ...
+
+
+class ChangedReader(Reader):
+    """Another reader's model, but for what a subclass changes of it."""
+
+    def __init__(self, reader: Reader, config: ModelConfig):
+        self._reader = reader
+        self.config = config
 
     def prepare(self, index: int) -> None:
         """Start to read layer `index`, which will be asked for soon."""
-        ...
-
-    def layer(self, index: int) -> LayerWeights:
-        """The weights of layer `index`, counted from 0."""
-        ...
-
-    def norm(self) -> Tensor:
-        """The final norm's weight, `[hidden]`."""
-        ...
-
-    def unembedding(self) -> Tensor:
-        """`[vocab, hidden]`."""
-        ...
+        self._reader.prepare(index)
 
     def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:
         """Names, as stored, of the tensors that feed a sub-block of layer `index`."""
-        ...
+        return self._reader.feeding(index, block)
+
+    def _embedding(self) -> Tensor:
+        return self._reader.embedding()
+
+    def _layer(self, index: int) -> LayerWeights:
+        return self._reader.layer(index)
+
+    def _norm(self) -> Tensor:
+        return self._reader.norm()
+
+    def _unembedding(self) -> Tensor:
+        return self._reader.unembedding()
 
 
 class StoredTensors:
@@ -83,7 +133,7 @@ class StoredTensors:
     def ahead(self, start: str, prefix: tuple[int, ...] = ()) -> None:
         """Start to read all tensors whose names begin so, at the leading indices `prefix`."""
         names = [name for name in self._chunks if name.startswith(start)]
-        self._fetcher.ahead([self._runs(name, prefix) for name in names])
+        self._fetcher.ahead([self._ranges(name, prefix) for name in names])
 
     def read(self, name: str, shape: tuple[int, ...], prefix: tuple[int, ...] = ()) -> Tensor:
         """A float tensor, or its part at the leading indices `prefix`, which must have `shape`.
@@ -110,18 +160,18 @@ class StoredTensors:
         kind = self._chunks[name][0].dtype
         if kind not in dtypes:
             raise InputError(f"{name}: expects a dtype of {', '.join(dtypes)}, found {kind}")
-        dtype, runs = dtypes[kind], self._runs(name, prefix)
-        held = sum(run.nbytes for run in runs) // dtype.itemsize
+        dtype, ranges = dtypes[kind], self._ranges(name, prefix)
+        held = sum(one.nbytes for one in ranges) // dtype.itemsize
         if held != math.prod(shape):
             raise IntegrityError(
                 f"{name}: expects {math.prod(shape)} elements at {prefix}, chunks hold {held}"
             )
-        return self._fetcher.read(runs).view(dtype).view(shape)
+        return self._fetcher.read(ranges).view(dtype).view(shape)
 
-    def _runs(self, name: str, prefix: tuple[int, ...]) -> tuple[Run, ...]:
+    def _ranges(self, name: str, prefix: tuple[int, ...]) -> tuple[ByteRange, ...]:
         whole = [(0, length) for length in self.shape(name)[len(prefix) :]]
         box = (*((index, index + 1) for index in prefix), *whole)
-        return runs_of(self._directory, self._chunks[name], box)
+        return ranges_of(self._directory, self._chunks[name], box)
 
 
 def safetensors_chunks(directory: Path, names: Iterable[str]) -> list[Chunk]:

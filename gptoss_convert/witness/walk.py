@@ -75,7 +75,7 @@ def layer_states(
     numerics: Numerics,
 ) -> Iterator[State]:
     """Take the residual stream of each batch through one layer, in place of the one before."""
-    weights = _with_dense_attention(weights, numerics.dtype)
+    weights = _with_operands(weights, numerics.dtype)
     window = config.window if config.sliding[layer] else None
     for n, x_TD in enumerate(streams):
         normed_TD = forward.rms_norm(x_TD, weights.attention_norm, config.norm_eps)
@@ -95,9 +95,16 @@ def layer_states(
     yield State(layer, "experts", streams)
 
 
-def _with_dense_attention(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
-    names = ("q_weight", "k_weight", "v_weight", "o_weight", "router_weight")
-    return replace(weights, **{n: forward.dense(getattr(weights, n), dtype) for n in names})
+def _with_operands(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+    """The weights with every operand of a product dense, but for the matrices of the experts.
+
+    Whole biases, before one expert's is taken: all its rows are aligned as whatever they were
+    stored as.
+    """
+    matrices = [f"{name}_weight" for name in ("q", "k", "v", "o", "router")]
+    biases = [f"{name}_bias" for name in ("q", "k", "v", "o", "router", "gate", "up", "down")]
+    named = {name: forward.dense(getattr(weights, name), dtype) for name in matrices + biases}
+    return replace(weights, **named)
 
 
 def all_logits(reader: Reader, prompts: Prompts, numerics: Numerics) -> Tensor:
