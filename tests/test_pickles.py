@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import functools
 import io
 import os
 import pickle
@@ -85,10 +87,88 @@ def test_a_foreign_global_is_named_and_not_executed(
     hostile = pickle.dumps({"a": [Canary(canary, how)]}, protocol=protocol)
     with pytest.raises(InputError, match=r"^p: pickle refers to \S+; not executed$"):
         pickles.load(hostile, vocabulary, "p")
+    loaded = pickles.load(hostile, vocabulary, "p", open=True)
+    assert isinstance(loaded, dict) and isinstance(loaded["a"][0], Record)
     assert not canary.exists()
     # The bait is live: Python's own reader does take it.
     pickle.loads(hostile)
     assert canary.exists()
+
+
+class Kind(enum.Enum):
+    SOME = "some"
+
+
+class Flag(enum.Flag):
+    ONE = 1
+    TWO = 2
+
+
+class Items(dict[str, int]):
+    """A dict of a trainer's own class."""
+
+
+class Values(list[int]):
+    """A list of a trainer's own class."""
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+class Keywords:
+    """An object that its pickle makes with keywords."""
+
+    def __new__(cls, *, given: int) -> Keywords:
+        return super().__new__(cls)
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, int]]:
+        return (), {"given": 4}
+
+
+def attributed() -> OrderedDict[str, int]:
+    """A dict with attributes of its own, as `Module.state_dict` makes it."""
+    made = OrderedDict(a=1)
+    made._metadata = 1  # pyright: ignore[reportAttributeAccessIssue]
+    return made
+
+
+OWN = {
+    "enum": Kind.SOME,
+    "flags": Flag.ONE | Flag.TWO,
+    "class": Items,
+    "function": attributed,
+    "dict": Items(a=1),
+    "list": Values([1, 2]),
+    "slots": Slotted(3),
+    "keywords": Keywords(given=4),
+    "partial": functools.partial(max, 5),
+    "method": Keywords(given=4).__getnewargs_ex__,
+    "by class": {Items: 1, Kind.SOME: 2},
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("name", OWN)
+def test_what_is_of_a_class_nobody_knows_stays_inert_and_hides_nothing_else(
+    name: str, protocol: int
+) -> None:
+    value = {"before": 1, "own": OWN[name], "after": [2, (3, "text")]}
+    loaded = pickles.load(pickle.dumps(value, protocol=protocol), {}, "p", open=True)
+    assert isinstance(loaded, dict)
+    own = loaded.pop("own")
+    assert loaded == {"before": 1, "after": [2, (3, "text")]}
+    assert isinstance(own, Record | Construct | dict)
+    with pytest.raises(InputError):
+        pickles.load(pickle.dumps(value, protocol=protocol), {}, "p")
+
+
+def test_attributes_of_a_dict_are_dropped() -> None:
+    value = pickles.load(pickle.dumps([attributed(), 2]), COMMON, "p", open=True)
+    assert value == [{"a": 1}, 2]
 
 
 def call(module: bytes, name: bytes, argument: bytes = b"X\x01\x00\x00\x00a") -> bytes:

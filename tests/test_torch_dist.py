@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import io
 import pickle
 import subprocess
@@ -12,6 +13,7 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from gptoss_convert.containers import Image, TensorSpec
 from gptoss_convert.containers.torch_dist import (
+    common,
     extra_state_objects,
     find_iteration,
     image,
@@ -295,3 +298,24 @@ def test_a_nested_state_dict_is_named(tmp_path: Path) -> None:
     save_with_dcp(tmp_path / "it", {"model": {"module.embedding.weight": torch.zeros(2)}})
     with pytest.raises(InputError, match="fsdp_dtensor or torch_dcp"):
         read(tmp_path / "it")
+
+
+class Scope(enum.Enum):
+    LAYER = "layer"
+
+
+class Arguments(argparse.Namespace):
+    """What a trainer calls its namespace."""
+
+
+def test_objects_of_a_trainers_own_classes_leave_the_rest_readable(tmp_path: Path) -> None:
+    write_small(tmp_path / "it", SPECS)
+    args = Arguments(num_layers=4, scope=Scope.LAYER, window=np.int64(7), kind=Scope)
+    torch.save({"args": args, "hook": Scope.LAYER, "iteration": 7}, tmp_path / "it" / "common.pt")
+    found = read(tmp_path / "it").common
+    assert found["iteration"] == 7
+    plain = found["args"]
+    assert isinstance(plain, dict)
+    assert plain.pop("num_layers") == 4
+    assert all(isinstance(value, common.Opaque) for value in plain.values())
+    assert plain["scope"] == plain["kind"] == f"{__name__}.Scope"

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 import pickle
+import re
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -44,6 +45,9 @@ def path(tmp_path: Path) -> Path:
 
 
 def refused(path: Path, kind: type[GptossError], message: str) -> None:
+    """`read` refuses; a message that begins with `^` begins so behind the directory."""
+    if message.startswith("^"):
+        message = f"^{re.escape(str(path))}(/|: )" + message[1:]
     with pytest.raises(kind, match=message) as caught:
         read(path)
     assert type(caught.value) is kind
@@ -86,7 +90,7 @@ def test_a_call_in_metadata_is_not_executed(path: Path, tmp_path: Path) -> None:
 
 def test_a_call_in_common_pt_is_not_executed(path: Path, tmp_path: Path) -> None:
     torch.save({"args": Touch(tmp_path / "canary")}, path / "common.pt")
-    refused(path, InputError, r"^common\.pt: pickle refers to posix\.mkdir; not executed$")
+    assert read(path).common == {"args": "posix.mkdir"}
     assert not (tmp_path / "canary").exists()
 
 
@@ -476,7 +480,7 @@ def test_a_box_given_twice_is_not_two_boxes() -> None:
 def test_a_read_beyond_the_file_allocates_nothing(path: Path) -> None:
     with open_file(path, "metadata.json") as opened:
         for offset, size in ((0, 1 << 60), (1 << 63, 1), (-1, 1), (opened.size, 1)):
-            with pytest.raises(IntegrityError, match=r"^metadata\.json: truncated"):
+            with pytest.raises(IntegrityError, match=r"/metadata\.json: truncated"):
                 opened.read_at(offset, size)
 
 

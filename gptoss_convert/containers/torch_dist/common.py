@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from gptoss_convert.containers.torch_dist import pickles
 from gptoss_convert.containers.torch_dist.items import describe_tensor, pickled_record, strip_root
-from gptoss_convert.containers.torch_dist.machine import Record
+from gptoss_convert.containers.torch_dist.machine import Construct, Record
 from gptoss_convert.containers.torch_dist.stand_ins import COMMON, PATH, Storage
 from gptoss_convert.containers.torch_dist.zips import ReadAt, read_archive
 from gptoss_convert.errors import InputError
@@ -20,12 +20,19 @@ _MAX_TEXT = 1 << 26
 _MAX_DEPTH = 100
 
 
+class Opaque(str):
+    """Stands for a value that is no plain data: the name of its class."""
+
+    __slots__ = ()
+
+
 def parse(read_at: ReadAt, length: int, where: str) -> dict[str, object]:
     """Return the dict in a `torch.save` archive of `length` bytes as plain data.
 
-    Lists, tuples, dicts, strings, numbers, None stay; namespaces become dicts, everything foreign
-    a string. core 0.19 and later wrap the dict in a list of one. InputError for foreign globals,
-    a wrong checksum, and values that expand without bound.
+    Lists, tuples, dicts, strings, numbers, None stay; namespaces become dicts, known enums and
+    paths strings, everything else `Opaque`: trainers keep objects of their own classes there.
+    core 0.19 and later wrap the dict in a list of one. InputError for a wrong checksum, and values
+    that expand without bound.
     """
     archive = read_archive(read_at, length, where)
     members = strip_root(archive.members, where)
@@ -33,12 +40,18 @@ def parse(read_at: ReadAt, length: int, where: str) -> dict[str, object]:
     # Zero stands for "not computed": torch can be told to write none.
     if members["data.pkl"].crc not in (0, zlib.crc32(pickled)):
         raise InputError(f"{where}: data.pkl does not match its checksum")
-    value = _Plain(where).convert(pickles.load(pickled, COMMON, where), 0)
+    value = pickles.load(pickled, COMMON, where, open=True)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected a dict, found {type(value).__name__}")
-    return {str(key): item for key, item in value.items()}
+    args = value.get("args")
+    if isinstance(args, Record) and isinstance(args.state, dict):
+        # Arguments are a namespace, whatever a trainer calls its class.
+        value["args"] = args.state
+    plain = _Plain(where).convert(value, 0)
+    assert isinstance(plain, dict)
+    return {str(key): item for key, item in plain.items()}
 
 
 @dataclass(slots=True)
@@ -63,7 +76,9 @@ class _Plain:
             return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, Record):
             return self.record(value, depth)
-        return f"torch storage {value.dtype}" if isinstance(value, Storage) else "foreign value"
+        if isinstance(value, Storage):
+            return Opaque(f"torch storage {value.dtype}")
+        return Opaque(value.name if isinstance(value, Construct) else "foreign value")
 
     def key(self, key: object) -> object:
         return key if isinstance(key, str | int) else str(self.convert(key, _MAX_DEPTH - 2))[:200]
@@ -76,5 +91,5 @@ class _Plain:
             return str(PurePosixPath(*(part for part in record.args if isinstance(part, str))))
         if record.name == "tensor":
             tensor = describe_tensor(record, self.where)
-            return f"tensor {tensor.dtype} of {math.prod(tensor.shape)} elements"
-        return record.name
+            return Opaque(f"tensor {tensor.dtype} of {math.prod(tensor.shape)} elements")
+        return Opaque(record.name)

@@ -16,7 +16,7 @@ from gptoss_convert.errors import DiskError, IntegrityError
 class OpenFile:
     """A file open for reading; `size` as it was when opened."""
 
-    name: str
+    path: Path
     descriptor: int
     size: int
 
@@ -24,14 +24,14 @@ class OpenFile:
         """Return exactly `size` bytes. IntegrityError, before allocating, if there are fewer."""
         if not 0 <= offset <= offset + size <= self.size:
             raise IntegrityError(
-                f"{self.name}: truncated: {size} bytes expected at {offset} of {self.size}"
+                f"{self.path}: truncated: {size} bytes expected at {offset} of {self.size}"
             )
         try:
             content = os.pread(self.descriptor, size, offset)
         except OSError as error:
-            raise DiskError(f"{self.name}: {error.strerror}") from None
+            raise DiskError(f"{self.path}: {error.strerror}") from None
         if len(content) != size:
-            raise IntegrityError(f"{self.name}: became shorter while it was read")
+            raise IntegrityError(f"{self.path}: became shorter while it was read")
         return content
 
 
@@ -40,4 +40,4 @@ def open_file(directory: Path, name: str) -> Iterator[OpenFile]:
     """Open a file of a checkpoint directory for as long as the context lasts."""
     with open_inside(directory, name) as stream:
         descriptor = stream.fileno()
-        yield OpenFile(name, descriptor, os.fstat(descriptor).st_size)
+        yield OpenFile(directory / name, descriptor, os.fstat(descriptor).st_size)

@@ -47,11 +47,16 @@ F8 = struct.Struct(">d")
 
 
 class Machine:
-    """Stack, marks and memo of one pickle. `stack` holds what was pushed since the last mark."""
+    """Stack, marks and memo of one pickle. `stack` holds what was pushed since the last mark.
 
-    def __init__(self, pickled: bytes, vocabulary: Vocabulary) -> None:
+    Where `open`, a global outside the vocabulary becomes a record too, and so does whatever the
+    pickle makes of such records: nothing of them is imported, called or looked up.
+    """
+
+    def __init__(self, pickled: bytes, vocabulary: Vocabulary, *, open: bool = False) -> None:
         self.pickled = pickled
         self.vocabulary = vocabulary
+        self.open = open
         self.position = 0
         self.stack: list[object] = []
         self.below: list[list[object]] = []
@@ -132,31 +137,45 @@ class Machine:
         return items
 
     def resolve(self, module: object, name: object) -> None:
-        """Push what the vocabulary holds for a global; InputError for any other global."""
+        """Push what stands for a global; InputError for an unknown one, unless `open`."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise InputError("pickle names a global by something other than strings")
         full = f"{module}.{name}"
-        if full not in self.vocabulary:
+        if full in self.vocabulary:
+            self.stack.append(self.vocabulary[full])
+        elif self.open:
+            self.build(recorded(ascii(full)[1:-1][:200]))
+        else:
             raise InputError(f"pickle refers to {ascii(full)[1:-1][:200]}; not executed")
-        self.stack.append(self.vocabulary[full])
 
     def construct(self, args: object) -> None:
         """Replace the class on the stack by what its stand-in makes of `args`."""
         callee = self.stack.pop()
+        if self.open and isinstance(callee, Record):
+            callee = recorded(callee.name)
         if not isinstance(callee, Construct) or not isinstance(args, tuple):
             raise InputError("pickle calls something other than a known class; not executed")
         self.build(callee.make(args))
 
+    def construct_with_keywords(self, args: object, keywords: object) -> None:
+        """The same for a class that is given keywords as well, which only an inert one may be."""
+        if keywords != {} and not self.open:
+            raise InputError("pickle constructs with keywords")
+        self.construct(args)
+
     def append(self, items: list[object]) -> None:
         """Extend the list on the stack."""
         target = self.stack[-1]
-        if type(target) is not list:
+        if type(target) is list:
+            target.extend(items)
+        elif not self._inert(target):
             raise InputError("pickle appends to something other than a list")
-        target.extend(items)
 
     def set_items(self, items: list[object]) -> None:
         """Update the dict on the stack from alternating keys and values."""
         target = self.stack[-1]
+        if self._inert(target):
+            return
         if type(target) is not dict or len(items) % 2:
             raise InputError("pickle sets items of something other than a dict")
         for key in items[::2]:
@@ -168,12 +187,23 @@ class Machine:
         """Give the instance below the top of the stack its state."""
         state = self.stack.pop()
         target = self.stack[-1]
-        if not isinstance(target, Record):
+        if isinstance(target, Record):
+            target.state = state
+        # A dict may carry attributes beside its items, as the one of `Module.state_dict` does.
+        elif not (self.open and type(target) is dict):
             raise InputError("pickle sets the state of something other than a known class")
-        target.state = state
+
+    def _inert(self, target: object) -> bool:
+        """Whether items are dropped: the target stands for a list or dict of an unknown class."""
+        return self.open and isinstance(target, Record)
 
 
-_FLAT = (str, int, float, bytes, Record, type(None))
+_FLAT = (str, int, float, bytes, Record, Construct, type(None))
+
+
+def recorded(name: str) -> Construct:
+    """A stand-in that keeps what it is given, and does nothing with it."""
+    return Construct(name, lambda args: Record(name, args))
 
 
 def text(encoded: bytes) -> str:

@@ -1,8 +1,8 @@
 """A pickle reader that can build plain values and stand-ins, and nothing else.
 
 It interprets the opcodes itself: no global is ever resolved and no object is ever called, except
-the constructors of a closed vocabulary that the caller hands in. Memory stays in proportion to the
-length of the pickle: every length is checked against the bytes present before it is used.
+the constructors of a vocabulary that the caller hands in. Memory stays in proportion to the length
+of the pickle: every length is checked against the bytes present before it is used.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from gptoss_convert.errors import GptossError, InputError, IntegrityError
 _STOP = ord(".")
 
 
-def load(pickled: bytes, vocabulary: Vocabulary, where: str) -> object:
+def load(pickled: bytes, vocabulary: Vocabulary, where: str, *, open: bool = False) -> object:
     """Return the value of a pickle, foreign classes replaced by what `vocabulary` makes of them.
 
-    Raises InputError for a global outside the vocabulary, for opcodes that Python's own pickler
-    (protocols 2 to 5) does not write and beyond the limits above; IntegrityError if truncated.
+    A global outside the vocabulary becomes an inert `Record` where `open`, else an InputError.
+    Raises InputError for opcodes that Python's own pickler (protocols 2 to 5) does not write and
+    beyond the limits above; IntegrityError if truncated.
     """
     if len(pickled) > MAX_BYTES:
         raise InputError(f"{where}: pickle of {len(pickled)} bytes; at most {MAX_BYTES} are read")
-    machine = Machine(pickled, vocabulary)
+    machine = Machine(pickled, vocabulary, open=open)
     try:
         return _run(machine)
     except GptossError as error:
@@ -131,9 +132,7 @@ def _stack_global(m: Machine) -> None:
 
 def _new_with_keywords(m: Machine) -> None:
     keywords, args = m.stack.pop(), m.stack.pop()
-    if keywords != {}:
-        raise InputError("pickle constructs with keywords")
-    m.construct(args)
+    m.construct_with_keywords(args, keywords)
 
 
 def _add_items(m: Machine) -> None:

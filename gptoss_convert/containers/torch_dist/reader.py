@@ -41,7 +41,7 @@ def read(iteration_dir: Path) -> TorchDist:
     Raises InputError for foreign globals in a pickle, unsafe paths and unsupported dtypes,
     IntegrityError for missing files, truncation, and chunks that overlap or leave gaps.
     """
-    content = metadata.parse(_metadata_bytes(iteration_dir), ".metadata")
+    content = metadata.parse(_metadata_bytes(iteration_dir), str(iteration_dir / ".metadata"))
     _require_plain_keys(iteration_dir, content)
     weights = [tensor for tensor in content.tensors if kind_of(tensor.name) == "weight"]
     kinds = [kind_of(tensor.name) for tensor in content.tensors]
@@ -50,7 +50,7 @@ def read(iteration_dir: Path) -> TorchDist:
     _require_files(iteration_dir, content)
     _require_disjoint(content, iteration_dir)
     for tensor in weights:
-        _require_weight(tensor)
+        _require_weight(iteration_dir, tensor)
     chunks = tuple(_chunks(weights, _locate(iteration_dir, weights)))
     state = _common(iteration_dir, content)
     saver = _saved_by(iteration_dir, state)
@@ -114,23 +114,24 @@ def _require_disjoint(content: Metadata, directory: Path) -> None:
         if item.file != file:
             file, size, reached = item.file, (directory / item.file).stat().st_size, 0
         if item.offset < reached:
-            raise IntegrityError(f"{file}: items of {previous} and {name} overlap")
+            where = directory / file
+            raise IntegrityError(f"{where}: items of {previous} and {name} overlap")
         reached, previous = item.offset + item.length, name
         if reached > size:
+            where = directory / file
             raise IntegrityError(
-                f"{file}: truncated: {name} ends at byte {reached}, the file at {size}"
+                f"{where}: truncated: {name} ends at byte {reached}, the file at {size}"
             )
 
 
-def _require_weight(tensor: StoredTensor) -> None:
+def _require_weight(directory: Path, tensor: StoredTensor) -> None:
+    where = f"{directory}: {tensor.name}"
     if tensor.dtype not in DTYPE_NAMES:
-        raise InputError(
-            f"{tensor.name}: dtype {tensor.dtype}; supported: {', '.join(DTYPE_NAMES)}"
-        )
+        raise InputError(f"{where}: dtype {tensor.dtype}; supported: {', '.join(DTYPE_NAMES)}")
     try:
         require_tiling(tensor.shape, tensor.items.keys())
     except (InputError, IntegrityError) as error:
-        raise type(error)(f"{tensor.name}: {error}") from None
+        raise type(error)(f"{where}: {error}") from None
 
 
 def _locate(directory: Path, tensors: Iterable[StoredTensor]) -> dict[Item, int]:
@@ -140,9 +141,10 @@ def _locate(directory: Path, tensors: Iterable[StoredTensor]) -> dict[Item, int]
     locator = ItemLocator()
     offsets: dict[Item, int] = {}
     for file, group in groupby(parts, key=lambda part: part[0].file):
+        path = str(directory / file)
         with open_file(directory, file) as opened:
             for item, box, tensor in group:
-                where = f"{file}: {tensor.name} at {box.start}"
+                where = f"{path}: {tensor.name} at {box.start}"
                 offsets[item] = locator.locate(
                     opened.read_at, item, tensor.dtype, box.extent, where
                 )
@@ -162,11 +164,11 @@ def _common(directory: Path, content: Metadata) -> dict[str, object]:
     """Return the common state: of the file if present, as Megatron's loaders prefer it."""
     if (directory / "common.pt").is_file():
         with open_file(directory, "common.pt") as opened:
-            return common.parse(opened.read_at, opened.size, "common.pt")
+            return common.parse(opened.read_at, opened.size, str(directory / "common.pt"))
     item = content.objects.get(COMMON_STATE)
     if item is None:
         return {}
-    where = f"{item.file}: {COMMON_STATE}"
+    where = f"{directory / item.file}: {COMMON_STATE}"
     with open_file(directory, item.file) as opened:
         return common.parse(within(opened.read_at, item, where), item.length, where)
 

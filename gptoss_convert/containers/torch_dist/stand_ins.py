@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptoss_convert.containers.torch_dist.machine import Construct, Record, Vocabulary
+from gptoss_convert.containers.torch_dist.machine import Construct, Vocabulary, recorded
 from gptoss_convert.errors import InputError
 
 DTYPE_NAMES: dict[str, str] = {
@@ -52,12 +52,8 @@ PATH = "pathlib.PurePath"
 """Name of a path's `Record`, whose arguments are the path's parts."""
 
 
-def _record(name: str) -> Construct:
-    return Construct(name, lambda args: Record(name, args))
-
-
 def _records(module: str, *names: str) -> dict[str, object]:
-    return {f"{module}.{name}": _record(f"{module}.{name}") for name in names}
+    return {f"{module}.{name}": recorded(f"{module}.{name}") for name in names}
 
 
 def _enums(module: str, *names: str) -> dict[str, object]:
@@ -110,7 +106,7 @@ def _layout(args: tuple[object, ...]) -> str:
 _DCP = "torch.distributed.checkpoint"
 _DTYPES: dict[str, object] = {name: name for name in (*DTYPE_NAMES, *_OTHER_DTYPES)}
 _PATHS: dict[str, object] = {
-    f"{module}.{name}": _record(PATH)
+    f"{module}.{name}": recorded(PATH)
     for module in ("pathlib", "pathlib._local")
     for name in ("PosixPath", "PurePosixPath")
 }
@@ -141,7 +137,7 @@ METADATA: Vocabulary = {
 
 TENSOR: Vocabulary = {
     **{name: Storage(dtype) for name, dtype in _STORAGES.items()},
-    "torch._utils._rebuild_tensor_v2": _record("tensor"),
+    "torch._utils._rebuild_tensor_v2": recorded("tensor"),
     "collections.OrderedDict": Construct("OrderedDict", _mapping),
 }
 """Globals of a tensor written by `torch.save`."""
