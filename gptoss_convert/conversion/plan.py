@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers import Image, content_size
-from gptoss_convert.containers.refs import FileRef
+from gptoss_convert.containers.refs import Copied, FileRef
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.publish import check_target
 from gptoss_convert.engine.steps import Plan, make_plan
@@ -45,6 +45,12 @@ class Conversion:
     notes: tuple[str, ...]
     places: Places = field(default_factory=dict)
     """Where the directories of a repository lie once its files are at hand."""
+
+    @cached_property
+    def reads(self) -> Set[FileRef]:
+        """Every file that the conversion reads."""
+        files = {extent.file for step in self.plan.steps for extent in step.sources}
+        return files | {c.file for _, c in self.image.closing if isinstance(c, Copied)}
 
     @cached_property
     def write_bytes(self) -> int:

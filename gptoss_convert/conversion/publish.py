@@ -167,6 +167,11 @@ def work_path(target: Path) -> Path:
     return target.parent / f".{target.name}.gptoss-convert"
 
 
+def shards_path(target: Path) -> Path:
+    """The hidden directory that holds a repository's shards while they are converted."""
+    return target.parent / f"{work_path(target).name}.shards"
+
+
 def journal_path(target: Path, rank: int = 0) -> Path:
     """The journal of one of the ranks that write TARGET; a run alone is rank 0."""
     name = f"{work_path(target).name}.journal"

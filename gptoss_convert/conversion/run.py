@@ -8,7 +8,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from gptoss_convert.conversion.publish import (
     check_absent,
     journal_path,
     locked_journal,
+    shards_path,
     work_path,
     workspace,
 )
@@ -124,8 +125,9 @@ def run(
             )
         from gptoss_convert.hub.fetch import fetched
 
-        with fetched(conversion, progress) as (ready, stream):
-            return _run(_Job(ready, progress, stream, ranks))
+        folder = shards_path(conversion.target) if conversion.options.stream else None
+        with fetched(conversion.source, conversion.reads, folder, progress) as (places, stream):
+            return _run(_Job(replace(conversion, places=places), progress, stream, ranks))
     return _run(_Job(conversion, progress, source, ranks))
 
 

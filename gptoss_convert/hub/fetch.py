@@ -5,12 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from gptoss_convert.containers.refs import Copied
-from gptoss_convert.conversion.plan import Conversion
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint, casts
 from gptoss_convert.hub.bars import PIECE, bar_type
@@ -26,32 +24,25 @@ _AT_ONCE = 4
 
 @contextmanager
 def fetched(
-    conversion: Conversion, progress: Progress
-) -> Iterator[tuple[Conversion, ShardStream | None]]:
-    """The same conversion with SOURCE's files at hand: all of them, or shard by shard."""
-    source, options = conversion.source, conversion.options
+    source: Checkpoint, files: Set[FileRef], folder: Path | None, progress: Progress
+) -> Iterator[tuple[Places, ShardStream | None]]:
+    """Where these files of a repository's checkpoint lie: all of them, or all but its shards.
+
+    Those come one by one into `folder`, if there is one, through the stream.
+    """
     if source.repository is None or source.outline is None:
         raise UsageError(f"{source.place}: not a repository on the Hub")
-    listing = resolve(source.repository)
-    weights = weight_files(source) if not options.stream else frozenset()
-    root = snapshot(listing, source, weights, progress)
-    ready = replace(conversion, places=_places(conversion, source.outline, root))
-    if not options.stream:
-        yield ready, None
-        return
-    folder = conversion.target.parent / f".{conversion.target.name}.gptoss-convert.shards"
-    yield ready, ShardStream(listing, ready, folder)
-
-
-def _places(conversion: Conversion, outline: Path, root: Path) -> Places:
-    """Where the directories that the plan names lie in the snapshot."""
-    used = {extent.file.root for step in conversion.plan.steps for extent in step.sources}
-    used |= {c.file.root for _, c in conversion.image.closing if isinstance(c, Copied)}
-    return {
-        folder: root / folder.relative_to(outline)
-        for folder in used
-        if folder.is_relative_to(outline)
+    listing, outline = resolve(source.repository), source.outline
+    weights = weight_files(source)
+    root = snapshot(listing, source, frozenset() if folder else weights, progress)
+    mine = {file.root for file in files if file.root.is_relative_to(outline)}
+    places = {place: root / place.relative_to(outline) for place in mine}
+    shards = {
+        file: name
+        for file in files
+        if file.root in mine and (name := file.path.relative_to(outline).as_posix()) in weights
     }
+    yield places, ShardStream(listing, shards, places, folder) if folder else None
 
 
 def snapshot(listing: Listing, source: Checkpoint, weights: Set[str], progress: Progress) -> Path:

@@ -11,13 +11,12 @@ from types import TracebackType
 from typing import Self
 
 from gptoss_convert.containers.refs import FileRef
-from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import NetworkError
 from gptoss_convert.formats import sidecar
 from gptoss_convert.hub.bars import bar_type
 from gptoss_convert.hub.client import Listing, cached, download
-from gptoss_convert.machine.files import Arena, SourceFiles
+from gptoss_convert.machine.files import Arena, Places, SourceFiles
 
 
 @dataclass(frozen=True)
@@ -70,19 +69,15 @@ def schedule(plan: Plan, steps: Iterable[int], streamed: Iterable[FileRef]) -> S
 class ShardStream:
     """A byte source whose shards come one by one; at most two of adjacent ones lie on the disk."""
 
-    def __init__(self, listing: Listing, conversion: Conversion, folder: Path) -> None:
-        """Nothing is downloaded before `begin`; `folder` holds shards."""
+    def __init__(
+        self, listing: Listing, shards: Mapping[FileRef, str], places: Places, folder: Path
+    ) -> None:
+        """Nothing is downloaded before `begin`; the shards, by name in the repository, come into
+        `folder`, and all other files lie in `places`."""
         self._listing = listing
         self._folder = folder
-        outline = conversion.source.outline
-        self._paths = {
-            file: file.path.relative_to(outline).as_posix()
-            for step in conversion.plan.steps
-            for file in (extent.file for extent in step.sources)
-            if outline is not None and file.root.is_relative_to(outline)
-        }
-        """By file, its path in the repository."""
-        self._others = SourceFiles(conversion.places)
+        self._paths = shards
+        self._others = SourceFiles(places)
         self._files: dict[FileRef, SourceFiles] = {}
         self._left: set[int] = set()
         self._schedule = Schedule((), {})
