@@ -26,21 +26,20 @@ _BLOCK = 32 << 20
 def convert(source: str, target: str, to: str, dtype: str, leave_out: str = "nothing") -> Result:
     """A conversion; `leave_out` kernels (I/O alone), or digests (no CRC, fingerprint, checks)."""
     from gptoss_convert import Options, plan
-    from gptoss_convert.codecs import mxfp4
+    from gptoss_convert.codecs.stats import ScaleStatistics
     from gptoss_convert.conversion.run import run
-    from gptoss_convert.engine import anomalies as oddities
     from gptoss_convert.engine import execute
-    from gptoss_convert.engine.compute import Share
-    from gptoss_convert.engine.fingerprint import ScaleStatistics
+    from gptoss_convert.engine.records import Anomalies, Digest, Effect
+    from gptoss_convert.engine.work import Work
 
     if leave_out in {"kernels", "digests"}:
         nothing = type("NoChecksum", (), {"crc32": staticmethod(lambda *_: 0)})
         execute.isal_zlib = nothing
-        execute.share = lambda *_: Share(None, True)
-        execute.statistics = lambda *_: ScaleStatistics()
-        execute.examine = lambda *_: oddities.Oddities()
+        Work.digest = lambda self, encoded: Digest(None, True)
+        Work.statistics = lambda self: ScaleStatistics()
+        execute.examine = lambda *_: Anomalies()
     if leave_out == "kernels":
-        execute.compute = lambda *_: mxfp4.EncodeStats()
+        Work.run = lambda self, chain: Effect()
     # A case of its own: the program loads its kernels while it plans.
     execute.warm()
     began = time.monotonic()

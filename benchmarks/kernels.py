@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_convert.codecs import mxfp4
+from gptoss_convert.codecs.mxfp4 import CODEC, jit, relayout
+from gptoss_convert.codecs.mxfp4 import codec as mxfp4
 from gptoss_convert.engine.fingerprint import fingerprint, packed_fingerprint
 
 INTER, HIDDEN = 2880, 2880
@@ -96,7 +97,7 @@ def variants() -> dict[str, Call]:
     pairs = across.reshape(HIDDEN, INTER, 2).transpose(2, 1, 0)
     normal = rng.normal(size=straight.shape).astype(np.float32)
     rounded = np.zeros_like(straight)
-    mxfp4.cast(normal, rounded)
+    relayout.cast(normal, rounded)
     box, lengths = ((0, ROWS), (0, HIDDEN)), (ROWS, HIDDEN)
     split = halves.transpose(1, 0, 2), (INTER, 2, GROUPS)
     return {
@@ -111,10 +112,12 @@ def variants() -> dict[str, Call]:
         "encode, straight, every block rounded": lambda: mxfp4.encode(rounded, packed, exponents),
         "encode, across": lambda: mxfp4.encode(across.T, packed, exponents),
         "encode, across, hints": lambda: mxfp4.encode(across.T, packed, exponents, scales),
-        "relayout, transpose and split": lambda: mxfp4.copy(pairs, halves),
-        "relayout, join and transpose": lambda: mxfp4.copy(halves, pairs),
+        "relayout, transpose and split": lambda: relayout.copy(pairs, halves),
+        "relayout, join and transpose": lambda: relayout.copy(halves, pairs),
         "fingerprint": lambda: fingerprint(straight, box, lengths, -1),
-        "fingerprint of MXFP4": lambda: packed_fingerprint(blocks, scales, box, lengths, -1),
+        "fingerprint of MXFP4": lambda: packed_fingerprint(
+            CODEC, {"blocks": blocks, "scales": scales}, box, lengths, -1
+        ),
         **peer(blocks, scales),
         **bridge(blocks, scales, straight),
     }
@@ -123,7 +126,7 @@ def variants() -> dict[str, Call]:
 def measured(rounds: int) -> dict[str, list[float]]:
     """Processor seconds of each variant, one a round; a round before them warms up."""
     calls = variants()
-    mxfp4.warm()
+    jit.kernels()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name in random.sample(list(calls), len(calls)):

@@ -22,16 +22,17 @@ from numpy.typing import NDArray
 
 from gptoss_convert.containers import DTYPE_BYTES
 from gptoss_convert.containers.refs import FileRef
-from gptoss_convert.engine.compute import compute
-from gptoss_convert.engine.parts import Part, cast, lay_out, read
-from gptoss_convert.engine.steps import TILE_BYTES, Step, member_box
+from gptoss_convert.engine.buffers import Part, StepReader
+from gptoss_convert.engine.derivations import choose
+from gptoss_convert.engine.steps import TILE_BYTES, Step
+from gptoss_convert.engine.work import Work
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, casts
 from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.layouts.extents import Extent, overlap, volume
 from gptoss_convert.layouts.layout import Box
 from gptoss_convert.layouts.model import Family, load_model
-from gptoss_convert.machine.files import Arena, ByteSource, SourceFiles
+from gptoss_convert.machine.files import Arena, SourceFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,8 +152,8 @@ class Parameter:
     @property
     def stored_as(self) -> str:
         """`MXFP4` if it is decoded, else the dtype in the files: `BF16`, `U8`, `F32`, `F16`."""
-        if any(extent.param != self.name for extent in self.extents):
-            return "MXFP4"
+        if encoding := self.family.stored({extent.param for extent in self.extents}):
+            return encoding.codec.name.upper()
         return ", ".join(sorted({extent.dtype for extent in self.extents}))
 
     @property
@@ -192,32 +193,27 @@ class Parameter:
         """The elements of `box`; BF16 as its bits."""
         dtype = np.uint16 if self.dtype == "BF16" else np.uint8
         values = np.empty([hi - lo for lo, hi in box], dtype)
-        arena = Arena(0)
+        reader = StepReader(self._files, 0)
         whole = Part(self.extents[0], box, -1, values)
+        stored: dict[str, list[Extent]] = defaultdict(list)
+        for extent in self.extents:
+            stored[extent.param].append(extent)
+        recipe = choose(self.family, stored, [self.name])
         for tile, held in _tiles(self.family, box, self.extents) if values.size else ():
-            step = Step(self.family, self.shape, tile, tuple(held), ())
-            parts = _read_step(step, self._files, arena)
-            compute(step, parts, {self.name: [Part(held[0], tile, -1, whole.view(tile))]})
+            step = Step(recipe, self.shape, tile, tuple(held), ())
+            reader.begin(step.source_bytes())
+            parts, _ = reader.read(step, held)
+            place = Part(held[0], tile, -1, whole.view(tile))
+            Work(step, parts, {self.name: [place]}).run((*recipe.first, *recipe.by_piece))
         self._files.require_unchanged()
         return values
-
-
-def _read_step(step: Step, files: ByteSource, arena: Arena) -> dict[str, list[Part]]:
-    """What the step's sources hold of its box, by parameter."""
-    arena.reset(step.source_bytes())
-    parts: dict[str, list[Part]] = defaultdict(list)
-    for part in lay_out(step, step.sources, arena):
-        read(part, files, arena)
-        cast(part)
-        parts[part.extent.param].append(part)
-    return parts
 
 
 def _tiles(
     family: Family, box: Box, extents: Sequence[Extent]
 ) -> Iterator[tuple[Box, Sequence[Extent]]]:
     """Boxes of bounded size, each with the extents that reach into it; rows are never cut."""
-    held = [e for e in extents if overlap(e.box, member_box(family, e.param, box))]
+    held = [e for e in extents if overlap(e.box, family.box(e.param, box))]
     axis = next((axis for axis, (lo, hi) in enumerate(box[:-1]) if hi - lo > 1), None)
     if 2 * volume(box) <= TILE_BYTES or axis is None:
         yield box, held
@@ -235,11 +231,12 @@ def _held(extents: Sequence[Extent]) -> Iterator[tuple[Family, Sequence[Extent]]
         held[extent.param].append(extent)
     model = load_model()
     for family in model.families.values():
-        weight, *packed = family.members
-        yield family, held.get(weight) or [e for member in packed for e in held[member]]
-        for member in packed:
-            if member in held:
-                yield Family(member, model.params[member]), held[member]
+        stored = family.stored(held)
+        params = (family.weight,) if stored is None else stored.params
+        yield family, [extent for param in params for extent in held[param]]
+        for param in family.members[1:]:
+            if param in held:
+                yield Family(param, model.params[param]), held[param]
 
 
 def _resolve(parameter: Parameter, index: Index) -> tuple[Box, tuple[int | slice, ...]]:

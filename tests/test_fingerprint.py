@@ -8,7 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from gptoss_convert.engine.fingerprint import axis_weights, fingerprint, scale_statistics
+from gptoss_convert.codecs.mxfp4.sums import scale_statistics
+from gptoss_convert.engine.fingerprint import axis_weights, fingerprint
 from gptoss_convert.layouts.layout import Box
 
 LENGTHS = (2, 3, 4, 2, 160)

@@ -46,11 +46,13 @@ def others(path: Path) -> set[str]:
 TABLES = {"layouts", "formats", "engine", "conversion", "compare", "codecs"}
 ARROWS: dict[str, set[str]] = {
     "witness": TABLES,
-    "codecs": {"containers", "witness", *(TABLES - {"codecs"})},
+    "codecs": {"containers", "machine", "witness", *(TABLES - {"codecs"})},
     "containers": {"witness", *TABLES},
-    "layouts": {"witness", *(TABLES - {"layouts"})},
+    "layouts": {"codecs.mxfp4", "witness", *(TABLES - {"layouts", "codecs"})},
     "engine": {"formats", "conversion", "compare", "witness"},
-    "engine.steps": {"engine.execute", "machine", "codecs"},
+    "engine.steps": {"engine.execute", "engine.work", "machine", "codecs"},
+    "engine.derivations": {"engine.execute", "machine"},
+    "engine.records": {"engine", "machine", "layouts"},
     "machine": {"witness", *TABLES},
     "errors": {"containers", *TABLES},
 }

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from gptoss_convert.codecs import mxfp4
-from gptoss_convert.engine.fingerprint import fingerprint, packed_fingerprint
+from gptoss_convert.codecs.mxfp4 import CODEC
+from gptoss_convert.codecs.mxfp4 import codec as mxfp4
+from gptoss_convert.engine.fingerprint import fingerprint
+from gptoss_convert.engine.fingerprint import packed_fingerprint as of_members
 from gptoss_convert.errors import CodecError
 
 RNG = np.random.default_rng(5)
@@ -16,12 +18,16 @@ def decoded(blocks, scales):
     return values
 
 
+def packed_fingerprint(blocks, scales, box, lengths, layer):
+    return of_members(CODEC, {"blocks": blocks, "scales": scales}, box, lengths, layer)
+
+
 @pytest.mark.parametrize("layer", [-1, 0])
 @pytest.mark.parametrize("odd", [False, True], ids=["usual scales", "every scale"])
 @pytest.mark.parametrize("jit", [True, False], ids=["kernel", "by pieces"])
 def test_equals_the_fingerprint_of_the_values(layer, odd, jit, monkeypatch) -> None:
     if not jit:
-        monkeypatch.setattr("gptoss_convert.engine.fingerprint.jit.kernels", lambda: None)
+        monkeypatch.setattr("gptoss_convert.codecs.mxfp4.sums.jit.kernels", lambda: None)
     rows = 1 if layer == 0 else 3
     blocks = RNG.integers(0, 256, (rows, 7, 5, 16), dtype=np.uint8)
     scales = RNG.integers(0 if odd else 2, 253, (rows, 7, 5), dtype=np.uint8)
@@ -51,7 +57,7 @@ def test_every_byte_of_a_block_counts(byte: int) -> None:
 
 @pytest.mark.parametrize("weight", [0x7FFF7FFF7FFF7FFF, 0x8000800080008000, (1 << 64) - 1])
 def test_the_largest_values_and_weights_do_not_overflow(weight: int) -> None:
-    kernels = pytest.importorskip("gptoss_convert.engine.fingerprint_kernels")
+    kernels = pytest.importorskip("gptoss_convert.codecs.mxfp4.sum_kernels")
     blocks, scales = np.full(70 * 16, 0xFF, np.uint8), np.full(70, 252, np.uint8)
     starts, columns = np.zeros(1, np.int64), np.full(70 * 32, weight, np.uint64)
     row = np.ones(1, np.uint64)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from gptoss_convert.codecs import mxfp4
+from gptoss_convert.codecs.mxfp4 import relayout
 
 
 def numbered(shape: tuple[int, ...], dtype: type = np.uint16) -> np.ndarray:
@@ -18,11 +18,11 @@ def test_gate_and_up_are_split_and_joined_while_transposing(hidden: int, inter: 
     interleaved = numbered((hidden, 2 * inter))
     halves = np.zeros((2, inter, hidden), np.uint16)
     pairs = interleaved.reshape(hidden, inter, 2).transpose(2, 1, 0)
-    mxfp4.copy(pairs, halves)
+    relayout.copy(pairs, halves)
     np.testing.assert_array_equal(halves[0], interleaved[:, 0::2].T)
     np.testing.assert_array_equal(halves[1], interleaved[:, 1::2].T)
     joined = np.zeros_like(interleaved)
-    mxfp4.copy(halves, joined.reshape(hidden, inter, 2).transpose(2, 1, 0))
+    relayout.copy(halves, joined.reshape(hidden, inter, 2).transpose(2, 1, 0))
     np.testing.assert_array_equal(joined, interleaved)
 
 
@@ -32,17 +32,17 @@ def test_every_permutation_of_axes_arrives(shape: tuple[int, ...], dtype: type) 
     source = numbered(shape, dtype)
     for order in itertools.permutations(range(3)):
         target = np.zeros([shape[axis] for axis in order], dtype)
-        mxfp4.copy(source.transpose(order), target)
+        relayout.copy(source.transpose(order), target)
         np.testing.assert_array_equal(target, source.transpose(order))
         back = np.zeros(shape, dtype)
-        mxfp4.copy(target, back.transpose(order))
+        relayout.copy(target, back.transpose(order))
         np.testing.assert_array_equal(back, source)
 
 
 def test_nothing_is_written_beside_the_view() -> None:
     source = numbered((90, 50))
     memory = np.full((60, 100), 0x5A5A, np.uint16)
-    mxfp4.copy(source.T, memory[3:53, 5:95])
+    relayout.copy(source.T, memory[3:53, 5:95])
     np.testing.assert_array_equal(memory[3:53, 5:95], source.T)
     memory[3:53, 5:95] = 0x5A5A
     assert (memory == 0x5A5A).all()
@@ -53,10 +53,10 @@ def test_sliced_backward_unaligned_and_read_only_views_are_copied() -> None:
     source.flags.writeable = False
     for view in source[::2, 1::3].T, source[::-1, 10:].T, source[5:70, 3:].T:
         target = np.zeros(view.shape, np.uint16)
-        mxfp4.copy(view, target)
+        relayout.copy(view, target)
         np.testing.assert_array_equal(target, view)
     odd = np.zeros(source.nbytes + 1, np.uint8)[1:].view(np.uint16).reshape(120, 200)
-    mxfp4.copy(source.T, odd)
+    relayout.copy(source.T, odd)
     np.testing.assert_array_equal(odd, source.T)
 
 
@@ -65,7 +65,7 @@ def test_numpy_and_kernel_copy_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     target = np.zeros((66, 65), np.uint16)
     with monkeypatch.context() as patch:
         patch.setattr(np, "copyto", None)  # the kernel does it: numpy is not asked
-        mxfp4.copy(source.T, target)
+        relayout.copy(source.T, target)
     np.testing.assert_array_equal(target, source.T)
 
 
@@ -73,9 +73,9 @@ def test_copies_between_shapes_or_dtypes_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"target: expected uint16 \(2, 3\), found uint16 \(3, 2\)"
     ):
-        mxfp4.copy(np.zeros((2, 3), np.uint16), np.zeros((3, 2), np.uint16))
+        relayout.copy(np.zeros((2, 3), np.uint16), np.zeros((3, 2), np.uint16))
     with pytest.raises(ValueError, match=r"target: expected uint16 \(2,\), found uint8 \(2,\)"):
-        mxfp4.copy(np.zeros(2, np.uint16), np.zeros(2, np.uint8))
+        relayout.copy(np.zeros(2, np.uint16), np.zeros(2, np.uint8))
 
 
 def test_casts_round_to_nearest_even_as_torch_does() -> None:
@@ -87,7 +87,7 @@ def test_casts_round_to_nearest_even_as_torch_does() -> None:
     source = bits.view(np.float32)
     finite_or_infinite = ~np.isnan(source)
     target = np.zeros(source.shape, np.uint16)
-    changed = mxfp4.cast(source, target)
+    changed = relayout.cast(source, target)
     expected = torch.from_numpy(source).to(torch.bfloat16)
     same = expected.view(torch.uint16).numpy()
     np.testing.assert_array_equal(target[finite_or_infinite], same[finite_or_infinite])
@@ -101,8 +101,8 @@ def test_half_precision_is_cast_through_its_exact_value() -> None:
     every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     every = every[~np.isnan(every)]
     half, single = np.zeros(every.shape, np.uint16), np.zeros(every.shape, np.uint16)
-    changed = mxfp4.cast(every, half)
-    assert changed == mxfp4.cast(every.astype(np.float32), single)
+    changed = relayout.cast(every, half)
+    assert changed == relayout.cast(every.astype(np.float32), single)
     np.testing.assert_array_equal(half, single)
     assert changed == np.count_nonzero(every.astype(np.float32).view(np.uint32) & 0xFFFF)
 
@@ -110,13 +110,13 @@ def test_half_precision_is_cast_through_its_exact_value() -> None:
 def test_casts_between_strided_views_of_several_chunks() -> None:
     source = np.random.default_rng(2).normal(size=(300, 500)).astype(np.float32)
     target = np.zeros((500, 300), np.uint16)
-    assert mxfp4.cast(source, target.T) == np.count_nonzero(source.view(np.uint32) & 0xFFFF)
+    assert relayout.cast(source, target.T) == np.count_nonzero(source.view(np.uint32) & 0xFFFF)
     expected = np.zeros((300, 500), np.uint16)
-    mxfp4.cast(source, expected)
+    relayout.cast(source, expected)
     np.testing.assert_array_equal(target.T, expected)
-    assert mxfp4.cast(source[:0], target[:, :0].T) == 0
+    assert relayout.cast(source[:0], target[:, :0].T) == 0
 
 
 def test_casts_between_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"target: expected shape \(2, 3\), found \(3, 2\)"):
-        mxfp4.cast(np.zeros((2, 3), np.float32), np.zeros((3, 2), np.uint16))
+        relayout.cast(np.zeros((2, 3), np.float32), np.zeros((3, 2), np.uint16))

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from gptoss_convert.containers import Chunk
 from gptoss_convert.containers.refs import FileRef
-from gptoss_convert.engine.execute import Done, execute, places
+from gptoss_convert.engine.execute import execute, places
+from gptoss_convert.engine.records import Done
 from gptoss_convert.engine.steps import Plan, make_plan
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.layouts.extents import Extent, extents, volume

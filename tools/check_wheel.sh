@@ -20,11 +20,11 @@ cd "$away"
 PATH="$away/venv/bin:$PATH"
 tables=$(python -c 'import gptoss_convert.mappings as m; print(m.__path__[0])')
 case $tables in "$checkout"*) echo "error: the checkout's tables were imported: $tables"; exit 1 ;; esac
-for table in "$checkout"/mappings/*.toml; do
-    cmp "$table" "$tables/$(basename "$table")"
+for table in "$checkout"/mappings/*.toml "$checkout"/mappings/*/*.toml; do
+    cmp "$table" "$tables/${table#"$checkout"/mappings/}"
 done
 test -f "$(dirname "$tables")/py.typed"
-test -f "$(dirname "$tables")/verify/texts/ids.json"
+test -f "$(dirname "$tables")/witness/texts/ids.json"
 gptoss-convert synth mxfp4 --model tiny
 gptoss-convert convert mxfp4 bf16 --to hf --dtype bf16
 gptoss-convert convert bf16 back --to hf --dtype mxfp4

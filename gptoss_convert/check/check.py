@@ -21,8 +21,8 @@ from gptoss_convert.conversion.manifest import (
     joined_crc,
     read_manifest,
 )
-from gptoss_convert.engine import anomalies as oddities
-from gptoss_convert.engine.execute import Region
+from gptoss_convert.engine.anomalies import is_vector, tensors_of, zero_matrices
+from gptoss_convert.engine.records import Region
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.formats import releases, sidecar
@@ -246,11 +246,11 @@ def _judge(
 
 
 def _odd_values(opened: Checkpoint, plan: Plan, seen: Iterable[Seen]) -> Iterator[str]:
-    found = {result.step: result.oddities for result in seen}
+    found = {result.step: result.anomalies for result in seen}
     yield from (f"{opened.root}: {odd.first}" for odd in found.values() if odd.nonfinite)
-    zeros = [m for m in oddities.zero_matrices(plan, found) if not oddities.is_vector(m[0])]
+    zeros = [m for m in zero_matrices(plan, found) if not is_vector(m[0])]
     if zeros:
-        names = fold(oddities.tensors_of(plan, zeros))
+        names = fold(tensors_of(plan, zeros))
         yield f"{opened.root}: {len(zeros)} weight matrices are zero throughout, in {names}"
 
 

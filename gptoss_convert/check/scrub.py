@@ -1,4 +1,4 @@
-"""Reading a checkpoint once more: CRC-32 of its bytes, fingerprints and oddities of its values."""
+"""Reading a checkpoint once more: CRC-32 of its bytes, fingerprints and anomalies of its values."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 from isal import isal_zlib
 
-from gptoss_convert.codecs.mxfp4 import EncodeStats
-from gptoss_convert.engine.anomalies import Oddities, examine
-from gptoss_convert.engine.compute import Share, share
-from gptoss_convert.engine.execute import Region
+from gptoss_convert.codecs.stats import EncodeStats
+from gptoss_convert.engine.anomalies import examine
+from gptoss_convert.engine.buffers import Part, StepReader
 from gptoss_convert.engine.fingerprint import MASK
-from gptoss_convert.engine.parts import Part, cast, lay_out, read
+from gptoss_convert.engine.records import Anomalies, Digest, Region
 from gptoss_convert.engine.steps import Plan, make_plan
+from gptoss_convert.engine.work import Work
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.formats.checkpoint import Checkpoint, casts
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.machine import resources
-from gptoss_convert.machine.files import Arena, SourceFiles
+from gptoss_convert.machine.files import SourceFiles
 from gptoss_convert.machine.progress import Progress
 from gptoss_convert.machine.threads import run_all
 
@@ -33,7 +33,7 @@ class Seen:
     regions: tuple[Region, ...]
     """Their files by the names that the manifest has for them."""
     fingerprint: int
-    oddities: Oddities
+    anomalies: Anomalies
     problem: str | None
     """Why the values do not decode."""
 
@@ -79,32 +79,28 @@ class _Worker:
     def __init__(self, plan: Plan, files: SourceFiles, base: Path, room: int) -> None:
         self._plan = plan
         self._base = base
-        self._files = files
-        self._room = room
-        self._arena = Arena(room)
+        self._reader = StepReader(files, room)
 
     def run(self, number: int) -> tuple[Seen, int]:
         step = self._plan.steps[number]
-        self._arena.reset(self._room)
-        held: dict[str, list[Part]] = defaultdict(list)
         regions: list[Region] = []
-        nbytes = 0
-        for part in lay_out(step, step.sources, self._arena):
-            nbytes += read(part, self._files, self._arena)
-            regions.extend(self._regions(part))
-            cast(part)
-            held[part.extent.param].append(part)
-        mark, problem = Share(None, True), None
+        self._reader.begin()
+        held, nbytes = self._reader.read(
+            step, step.sources, lambda part: regions.extend(self._regions(part))
+        )
+        work = Work(step, held, {})
+        work.run(step.recipe.first)
+        digest, problem = Digest(None, True), None
         try:
-            mark = share(step, held, held, EncodeStats())
+            digest = work.digest(EncodeStats())
         except IntegrityError as error:
             problem = str(error)
-        oddities = examine(step, held, mark.finite)
-        found = Seen(number, tuple(regions), mark.fingerprint or 0, oddities, problem)
+        anomalies = examine(work, digest.finite)
+        found = Seen(number, tuple(regions), digest.fingerprint or 0, anomalies, problem)
         return found, nbytes
 
     def _regions(self, part: Part) -> Iterator[Region]:
-        memory = memoryview(self._arena.memory)
+        memory = memoryview(self._reader.arena.memory)
         for offset, position, length in part.runs():
             crc = isal_zlib.crc32(memory[position : position + length])
             place = part.extent.file.path.relative_to(self._base).as_posix()

@@ -1,1 +1,1 @@
-"""Encodings of expert weights: how values become stored bytes and come back."""
+"""Codecs: how a weight is stored otherwise than as BF16 values; each in a folder of its own."""

@@ -14,7 +14,7 @@ from gptoss_convert.layouts.model import load_model
 Place = tuple[str, int | None]
 """A weight, and its layer if it has layers."""
 Contents = Mapping[Place, Sequence[Extent]]
-"""Where each weight of each layer lies: its own extents, or those of its blocks and scales."""
+"""Where each weight of each layer lies: its own extents, or those of an encoding."""
 
 
 def contents_of(checkpoint: Checkpoint) -> tuple[Contents, list[str]]:
@@ -49,22 +49,23 @@ def _by_layer(extent: Extent) -> Iterator[tuple[int | None, Extent]]:
 
 
 def _weights(held: Mapping[Place, list[Extent]]) -> Iterator[tuple[Place, list[Extent]]]:
-    """By weight: its own extents, else those of its blocks and scales if both are there."""
+    """By weight: its own extents, else those of an encoding that is all there."""
     layers = {layer for _, layer in held}
     for family in load_model().families.values():
-        weight, *packed = family.members
+        weight = family.weight
         for layer in layers:
+            stored = family.stored({param for param in family.members if (param, layer) in held})
             if (weight, layer) in held:
                 yield (weight, layer), held[weight, layer]
-            elif packed and all((member, layer) in held for member in packed):
-                yield (weight, layer), [e for m in packed for e in held[m, layer]]
+            elif stored:
+                yield (weight, layer), [e for param in stored.params for e in held[param, layer]]
 
 
 def encoding_of(weight: str, contents: Contents) -> str:
     """`MXFP4`, or the dtype that a weight is stored in."""
     held = [e for (name, _), found in contents.items() if name == weight for e in found]
-    if any(extent.param != weight for extent in held):
-        return "MXFP4"
+    if encoding := load_model().families[weight].stored({extent.param for extent in held}):
+        return encoding.codec.name.upper()
     return ", ".join(sorted({extent.dtype for extent in held}))
 
 

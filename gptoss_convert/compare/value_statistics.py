@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss_convert.compare.diagnosis import Bits
-from gptoss_convert.engine.parts import Parts
+from gptoss_convert.engine.buffers import Parts
 from gptoss_convert.engine.steps import Step
 
 _AT_ONCE = 1 << 18
@@ -74,7 +74,8 @@ def step_statistics(step: Step, ours: Bits, theirs: Bits, held: Sequence[Parts])
 
 
 def _scales(step: Step, held: Parts) -> tuple[int, ...]:
-    parts = held.get(step.family.scales or "", ())
+    guides = (part for param in step.family.guides for part in held.get(param, ()))
+    parts = [part for part in guides if part.array.itemsize == 1]
     if not parts:
         return ()
     counts = sum(np.bincount(part.array.reshape(-1), minlength=256) for part in parts)
@@ -82,7 +83,7 @@ def _scales(step: Step, held: Parts) -> tuple[int, ...]:
 
 
 def _energies(step: Step, ours: Bits, theirs: Bits) -> Iterator[tuple[int, Energy]]:
-    if step.family.blocks is None:
+    if not step.family.encodings:
         yield -1, _energy(ours, theirs)
         return
     axis = step.family.axes.index("expert")

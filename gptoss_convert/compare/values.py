@@ -85,9 +85,11 @@ def _stored(checkpoint: Checkpoint) -> list[Extent]:
     found = checkpoint.extents()
     held = {extent.param for extent in found}
     lone = {
-        family.scales
+        param
         for family in load_model().families.values()
-        if family.blocks is not None and family.blocks not in held
+        for encoding in family.encodings
+        if family.stored(held) is not encoding
+        for param in encoding.params
     }
     return [extent for extent in found if extent.param not in lone]
 

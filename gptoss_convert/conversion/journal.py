@@ -14,16 +14,14 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptoss_convert.codecs.mxfp4 import EncodeStats
-from gptoss_convert.engine.anomalies import Oddities
-from gptoss_convert.engine.execute import Done, Region
-from gptoss_convert.engine.fingerprint import ScaleStatistics
+from gptoss_convert.codecs.stats import EncodeStats, ScaleStatistics
+from gptoss_convert.engine.records import Anomalies, Done, Region
 from gptoss_convert.errors import DiskError, UsageError
 from gptoss_convert.machine.files import disk_error
 
 SCHEMA = 3
 _MAX_BYTES = 1 << 30
-Part = TypeVar("Part", Region, ScaleStatistics, EncodeStats, Oddities)
+Part = TypeVar("Part", Region, ScaleStatistics, EncodeStats, Anomalies)
 
 
 class Journal:
@@ -131,8 +129,8 @@ def _lines(descriptor: int) -> tuple[list[Any], int]:
 def _done(record: Any) -> Done | None:
     """A finished step; None if the record is no such thing: the step is then done again."""
     try:
-        step, regions, fingerprint, scales, encoded, cast_values, oddities = record
-        odd = _part(Oddities, oddities)
+        step, regions, fingerprint, scales, encoded, cast_values, anomalies = record
+        odd = _part(Anomalies, anomalies)
         done = Done(
             step,
             tuple(_part(Region, region) for region in regions),
@@ -140,7 +138,7 @@ def _done(record: Any) -> Done | None:
             _part(ScaleStatistics, scales),
             _part(EncodeStats, encoded),
             cast_values,
-            Oddities(odd.nonfinite, odd.first, tuple(odd.zeros)),
+            Anomalies(odd.nonfinite, odd.first, tuple(odd.zeros)),
         )
     except (TypeError, ValueError):
         return None

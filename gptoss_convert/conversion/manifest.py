@@ -12,12 +12,13 @@ from typing import Any
 
 from isal import isal_zlib
 
+from gptoss_convert.codecs.stats import ScaleStatistics
 from gptoss_convert.containers import FileImage, Image, content_size
 from gptoss_convert.containers.paths import read_text, safe_name
 from gptoss_convert.containers.strict_json import parse_object
-from gptoss_convert.engine import anomalies as oddities
-from gptoss_convert.engine.execute import Done, Region
-from gptoss_convert.engine.fingerprint import ScaleStatistics, combine
+from gptoss_convert.engine import anomalies
+from gptoss_convert.engine.fingerprint import combine
+from gptoss_convert.engine.records import Done, Region
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.formats.checkpoint import MANIFEST
@@ -112,7 +113,7 @@ def manifest(
         "files": files,
         "parameters": _parameters(plan, done.values()),
         "mxfp4": _scales(plan, done.values()),
-        "oddities": oddities.summary(plan, {n: result.oddities for n, result in done.items()}),
+        "oddities": anomalies.summary(plan, {n: result.anomalies for n, result in done.items()}),
     }
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 

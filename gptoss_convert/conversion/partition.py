@@ -15,7 +15,8 @@ from typing import Any
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.conversion.publish import journal_path, locked_journal, work_path
 from gptoss_convert.conversion.resume import same_bytes
-from gptoss_convert.engine.execute import Done, Region, places
+from gptoss_convert.engine.execute import places
+from gptoss_convert.engine.records import Done, Region
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import DiskError, UsageError
 from gptoss_convert.machine.files import PAGE, Arena, SourceFiles

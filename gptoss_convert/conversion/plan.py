@@ -175,7 +175,7 @@ def _with_reference(source: Checkpoint, held: list[Extent], path: Path) -> list[
     reference = open_checkpoint(path)
     if reference.config.numbers != source.config.numbers:
         raise UsageError(f"--scales {path}: another size of model than {source.root}")
-    wanted = {family.scales for family in load_model().families.values()}
+    wanted = {param for family in load_model().families.values() for param in family.guides}
     lent = [e for e in reference.extents() if e.param in wanted]
     if not lent:
         raise UsageError(f"--scales {path}: holds no MXFP4 scales")

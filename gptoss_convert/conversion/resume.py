@@ -8,7 +8,8 @@ from pathlib import Path
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.conversion.publish import work_path
-from gptoss_convert.engine.execute import Done, Region, places
+from gptoss_convert.engine.execute import places
+from gptoss_convert.engine.records import Done, Region
 from gptoss_convert.errors import DiskError, IntegrityError
 from gptoss_convert.machine.files import Arena, SourceFiles
 from gptoss_convert.machine.progress import Progress

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.codecs.mxfp4 import EncodeStats
+from gptoss_convert.codecs.stats import EncodeStats, ScaleStatistics
 from gptoss_convert.conversion import manifest
 from gptoss_convert.conversion.journal import Journal, recorded
 from gptoss_convert.conversion.options import Options
@@ -34,9 +34,9 @@ from gptoss_convert.conversion.publish import (
     workspace,
 )
 from gptoss_convert.conversion.resume import intact
-from gptoss_convert.engine import anomalies as oddities
-from gptoss_convert.engine.execute import Done, execute
-from gptoss_convert.engine.fingerprint import ScaleStatistics
+from gptoss_convert.engine.anomalies import is_vector, tensors_of, zero_matrices
+from gptoss_convert.engine.execute import execute
+from gptoss_convert.engine.records import Done
 from gptoss_convert.errors import CodecError, IntegrityError, UsageError
 from gptoss_convert.hub.stream import ShardStream
 from gptoss_convert.layouts.folding import fold
@@ -298,21 +298,21 @@ def _reading(
 
 def _refuse_nonfinite(conversion: Conversion, batch: Iterable[Done]) -> None:
     for result in batch:
-        if result.oddities.nonfinite and not conversion.options.allow_nonfinite:
+        if result.anomalies.nonfinite and not conversion.options.allow_nonfinite:
             raise IntegrityError(
-                f"{conversion.source.place}: {result.oddities.first}; "
+                f"{conversion.source.place}: {result.anomalies.first}; "
                 "pass --allow-nonfinite to keep such values"
             )
 
 
 def _refuse_zeros(conversion: Conversion, done: Mapping[int, Done]) -> None:
-    found = {number: result.oddities for number, result in done.items()}
-    zeros = oddities.zero_matrices(conversion.plan, found)
-    weights = [matrix for matrix in zeros if not oddities.is_vector(matrix[0])]
+    found = {number: result.anomalies for number, result in done.items()}
+    zeros = zero_matrices(conversion.plan, found)
+    weights = [matrix for matrix in zeros if not is_vector(matrix[0])]
     if weights and not conversion.options.allow_zero:
         raise IntegrityError(
             f"{conversion.source.place}: {len(weights)} weight matrices are zero throughout, in "
-            f"{fold(oddities.tensors_of(conversion.plan, weights))}; "
+            f"{fold(tensors_of(conversion.plan, weights))}; "
             "pass --allow-zero to keep them"
         )
 

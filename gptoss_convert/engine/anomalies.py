@@ -8,46 +8,39 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gptoss_convert.containers import DTYPE_BYTES
+from gptoss_convert.engine.buffers import Array, Part
 from gptoss_convert.engine.fingerprint import EXPONENT
-from gptoss_convert.engine.parts import Array, Part, Parts
+from gptoss_convert.engine.records import Anomalies
 from gptoss_convert.engine.steps import Plan, Step
+from gptoss_convert.engine.work import Work
 
 Matrix = tuple[str, int, int]
 """Weight, layer and expert (0 where there are none) of one matrix or vector."""
 
 
-@dataclass(frozen=True, slots=True)
-class Oddities:
-    """What one step found; a parameter without experts counts as expert 0."""
-
-    nonfinite: int = 0
-    first: str = ""
-    """Tensor, place and value of the first infinity or NaN."""
-    zeros: tuple[int, ...] = ()
-    """Experts of which all that the step holds is zero."""
-
-
-def examine(step: Step, held: Parts, finite: bool) -> Oddities:
-    """What is odd in what a step has read, BF16 bits or blocks of MXFP4; `finite`: no infinity or
-    NaN is among it."""
-    family = step.family
+def examine(work: Work, finite: bool) -> Anomalies:
+    """What is odd in the values that a step holds, BF16 bits or an encoding; `finite`: no infinity
+    or NaN is among them."""
+    family, recipe = work.step.family, work.step.recipe
     axis = family.axes.index("expert") if "expert" in family.axes else -1
-    experts = range(*step.box[axis]) if axis >= 0 else range(1)
-    parts, mask = held.get(family.weight, ()), 0x7FFF
-    nonfinite, first = 0, ""
-    for part in () if finite else parts:
-        count, where = _nonfinite(step, part)
-        nonfinite, first = nonfinite + count, first or where
-    if not parts:
-        parts, mask = held.get(family.blocks or "", ()), 0x77
+    experts = range(*work.step.box[axis]) if axis >= 0 else range(1)
+    parts: Sequence[Part] = ()
+    mask, nonfinite, first = 0x7FFF, 0, ""
+    if recipe.has_values:
+        parts = work.held[family.weight]
+        for part in () if finite else parts:
+            count, where = _nonfinite(work.step, part)
+            nonfinite, first = nonfinite + count, first or where
+    elif recipe.measured is not None:
+        member, mask = recipe.measured.codec.magnitudes
+        parts = work.held[recipe.measured.param(member)]
     zeros = (expert for expert in experts if _all_zero(parts, axis, expert, mask))
-    return Oddities(nonfinite, first, tuple(zeros))
+    return Anomalies(nonfinite, first, tuple(zeros))
 
 
 def _all_zero(parts: Sequence[Part], axis: int, expert: int, mask: int) -> bool:
@@ -88,12 +81,12 @@ def _nonfinite(step: Step, part: Part) -> tuple[int, str]:
     )
 
 
-def zero_matrices(plan: Plan, found: Mapping[int, Oddities]) -> list[Matrix]:
-    """The matrices and vectors that are zero throughout, from the oddities of all steps."""
+def zero_matrices(plan: Plan, found: Mapping[int, Anomalies]) -> list[Matrix]:
+    """The matrices and vectors that are zero throughout, from those of all steps."""
     suspects = {
         (plan.steps[number].family.weight, plan.steps[number].layer, expert)
-        for number, oddities in found.items()
-        for expert in oddities.zeros
+        for number, odd in found.items()
+        for expert in odd.zeros
     }
     if suspects:
         for number, step in enumerate(plan.steps):
@@ -120,12 +113,12 @@ def tensors_of(plan: Plan, matrices: Iterable[Matrix]) -> list[str]:
     return sorted({extent.tensor for step in steps for extent in step.sources})
 
 
-def summary(plan: Plan, found: Mapping[int, Oddities]) -> dict[str, Any]:
+def summary(plan: Plan, found: Mapping[int, Anomalies]) -> dict[str, Any]:
     """Counts by weight: infinities and NaN, and matrices or vectors of zeros; empty if none."""
     counts: dict[str, dict[str, int]] = defaultdict(lambda: {"nonfinite": 0, "zero": 0})
-    for number, oddities in found.items():
-        if oddities.nonfinite:
-            counts[plan.steps[number].family.weight]["nonfinite"] += oddities.nonfinite
+    for number, odd in found.items():
+        if odd.nonfinite:
+            counts[plan.steps[number].family.weight]["nonfinite"] += odd.nonfinite
     for weight, _, _ in zero_matrices(plan, found):
         counts[weight]["zero"] += 1
     return dict(counts)

@@ -6,51 +6,27 @@ import importlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from isal import isal_zlib
 
-from gptoss_convert.codecs import mxfp4
 from gptoss_convert.codecs.mxfp4 import jit
-from gptoss_convert.engine.anomalies import Oddities, examine
-from gptoss_convert.engine.compute import compute, share, statistics
-from gptoss_convert.engine.fingerprint import MASK, ScaleStatistics
-from gptoss_convert.engine.parts import Part, Parts, cast, lay_out, read, runs
+from gptoss_convert.codecs.stats import EncodeStats
+from gptoss_convert.engine.anomalies import examine
+from gptoss_convert.engine.buffers import Parts, StepReader, lay_out, runs, scratch
+from gptoss_convert.engine.fingerprint import MASK
+from gptoss_convert.engine.records import Digest, Done, Effect, Region
 from gptoss_convert.engine.steps import Plan, Step
+from gptoss_convert.engine.work import Work
 from gptoss_convert.layouts.extents import Extent
-from gptoss_convert.machine.files import Arena, ByteSource, TargetFiles
+from gptoss_convert.layouts.model import load_model
+from gptoss_convert.machine.files import ByteSource, TargetFiles
 from gptoss_convert.machine.threads import run_all
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A run of bytes that was written, and its CRC-32."""
-
-    file: str
-    offset: int
-    length: int
-    crc: int
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A finished step: what it wrote, and what its values are."""
-
-    step: int
-    """Its number in the plan."""
-    regions: tuple[Region, ...]
-    fingerprint: int | None
-    """The step's share in the fingerprint of its weight and layer, None if it wrote scales only."""
-    scales: ScaleStatistics
-    encoded: mxfp4.EncodeStats
-    cast_values: int
-    """Values that a cast to BF16 rounded."""
-    oddities: Oddities
 
 
 def warm() -> None:
     """Load or compile every kernel that a step may call."""
-    mxfp4.warm()
+    for codec in load_model().codecs.values():
+        codec.warm()
     if jit.kernels() is not None:
         importlib.import_module("gptoss_convert.engine.fingerprint_kernels")
 
@@ -82,50 +58,61 @@ def execute(
 class _Worker:
     def __init__(self, plan: Plan, sources: ByteSource, targets: TargetFiles) -> None:
         self._plan = plan
-        self._sources = sources
         self._targets = targets
-        self._arena = Arena(plan.buffer_bytes)
+        self._reader = StepReader(sources, plan.buffer_bytes)
+        self._arena = self._reader.arena
 
     def run(self, number: int) -> tuple[Done, int]:
         """Do one step; returns what it did, and the bytes it read and wrote."""
         step = self._plan.steps[number]
-        self._arena.reset(self._plan.buffer_bytes)
-        held: dict[str, list[Part]] = defaultdict(list)
-        nbytes = rounded = 0
-        for part in lay_out(step, step.sources, self._arena):
-            nbytes += read(part, self._sources, self._arena)
-            rounded += cast(part)
-            held[part.extent.param].append(part)
-        written = _Written()
+        self._reader.begin()
+        held, nbytes = self._reader.read(step, step.sources)
         weight, beside = step.split_targets()
-        taken = self._lay_out(step, beside)
-        encoded = compute(step, held, taken)
-        scales = statistics(step, held, taken)
-        self._write(taken, written)
-        shares = [] if weight else [share(step, held, taken, encoded)]
-        made = self._arena.mark()
-        for piece in step.pieces() if weight else ():
-            self._arena.rewind(made)
-            taken = self._lay_out(piece, weight)
-            compute(piece, held, taken)
-            shares.append(share(piece, held, taken, encoded))
-            self._write(taken, written)
-        marks = [one.fingerprint for one in shares if one.fingerprint is not None]
+        places = lay_out(step, beside, self._arena)
+        work = Work(step, held, {**places, **self._scratch(step, held)})
+        effect = work.run((*step.recipe.first, *step.recipe.whole))
+        scales = work.statistics()
+        written = _Written()
+        self._write(places, written)
+        if weight:
+            digests, more = self._make_weight(work, weight, written)
+            effect += more
+        else:
+            digests = [work.digest(effect.encoded)]
+        marks = [one.fingerprint for one in digests if one.fingerprint is not None]
         mark = sum(marks) & MASK if marks else None
-        oddities = examine(step, held, all(one.finite for one in shares))
+        anomalies = examine(work, all(one.finite for one in digests))
         regions = written.regions()
         nbytes += sum(region.length for region in regions)
-        return Done(number, regions, mark, scales, encoded, rounded, oddities), nbytes
+        done = Done(number, regions, mark, scales, effect.encoded, effect.cast_values, anomalies)
+        return done, nbytes
 
-    def _lay_out(self, step: Step, extents: Sequence[Extent]) -> dict[str, list[Part]]:
-        taken: dict[str, list[Part]] = defaultdict(list)
-        for part in lay_out(step, extents, self._arena):
-            taken[part.extent.param].append(part)
-        return taken
+    def _make_weight(
+        self, work: Work, weight: Sequence[Extent], written: _Written
+    ) -> tuple[list[Digest], Effect]:
+        """Make and write the target's weight, one piece after the other in the same memory."""
+        digests: list[Digest] = []
+        effect = Effect()
+        mark = self._arena.mark()
+        for piece in work.step.pieces():
+            self._arena.rewind(mark)
+            places = lay_out(piece, weight, self._arena)
+            part = Work(piece, work.held, places)
+            effect += part.run(piece.recipe.by_piece)
+            digests.append(part.digest(EncodeStats()))
+            self._write(places, written)
+        return digests, effect
 
-    def _write(self, taken: Parts, written: _Written) -> None:
+    def _scratch(self, step: Step, held: Parts) -> Parts:
+        """A place for the weight's values where the target does not take them."""
+        if not step.recipe.scratch:
+            return {}
+        like = next(iter(held.values()))[0]
+        return {step.family.weight: [scratch(like, step.box, self._arena)]}
+
+    def _write(self, places: Parts, written: _Written) -> None:
         memory = memoryview(self._arena.memory)
-        for part in itertools.chain(*taken.values()):
+        for part in itertools.chain(*places.values()):
             for offset, position, length in part.runs():
                 written.add(part.extent, offset, memory[position : position + length])
                 self._targets.write(part.extent.file.name, offset, length, self._arena, position)
@@ -156,7 +143,7 @@ def places(step: Step) -> set[tuple[str, int, int]]:
     """Every run of bytes that a step writes: file, offset, length."""
     return {
         (extent.file.name, extent.at(box) + skip, length)
-        for member in step.family.members
-        for extent, box in step.of(step.targets, member)
+        for param in step.recipe.makes
+        for extent, box in step.of(step.targets, param)
         for skip, length in runs(extent, box)
     }

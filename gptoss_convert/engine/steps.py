@@ -10,10 +10,11 @@ from itertools import product
 
 from gptoss_convert.containers import DTYPE_BYTES
 from gptoss_convert.containers.refs import FileRef
-from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.engine.derivations import Change, Recipe, choose
+from gptoss_convert.errors import IntegrityError
 from gptoss_convert.layouts.extents import Extent, disjoint, overlap, volume
 from gptoss_convert.layouts.layout import Box
-from gptoss_convert.layouts.model import BLOCK, Family, Model
+from gptoss_convert.layouts.model import Family, Model
 
 PAGE = 4096
 TILE_BYTES = 32 << 20
@@ -22,18 +23,25 @@ _PLAIN_TILE_BYTES = 8 << 20
 """Largest tile of any other weight: long enough runs for the disk, small buffers."""
 PIECE_BYTES = 8 << 20
 """About what is computed and written of a tile at once: little memory, still in the cache."""
+_ROWS = 32
+"""Pieces are cut between so many rows: at the released models' lengths, that is between pages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One box of one weight: the extents that hold it in the source and take it in the target."""
 
-    family: Family
+    recipe: Recipe
     lengths: tuple[int, ...]
     """Of the weight's axes, slowest first."""
     box: Box
     sources: tuple[Extent, ...]
     targets: tuple[Extent, ...]
+
+    @property
+    def family(self) -> Family:
+        """The weight and all that may hold it."""
+        return self.recipe.family
 
     @property
     def layer_axis(self) -> int:
@@ -45,11 +53,19 @@ class Step:
         """The layer that the step belongs to, 0 for parameters of no layer."""
         return self.box[self.layer_axis][0] if self.layer_axis >= 0 else 0
 
-    def of(self, extents: Iterable[Extent], member: str) -> Iterator[tuple[Extent, Box]]:
-        """The extents that hold `member`, each with its part of the step's box."""
-        box = member_box(self.family, member, self.box)
+    def part(self, box: Box) -> Step:
+        """The step for a part of its box."""
+        return replace(self, box=box)
+
+    def box_of(self, param: str) -> Box:
+        """The step's box in the axes of a parameter that its recipe knows."""
+        return self.recipe.boxes[param](self.box)
+
+    def of(self, extents: Iterable[Extent], param: str) -> Iterator[tuple[Extent, Box]]:
+        """The extents that hold `param`, each with its part of the step's box."""
+        box = self.box_of(param)
         for extent in extents:
-            if extent.param == member and (part := overlap(extent.box, box)):
+            if extent.param == param and (part := overlap(extent.box, box)):
                 yield extent, part
 
     def moved_bytes(self) -> int:
@@ -64,11 +80,16 @@ class Step:
         """The same of the target parts, all at once."""
         return _span(self, self.targets)
 
+    def scratch_bytes(self) -> int:
+        """Bytes of buffer for values that are made on the way."""
+        return 2 * volume(self.box) + PAGE if self.recipe.scratch else 0
+
     def buffer_bytes(self) -> int:
         """Bytes of buffer that a conversion needs: the target's weight is made piece by piece."""
         weight, beside = self.split_targets()
         largest = next(self.pieces())
-        return self.source_bytes() + _span(self, beside) + _span(largest, weight)
+        made = _span(self, beside) + _span(largest, weight) + self.scratch_bytes()
+        return self.source_bytes() + made
 
     def split_targets(self) -> tuple[tuple[Extent, ...], tuple[Extent, ...]]:
         """The target's extents of the weight itself, and the others."""
@@ -84,8 +105,8 @@ class Step:
         Blocks are never cut, and pages are not if the rows are of the released models' lengths.
         """
         weight, _ = self.split_targets()
-        for box in _pieces(self.box, weight):
-            yield replace(self, box=box)
+        for box in _pieces(self.box, weight, math.lcm(_ROWS, self.family.block)):
+            yield self.part(box)
 
 
 @dataclass(frozen=True)
@@ -99,31 +120,6 @@ class Plan:
     """Bytes of buffer that one worker needs for the largest step."""
 
 
-def member_box(family: Family, member: str, box: Box) -> Box:
-    """The box of a weight in the axes of its blocks or scales; whole blocks only."""
-    if member == family.weight:
-        return box
-    (lo, hi) = box[-1]
-    rows = (*box[:-1], (lo // BLOCK, -(-hi // BLOCK)))
-    return (*rows, (0, BLOCK // 2)) if member == family.blocks else rows
-
-
-def needed(family: Family, have: frozenset[str], want: frozenset[str]) -> frozenset[str]:
-    """The source members that make the target members: kept where both have them."""
-    weight, blocks, scales = family.weight, family.blocks, family.scales
-    need: set[str | None] = set()
-    if weight in want:
-        need |= {weight} if weight in have else {blocks, scales}
-    if blocks in want:
-        need |= {blocks, scales} if blocks in have else {weight, scales} & {*have, weight}
-    elif scales in want:
-        need |= {scales}
-    if lacking := need - have:
-        names = sorted({member or weight for member in lacking})
-        raise InputError(f"{weight}: the source holds no {' and no '.join(names)}")
-    return frozenset(member for member in need if member)
-
-
 def make_plan(
     model: Model,
     sizes: Mapping[str, int],
@@ -131,57 +127,53 @@ def make_plan(
     targets: Sequence[Extent],
     tile_bytes: int = TILE_BYTES,
     partial: bool = False,
+    changes: Mapping[str, Sequence[Change]] | None = None,
 ) -> Plan:
     """Join source and target extents, parameter by parameter; `partial` allows layers without any.
 
-    Checks that every element a step needs lies in the source exactly once and that every target
-    element is written exactly once; raises IntegrityError that names the parameter and the box.
+    `changes` are made on the way, by weight. Checks that every element a step needs lies in the
+    source exactly once and that every target element is written exactly once; raises
+    IntegrityError that names the parameter and the box.
     """
     source_of, target_of = _by_param(sources), _by_param(targets)
     steps: list[Step] = []
     for family in model.families.values():
-        want = frozenset(member for member in family.members if member in target_of)
-        if not want:
+        wanted = [member for member in family.members if member in target_of]
+        if not wanted:
             continue
-        have = frozenset(member for member in family.members if member in source_of)
-        need = needed(family, have, want)
-        # In the order of the family, not of a set: every process must number the steps alike.
-        held = [
-            extent for member in family.members if member in need for extent in source_of[member]
-        ]
-        taken = [
-            extent for member in family.members if member in want for extent in target_of[member]
-        ]
-        steps.extend(_family_steps(family, sizes, held, taken, tile_bytes, partial))
+        recipe = choose(family, source_of, wanted, (changes or {}).get(family.weight, ()))
+        held = [extent for param in recipe.needs for extent in source_of[param]]
+        taken = [extent for param in recipe.makes for extent in target_of[param]]
+        steps.extend(_family_steps(recipe, sizes, held, taken, tile_bytes, partial))
     order = {file: i for i, file in enumerate(dict.fromkeys(e.file for e in targets))}
     steps.sort(key=lambda step: _position(step, order))
     return Plan(tuple(steps), *_totals(steps))
 
 
 def _family_steps(
-    family: Family,
+    recipe: Recipe,
     sizes: Mapping[str, int],
     sources: Sequence[Extent],
     targets: Sequence[Extent],
     tile_bytes: int,
     partial: bool,
 ) -> Iterator[Step]:
+    family = recipe.family
     lengths = tuple(sizes[axis] for axis in family.axes)
-    if family.blocks is None:
+    if not family.encodings:
         tile_bytes = min(tile_bytes, _PLAIN_TILE_BYTES)
     tile = _tile(family, lengths, (sources[0], targets[0]), tile_bytes)
-    source_cells = _cells(lengths, tile, sources)
-    target_cells = _cells(lengths, tile, targets)
-    held, taken = {e.param for e in sources}, {e.param for e in targets}
+    source_cells = _cells(recipe, lengths, tile, sources)
+    target_cells = _cells(recipe, lengths, tile, targets)
     for index in product(*(range(-(-n // t)) for n, t in zip(lengths, tile, strict=True))):
         if partial and index not in source_cells and index not in target_cells:
             continue
         box = tuple(
             (i * t, min(i * t + t, n)) for i, t, n in zip(index, tile, lengths, strict=True)
         )
-        step = Step(family, lengths, box, tuple(source_cells[index]), tuple(target_cells[index]))
-        _check_cover("source", step, step.sources, held)
-        _check_cover("target", step, step.targets, taken)
+        step = Step(recipe, lengths, box, tuple(source_cells[index]), tuple(target_cells[index]))
+        _check_cover("source", step, step.sources, recipe.needs)
+        _check_cover("target", step, step.targets, recipe.makes)
         yield step
 
 
@@ -207,36 +199,36 @@ def _tile(
 
 
 def _cells(
-    lengths: Sequence[int], tile: Sequence[int], extents: Iterable[Extent]
+    recipe: Recipe, lengths: Sequence[int], tile: Sequence[int], extents: Iterable[Extent]
 ) -> dict[tuple[int, ...], list[Extent]]:
     """The extents that reach into each cell of the grid of tiles."""
     cells: dict[tuple[int, ...], list[Extent]] = defaultdict(list)
-    rows = range(len(lengths) - 1)
+    everywhere = [range(-(-n // t)) for n, t in zip(lengths, tile, strict=True)]
     for extent in extents:
-        spans = [
-            range(extent.box[axis][0] // tile[axis], -(-extent.box[axis][1] // tile[axis]))
-            for axis in rows
-        ]
-        for index in product(*spans, (0,)):
+        spans = everywhere.copy()
+        for axis in range(recipe.rows[extent.param]):
+            lo, hi = extent.box[axis]
+            spans[axis] = range(lo // tile[axis], -(-hi // tile[axis]))
+        for index in product(*spans):
             cells[index].append(extent)
     return cells
 
 
-def _check_cover(side: str, step: Step, extents: Sequence[Extent], members: set[str]) -> None:
-    for member in members:
-        whole = member_box(step.family, member, step.box)
+def _check_cover(side: str, step: Step, extents: Sequence[Extent], params: Iterable[str]) -> None:
+    for param in params:
+        whole = step.box_of(param)
         for alias in {extent.alias for extent in extents}:
-            parts = [part for extent, part in step.of(extents, member) if extent.alias == alias]
+            parts = [part for extent, part in step.of(extents, param) if extent.alias == alias]
             if parts == [whole] or (alias and not parts):
                 continue
             twice = not disjoint(parts)
             if twice or sum(map(volume, parts)) != volume(whole):
                 raise IntegrityError(
-                    f"{side}: {member}{list(whole)}: "
+                    f"{side}: {param}{list(whole)}: "
                     + ("stored more than once" if twice else "not stored completely")
                 )
         if not extents:
-            raise IntegrityError(f"{side}: {member}{list(whole)}: not stored")
+            raise IntegrityError(f"{side}: {param}{list(whole)}: not stored")
 
 
 def _by_param(extents: Iterable[Extent]) -> dict[str, list[Extent]]:
@@ -248,11 +240,11 @@ def _by_param(extents: Iterable[Extent]) -> dict[str, list[Extent]]:
 
 def _position(step: Step, order: Mapping[FileRef, int]) -> tuple[int, int]:
     extent = step.targets[0]
-    box = member_box(step.family, extent.param, step.box)
+    box = step.box_of(extent.param)
     return order[extent.file], extent.at(overlap(extent.box, box) or box)
 
 
-def _pieces(box: Box, extents: Sequence[Extent]) -> Iterator[Box]:
+def _pieces(box: Box, extents: Sequence[Extent], unit: int) -> Iterator[Box]:
     slowest = {_slowest(extent, box) for extent in extents}
     count = -(-2 * volume(box) // PIECE_BYTES)
     if len(slowest) != 1 or count < 2:
@@ -262,14 +254,14 @@ def _pieces(box: Box, extents: Sequence[Extent]) -> Iterator[Box]:
     lo, hi = box[axis]
     blocks = axis == len(box) - 1
     length = max(1, (hi - lo) // count)
-    if blocks or length > BLOCK:
-        length = -(-length // BLOCK) * BLOCK
+    if blocks or length > unit:
+        length = -(-length // unit) * unit
     for start in range(lo, hi, length):
         part = (*box[:axis], (start, min(start + length, hi)), *box[axis + 1 :])
         if length > 1 or blocks:
             yield part
         else:
-            yield from _pieces(part, extents)
+            yield from _pieces(part, extents, unit)
 
 
 def _slowest(extent: Extent, box: Box) -> int:

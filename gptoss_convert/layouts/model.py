@@ -2,34 +2,81 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from importlib import resources
 from typing import Any
 
+from gptoss_convert.codecs.codec import Codec, load_codec
 from gptoss_convert.errors import InputError
+from gptoss_convert.layouts.layout import Box
 
 _SIZE = re.compile(r"([a-z_]+)(?: / ([a-z_]+|\d+))?")
-BLOCK = 32
-"""Values of one MXFP4 block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """A weight as a codec stores it: the parameters that hold the codec's members."""
+
+    codec: Codec
+    params: tuple[str, ...]
+    """In the order of the codec's members."""
+    axes: tuple[tuple[str, ...], ...]
+    """Of each parameter, slowest first."""
+
+    @property
+    def guides(self) -> tuple[str, ...]:
+        """The parameters that lead an encoding back to a former one."""
+        return tuple(self.param(member) for member in self.codec.guides)
+
+    def param(self, member: str) -> str:
+        """The parameter that holds a member."""
+        return dict(zip(self.codec.members, self.params, strict=True))[member]
+
+    def by_member(self) -> Iterator[tuple[str, str]]:
+        """Each member and its parameter."""
+        return zip(self.codec.members, self.params, strict=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A weight and, where MXFP4 can encode it, the parameters that hold its blocks and scales."""
+    """A weight, and the parameters that hold it where a codec has encoded it."""
 
     weight: str
     axes: tuple[str, ...]
-    blocks: str | None = None
-    scales: str | None = None
+    encodings: tuple[Encoding, ...] = ()
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The weight, and its blocks and scales if it has them."""
-        return tuple(name for name in (self.weight, self.blocks, self.scales) if name)
+        """The weight, and the parameters of its encodings."""
+        return (self.weight, *(param for one in self.encodings for param in one.params))
+
+    @property
+    def guides(self) -> frozenset[str]:
+        """The parameters that lead an encoding back to a former one."""
+        return frozenset(param for one in self.encodings for param in one.guides)
+
+    @property
+    def block(self) -> int:
+        """Values along the last axis that no codec cuts apart."""
+        return math.lcm(*(one.codec.block for one in self.encodings))
+
+    def stored(self, held: Container[str]) -> Encoding | None:
+        """The encoding of which all is held, if there is one."""
+        whole = (one for one in self.encodings if all(param in held for param in one.params))
+        return next(whole, None)
+
+    def box(self, param: str, box: Box) -> Box:
+        """The box of a parameter of the family that holds a box of the weight."""
+        for one in self.encodings:
+            for member, name in one.by_member():
+                if name == param:
+                    return one.codec.member_box(member, box)
+        return box
 
 
 @dataclass(frozen=True)
@@ -38,28 +85,54 @@ class Model:
 
     axes: Mapping[str, str | int]
     params: Mapping[str, tuple[str, ...]]
-    """Axes of every parameter, blocks and scales included, slowest first."""
+    """Axes of every parameter, those of encodings included, slowest first."""
     families: Mapping[str, Family]
     """By the weight's name, in model order."""
+    dtypes: Mapping[str, str]
+    """Of the parameters of encodings."""
+
+    @cached_property
+    def codecs(self) -> Mapping[str, Codec]:
+        """The codecs of all weights, by name."""
+        encodings = (one for family in self.families.values() for one in family.encodings)
+        return {one.codec.name: one.codec for one in encodings}
 
     def sizes(self, config: Mapping[str, int]) -> dict[str, int]:
         """The length of every axis, for the numbers of a config.json."""
-        return {axis: _size(axis, rule, config) for axis, rule in self.axes.items()}
+        sizes = {axis: _size(axis, rule, config) for axis, rule in self.axes.items()}
+        for family in self.families.values():
+            whole = tuple((0, sizes[axis]) for axis in family.axes)
+            for param in family.members[1:]:
+                found = tuple((0, sizes[axis]) for axis in self.params[param])
+                if found != family.box(param, whole):
+                    raise InputError(f"model.toml: {param}: its axes have not its codec's lengths")
+        return sizes
 
     def dtype(self, param: str) -> str:
-        """U8 for blocks and scales, BF16 for everything else."""
-        return "BF16" if param in self.families else "U8"
+        """BF16 for weights, and what the codec says for the parameters of encodings."""
+        return self.dtypes.get(param, "BF16")
 
 
 @cache
 def load_model() -> Model:
-    """The hub, from the installed `model.toml`."""
-    return parse_model(read_toml("model.toml"))
+    """The hub, from the installed tables."""
+    return parse_model(read_hub())
 
 
-def parse_model(content: Mapping[str, Any]) -> Model:
-    """Check and build the hub; raises InputError naming the parameter and the axis."""
-    only_keys("model.toml", content, {"axes", "params", "mxfp4"})
+def read_hub() -> dict[str, Any]:
+    """The content of `model.toml`, and of the tables of the codecs beside it."""
+    content = read_toml("model.toml")
+    for table in _tables("codecs"):
+        for section, entries in read_toml(f"codecs/{table}").items():
+            content[section] = content.get(section, {}) | entries
+    return content
+
+
+def parse_model(content: Mapping[str, Any], find: Callable[[str], Codec] = load_codec) -> Model:
+    """Check and build the hub; raises InputError naming the parameter and the axis.
+
+    A section besides axes and parameters names a codec, which `find` finds.
+    """
     axes: dict[str, str | int] = content["axes"]
     for axis, rule in axes.items():
         if not isinstance(rule, int) and not _SIZE.fullmatch(rule):
@@ -68,19 +141,41 @@ def parse_model(content: Mapping[str, Any]) -> Model:
             )
     params = {name: _axes(name, text, axes) for name, text in content["params"].items()}
     families = {name: Family(name, where) for name, where in params.items()}
-    for weight, encoded in content["mxfp4"].items():
-        if weight not in families:
-            raise InputError(f"model.toml: [mxfp4] names {weight!r}, which is no parameter")
-        only_keys(f"model.toml: [mxfp4] {weight}", encoded, {"blocks", "scales"})
-        blocks = _axes(f"{weight}.blocks", encoded["blocks"], axes)
-        scales = _axes(f"{weight}.scales", encoded["scales"], axes)
-        if blocks[:-1] != scales or scales[:-1] != params[weight][:-1]:
-            raise InputError(
-                f"model.toml: [mxfp4] {weight}: only the last axis may be cut into blocks"
-            )
-        families[weight] = Family(weight, params[weight], f"{weight}.blocks", f"{weight}.scales")
-        params |= {f"{weight}.blocks": blocks, f"{weight}.scales": scales}
-    return Model(axes, params, families)
+    dtypes: dict[str, str] = {}
+    for section in [key for key in content if key not in {"axes", "params"}]:
+        codec = find(section)
+        for weight, members in content[section].items():
+            where = f"model.toml: [{section}]"
+            if weight not in families:
+                raise InputError(f"{where} names {weight!r}, which is no parameter")
+            family = families[weight]
+            held = _members(f"{where} {weight}", family, codec, members, axes)
+            if taken := held.keys() & params.keys():
+                raise InputError(f"{where} {weight}: {min(taken)!r} is a parameter already")
+            encoding = Encoding(codec, tuple(held), tuple(held.values()))
+            families[weight] = replace(family, encodings=(*family.encodings, encoding))
+            params |= held
+            dtypes |= dict(zip(held, codec.members.values(), strict=True))
+    return Model(axes, params, families, dtypes)
+
+
+def _members(
+    where: str, family: Family, codec: Codec, members: Mapping[str, str], axes: Mapping[str, object]
+) -> dict[str, tuple[str, ...]]:
+    """The parameters that hold a weight's encoding, with their axes."""
+    only_keys(where, members, {*codec.members})
+    probe = tuple((0, codec.block) for _ in family.axes)
+    held: dict[str, tuple[str, ...]] = {}
+    for member in codec.members:
+        param = f"{family.weight}.{member}"
+        if member not in members:
+            raise InputError(f"{where}: no {member!r}")
+        held[param] = _axes(param, members[member], axes)
+        rows = min(len(held[param]), len(family.axes) - 1)
+        ranks = len(codec.member_box(member, probe))
+        if len(held[param]) != ranks or held[param][:rows] != family.axes[:rows]:
+            raise InputError(f"{where}: only the last axis may be cut into blocks")
+    return held
 
 
 def _size(axis: str, rule: str | int, config: Mapping[str, int]) -> int:
@@ -114,6 +209,12 @@ def read_toml(name: str) -> dict[str, Any]:
     """The content of an installed table."""
     text = resources.files("gptoss_convert.mappings").joinpath(name).read_text(encoding="utf-8")
     return tomllib.loads(text)
+
+
+def _tables(folder: str) -> list[str]:
+    """The names of the installed tables in a folder."""
+    places = resources.files("gptoss_convert.mappings").joinpath(folder).iterdir()
+    return sorted(place.name for place in places if place.name.endswith(".toml"))
 
 
 def only_keys(where: str, content: Mapping[str, object], known: set[str]) -> None:

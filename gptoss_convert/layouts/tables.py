@@ -250,7 +250,7 @@ def _check_axes(place: str, rule: Rule, model: Model) -> None:
 
 
 def _check_variant(place: str, rules: tuple[Rule, ...], model: Model, partial: bool) -> None:
-    """Every parameter is held exactly once: plain, or as blocks and scales."""
+    """Every parameter is held exactly once: plain, or all of one encoding."""
     names = [rule.name for rule in rules]
     for name in names:
         if names.count(name) > 1:
@@ -265,10 +265,10 @@ def _check_variant(place: str, rules: tuple[Rule, ...], model: Model, partial: b
     if partial:
         return
     for family in model.families.values():
-        encoded = [param for param in (family.blocks, family.scales) if param in held]
+        encoded = [param for param in family.members[1:] if param in held]
         if family.weight in held and encoded:
             raise InputError(f"{place}: {family.weight!r} is held plain and as {encoded[0]!r}")
-        if family.weight not in held and (family.blocks is None or len(encoded) < 2):
+        if family.weight not in held and family.stored(held) is None:
             raise InputError(f"{place}: {family.weight!r} is held by no tensor")
 
 

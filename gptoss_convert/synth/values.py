@@ -222,7 +222,7 @@ def _pools(config: Config, seed: int) -> dict[str, Pool]:
         if isinstance(shape, Normal):
             pools[param] = normal_pool(seed, param, shape)
         else:
-            blocks, scales = families[param].members[1:]
+            blocks, scales = families[param].encodings[0].params
             pools[blocks], pools[scales] = quantised_pools(seed, param, shape)
     return pools
 

@@ -1,19 +1,61 @@
-"""MXFP4 and the copy kernels: from and to strided numpy views, exact or refused, without torch.
+"""MXFP4 (OCP Microscaling Formats 1.0): blocks of 32 values, 4 bits each, with one scale a block.
 
-BF16 is carried as its bits in uint16. Compiled kernels do the bulk; where numba is missing or
-NUMBA_DISABLE_JIT is set, numpy gives the same bits.
+Compiled kernels do the bulk, on strided numpy views; where numba is missing or NUMBA_DISABLE_JIT is
+set, numpy gives the same bits. numpy is imported when something is computed.
 """
 
 from __future__ import annotations
 
-from gptoss_convert.codecs.mxfp4 import jit
-from gptoss_convert.codecs.mxfp4.codec import decode, encode, refuse_overflow
-from gptoss_convert.codecs.mxfp4.relayout import cast, copy
-from gptoss_convert.codecs.mxfp4.stats import EncodeStats
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING
 
-__all__ = ["EncodeStats", "cast", "copy", "decode", "encode", "refuse_overflow", "warm"]
+from gptoss_convert.codecs.codec import Ranges
+from gptoss_convert.codecs.stats import EncodeStats, ScaleStatistics
+
+if TYPE_CHECKING:
+    from gptoss_convert.codecs.codec import Arrays, Values, Weights
+
+BLOCK = 32
+"""Values of one block: 16 bytes, and one byte of scale."""
 
 
-def warm() -> None:
-    """Compile or load every kernel, so that no later call waits for it."""
-    jit.kernels()
+class Mxfp4:
+    """`blocks`, two E2M1 codes a byte, low nibble first, and `scales`, one E8M0 byte a block."""
+
+    name = "mxfp4"
+    members: Mapping[str, str] = MappingProxyType({"blocks": "U8", "scales": "U8"})
+    block = BLOCK
+    guides = ("scales",)
+    magnitudes = ("blocks", 0x77)  # Bit 3 of each nibble is the sign.
+
+    def member_box(self, member: str, box: Ranges) -> Ranges:
+        lo, hi = box[-1]
+        rows = (*box[:-1], (lo // BLOCK, -(-hi // BLOCK)))
+        return (*rows, (0, BLOCK // 2)) if member == "blocks" else rows
+
+    def warm(self) -> None:
+        _module("jit").kernels()
+
+    def decode(self, parts: Arrays, values: Values) -> None:
+        _module("codec").decode(parts["blocks"], parts["scales"], values)
+
+    def encode(self, values: Values, parts: Arrays, guides: Arrays) -> EncodeStats:
+        hints = guides.get("scales")
+        return _module("codec").encode(values, parts["blocks"], parts["scales"], hints)
+
+    def statistics(self, parts: Arrays) -> ScaleStatistics:
+        return _module("sums").scale_statistics(parts["blocks"], parts["scales"])
+
+    def weighted_sum(self, parts: Arrays, weights: Weights) -> int | None:
+        return _module("sums").weighted_sum(parts["blocks"], parts["scales"], weights)
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return import_module(f"{__name__}.{name}")
+
+
+CODEC = Mxfp4()

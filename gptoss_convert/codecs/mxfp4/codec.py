@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gptoss_convert.codecs.mxfp4 import axes, reference
 from gptoss_convert.codecs.mxfp4.jit import kernels
 from gptoss_convert.codecs.mxfp4.reference import MAX_SCALE, NO_HINT, U8, U16
-from gptoss_convert.codecs.mxfp4.stats import EncodeStats
+from gptoss_convert.codecs.stats import EncodeStats
 from gptoss_convert.errors import CodecError
 
 Index = tuple[NDArray[np.intp], ...]

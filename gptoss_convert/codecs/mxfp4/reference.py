@@ -11,7 +11,7 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from gptoss_convert.codecs.mxfp4.stats import EncodeStats
+from gptoss_convert.codecs.stats import EncodeStats
 
 U8 = NDArray[np.uint8]
 U16 = NDArray[np.uint16]

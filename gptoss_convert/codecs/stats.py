@@ -1,4 +1,4 @@
-"""What an encoding did to the values: exact, or how far off."""
+"""What encodings look like, and what encoding did to the values, in numbers that add up."""
 
 from __future__ import annotations
 
@@ -52,4 +52,26 @@ class EncodeStats:
             max_abs_error=max(self.max_abs_error, other.max_abs_error),
             hinted_blocks=self.hinted_blocks + other.hinted_blocks,
             first_inexact=first,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleStatistics:
+    """What blocks and their scales look like; `a + b` counts both."""
+
+    blocks: int = 0
+    zero_blocks: int = 0
+    """Blocks whose values are all zero: any scale would do."""
+    low_blocks: int = 0
+    """Other blocks for which encoding them anew picks another scale."""
+    min_scale: int = 255
+    max_scale: int = 0
+
+    def __add__(self, other: ScaleStatistics) -> ScaleStatistics:
+        return ScaleStatistics(
+            self.blocks + other.blocks,
+            self.zero_blocks + other.zero_blocks,
+            self.low_blocks + other.low_blocks,
+            min(self.min_scale, other.min_scale),
+            max(self.max_scale, other.max_scale),
         )

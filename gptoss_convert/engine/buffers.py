@@ -1,24 +1,26 @@
-"""Parts: boxes of parameters in a worker's buffer, read from files and written to them."""
+"""Buffers: boxes of parameters in a worker's memory, read from files and written to them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gptoss_convert.codecs import mxfp4
+from gptoss_convert.codecs.mxfp4 import relayout
 from gptoss_convert.containers import DTYPE_BYTES
 from gptoss_convert.engine.steps import Step
-from gptoss_convert.layouts.extents import Extent, volume
+from gptoss_convert.layouts.extents import Extent, overlap, volume
 from gptoss_convert.layouts.layout import Box
 from gptoss_convert.machine.files import PAGE, Arena, ByteSource
 
 Array = npt.NDArray[Any]
-_NUMPY = {"U8": np.uint8, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+_FLOATS = {"F16": np.float16, "F32": np.float32}
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+"""What is not computed with is carried as bits."""
 
 
 @dataclass(slots=True)
@@ -39,6 +41,12 @@ class Part:
             )
         ]
 
+    def fill(self, sources: Iterable[Part]) -> None:
+        """Copy the elements that the sources hold of this part."""
+        for source in sources:
+            if common := overlap(source.box, self.box):
+                relayout.copy(source.view(common), self.view(common))
+
     def runs(self, gap: int = 0) -> Iterator[tuple[int, int, int]]:
         """The contiguous runs of this part, as (byte of the file, position in the arena, length).
 
@@ -53,15 +61,65 @@ Parts = Mapping[str, Sequence[Part]]
 """By parameter: the parts that hold it, or take it."""
 
 
-def lay_out(step: Step, extents: Sequence[Extent], arena: Arena) -> Iterator[Part]:
-    """A place in the arena for each part of the step's box that the extents hold."""
-    for member in step.family.members:
-        for extent, box in step.of(extents, member):
+class StepReader:
+    """Reads the parts of steps into one worker's memory."""
+
+    def __init__(self, files: ByteSource, room: int) -> None:
+        self._files = files
+        self._room = room
+        self.arena = Arena(room)
+
+    def begin(self, room: int | None = None) -> None:
+        """Let go of all that was read before."""
+        self.arena.reset(self._room if room is None else room)
+
+    def read(
+        self, step: Step, extents: Sequence[Extent], seen: Callable[[Part], None] = lambda _: None
+    ) -> tuple[dict[str, list[Part]], int]:
+        """(what the extents hold of a step's box, its bytes); `seen` is told of each part."""
+        held = lay_out(step, extents, self.arena)
+        nbytes = 0
+        for part in itertools.chain(*held.values()):
+            nbytes += read(part, self._files, self.arena)
+            seen(part)
+        return held, nbytes
+
+
+def lay_out(step: Step, extents: Sequence[Extent], arena: Arena) -> dict[str, list[Part]]:
+    """By parameter, a place in the arena for each part of the step's box that the extents hold."""
+    places: dict[str, list[Part]] = {}
+    for param in dict.fromkeys(extent.param for extent in extents):
+        places[param] = []
+        for extent, box in step.of(extents, param):
             position = arena.take(extent.span(box), extent.at(box) % PAGE)
             shape = tuple(hi - lo for lo, hi in box)
-            dtype = _NUMPY[extent.dtype]
+            dtype = _FLOATS.get(extent.dtype) or _BITS[DTYPE_BYTES[extent.dtype]]
             array = np.ndarray(shape, dtype, arena.memory, position, extent.strides)
-            yield Part(extent, box, position, array)
+            places[param].append(Part(extent, box, position, array))
+    return places
+
+
+def scratch(like: Part, box: Box, arena: Arena) -> Part:
+    """A place in the arena for BF16 values that no file holds, in the order of their axes."""
+    position = arena.take(2 * volume(box), 0)
+    array = np.ndarray([hi - lo for lo, hi in box], np.uint16, arena.memory, position)
+    return Part(like.extent, box, -1, array)
+
+
+def gather(parts: Sequence[Part], box: Box) -> Array:
+    """The elements of `box` as one view: of the part that holds it all, else of a copy."""
+    for part in parts:
+        if overlap(part.box, box) == box:
+            return part.view(box)
+    whole = loose(parts[0], box)
+    whole.fill(parts)
+    return whole.array
+
+
+def loose(like: Part, box: Box) -> Part:
+    """A place of its own, outside the arena, for elements of the same kind."""
+    array = np.empty([hi - lo for lo, hi in box], like.array.dtype)
+    return Part(like.extent, box, -1, array)
 
 
 def joined(parts: Sequence[Part]) -> Sequence[Part]:
@@ -129,13 +187,3 @@ def runs(extent: Extent, box: Box, gap: int = 0) -> Iterator[tuple[int, int]]:
             outer.append(range(0, stride * length, stride))
     for skips in itertools.product(*reversed(outer)):
         yield sum(skips), run
-
-
-def cast(part: Part) -> int:
-    """Replace a float32 or float16 part by its BF16 form; returns the values that were rounded."""
-    if part.extent.dtype not in {"F32", "F16"}:
-        return 0
-    rounded = np.empty(part.array.shape, np.uint16)
-    changed = mxfp4.cast(part.array, rounded)
-    part.array, part.position = rounded, -1
-    return changed

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gptoss_convert.containers.refs import FileRef
-from gptoss_convert.engine.parts import Part, joined, runs
+from gptoss_convert.engine.buffers import Part, joined, runs
 from gptoss_convert.layouts.extents import Extent
 from gptoss_convert.layouts.layout import Box
 

@@ -1,0 +1,266 @@
+"""Derivations: how what a target stores of a weight is made of what a source stores.
+
+They are chosen when the plan is made, by what either side holds; executing a step runs them in
+order. A change on the way, such as the merge of an adapter or another rounding, is a derivation of
+its own that a plan is given: docs/decisions/0011-derivations.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+from typing import TYPE_CHECKING, Protocol
+
+from gptoss_convert.engine.records import Effect
+from gptoss_convert.errors import InputError
+from gptoss_convert.layouts.extents import Extent
+from gptoss_convert.layouts.layout import Box
+from gptoss_convert.layouts.model import Encoding, Family
+
+if TYPE_CHECKING:
+    from gptoss_convert.engine.work import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A further parameter that a change reads, beside what the family's own members hold."""
+
+    param: str
+    axes: tuple[str, ...]
+    """Slowest first. Along the weight's axes a step reads its own range, along others all."""
+    lengths: tuple[int, ...]
+
+    def box(self, axes: Sequence[str], box: Box) -> Box:
+        """What a box of the weight, whose axes these are, needs of it."""
+        spans = dict(zip(axes, box, strict=True))
+        lengths = zip(self.axes, self.lengths, strict=True)
+        return tuple(spans.get(axis, (0, length)) for axis, length in lengths)
+
+
+class Derivation(Protocol):
+    """One way to get from some parameters of a step's box to others."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The parameters that it starts from."""
+        ...
+
+    @property
+    def makes(self) -> frozenset[str]:
+        """The parameters that it fills, or changes in place where it needs them too."""
+        ...
+
+    def run(self, work: Work) -> Effect | None:
+        """Do it for `work.step.box`; returns what that did to the values, if anything."""
+        ...
+
+
+class Change(Derivation, Protocol):
+    """A derivation that a plan is given for a weight: one that makes the weight changes its values
+    in place, once they are there; one that makes an encoding's members encodes them."""
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What it reads besides; extents among the plan's sources hold it, in any dtype."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Parameters that both sides store: the same bits, arranged as the target wants them."""
+
+    params: tuple[str, ...]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(self.params)
+
+    makes = needs
+
+    def run(self, work: Work) -> None:
+        for param in self.params:
+            work.copy(param)
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """A weight that the source stores as float32 or float16, rounded to BF16."""
+
+    weight: str
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.weight})
+
+    makes = needs
+
+    def run(self, work: Work) -> Effect:
+        return Effect(cast_values=work.cast(self.weight))
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """A weight's values from an encoding of it, exact."""
+
+    weight: str
+    encoding: Encoding
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(self.encoding.params)
+
+    @property
+    def makes(self) -> frozenset[str]:
+        return frozenset({self.weight})
+
+    def run(self, work: Work) -> None:
+        work.decode(self.weight, self.encoding)
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """An encoding of a weight's values, led by what is known of a former one."""
+
+    weight: str
+    encoding: Encoding
+    guides: tuple[str, ...]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.weight, *self.guides})
+
+    @property
+    def makes(self) -> frozenset[str]:
+        return frozenset(self.encoding.params)
+
+    def run(self, work: Work) -> Effect:
+        return Effect(encoded=work.encode(self.weight, self.encoding, self.guides))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All derivations of one weight, the same for each of its steps."""
+
+    family: Family
+    needs: tuple[str, ...]
+    """What is read, in the order in which it is laid out in memory."""
+    makes: tuple[str, ...]
+    """What is written."""
+    first: tuple[Derivation, ...]
+    """For what was read, before all else."""
+    whole: tuple[Derivation, ...]
+    """For the step's box at once: what makes anything but the target's weight."""
+    by_piece: tuple[Derivation, ...]
+    """For one piece of the step's box after the other: what makes the target's weight."""
+    scratch: bool
+    """Whether the weight is made on the way, though neither side stores it."""
+    has_values: bool
+    """Whether the weight's BF16 values are held for the step's box at once, read or made."""
+    encoding: Encoding | None
+    """The encoding that the target stores."""
+    measured: Encoding | None
+    """The encoding whose statistics are taken: the target's, else the source's."""
+    boxes: Mapping[str, Callable[[Box], Box]]
+    """By parameter: its box that belongs to a box of the weight."""
+    rows: Mapping[str, int]
+    """By parameter: how many leading axes it shares with the weight, the last one aside."""
+
+
+def choose(
+    family: Family,
+    held: Mapping[str, Sequence[Extent]],
+    wanted: Iterable[str],
+    changes: Sequence[Change] = (),
+) -> Recipe:
+    """The recipe that makes the wanted parameters from those held, with these changes on the way.
+
+    Raises InputError for what the source does not hold.
+    """
+    weight, wanted = family.weight, frozenset(wanted)
+    source, target = family.stored(held), family.stored(wanted)
+    edits = [change for change in changes if weight in change.makes]
+    floats = any(extent.dtype in {"F32", "F16"} for extent in held.get(weight, ()))
+    first = (Cast(weight),) if floats else ()
+    whole: list[Derivation] = []
+    by_piece: list[Derivation] = []
+    if weight in wanted:
+        by_piece = [Copy((weight,)) if weight in held else _decode(family, source, held), *edits]
+    elif target is not None and target is source and not edits:
+        whole = [Copy(target.params)]
+    elif target is not None:
+        decode = [] if weight in held else [_decode(family, source, held)]
+        whole = [*decode, *edits, _encode(weight, target, held, changes)]
+    made = frozenset(param for one in (*whole, *by_piece) for param in one.makes)
+    if beside := tuple(param for param in family.members if param in wanted - made):
+        whole.append(Copy(beside))
+    needs = _needs((*first, *whole, *by_piece))
+    if lacking := sorted(needs - held.keys()):
+        raise InputError(f"{weight}: the source holds no {' and no '.join(lacking)}")
+    inputs = [one for change in changes for one in change.inputs]
+    order = (*family.members, *(one.param for one in inputs))
+    scratch = weight not in held and weight in made - wanted
+    return Recipe(
+        family,
+        needs=tuple(param for param in order if param in needs),
+        makes=tuple(param for param in family.members if param in wanted),
+        first=first,
+        whole=tuple(whole),
+        by_piece=tuple(by_piece),
+        scratch=scratch,
+        has_values=scratch or weight in needs,
+        encoding=target,
+        measured=target or source,
+        boxes=dict(_boxes(family, inputs)),
+        rows={param: _shared(axes, family.axes) for param, axes in _axes(family, inputs)},
+    )
+
+
+def _decode(family: Family, source: Encoding | None, held: Mapping[str, object]) -> Decode:
+    """Decode what is held; without a whole encoding, the one of which most is there lacks least."""
+    if source is None and family.encodings:
+        source = max(family.encodings, key=lambda one: sum(param in held for param in one.params))
+    if source is None:
+        raise InputError(f"{family.weight}: the source holds no {family.weight}")
+    return Decode(family.weight, source)
+
+
+def _encode(
+    weight: str, target: Encoding, held: Mapping[str, object], changes: Iterable[Change]
+) -> Derivation:
+    """The change that encodes, else the codec's own encoding."""
+    own = Encode(weight, target, tuple(param for param in target.guides if param in held))
+    return next((change for change in changes if own.makes <= change.makes), own)
+
+
+def _needs(chain: Iterable[Derivation]) -> frozenset[str]:
+    """What must be read for a chain to run."""
+    needs: set[str] = set()
+    made: set[str] = set()
+    for one in chain:
+        needs |= one.needs - made
+        made |= one.makes
+    return frozenset(needs)
+
+
+def _boxes(family: Family, inputs: Iterable[Input]) -> Iterator[tuple[str, Callable[[Box], Box]]]:
+    yield family.weight, lambda box: box
+    for encoding in family.encodings:
+        for member, param in encoding.by_member():
+            yield param, partial(encoding.codec.member_box, member)
+    for one in inputs:
+        yield one.param, partial(one.box, family.axes)
+
+
+def _axes(family: Family, inputs: Iterable[Input]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    yield family.weight, family.axes
+    for encoding in family.encodings:
+        yield from zip(encoding.params, encoding.axes, strict=True)
+    for one in inputs:
+        yield one.param, one.axes
+
+
+def _shared(axes: Sequence[str], weight: Sequence[str]) -> int:
+    pairs = zip(axes, weight[:-1], strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
