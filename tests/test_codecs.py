@@ -349,6 +349,7 @@ class Ceiling:
         for param in self.makes:
             for place in work.places[param]:
                 place.array[...] = 0
+        work.made(*self.makes)
         return Effect(encoded=EncodeStats(blocks=1, inexact_blocks=1))
 
 

@@ -70,12 +70,14 @@ class _Worker:
         weight, beside = step.split_targets()
         places = lay_out(step, beside, self._arena)
         work = Work(step, held, {**places, **self._scratch(step, held)})
-        effect = work.run((*step.recipe.first, *step.recipe.whole))
+        effect = work.run(step.recipe.first)
+        held = dict(work.held)
+        effect += work.run(step.recipe.whole)
         scales = work.statistics()
         written = _Written()
         self._write(places, written)
         if weight:
-            digests, more = self._make_weight(work, weight, written)
+            digests, more = self._make_weight(step, held, weight, written)
             effect += more
         else:
             digests = [work.digest(effect.encoded)]
@@ -88,16 +90,16 @@ class _Worker:
         return done, nbytes
 
     def _make_weight(
-        self, work: Work, weight: Sequence[Extent], written: _Written
+        self, step: Step, held: Parts, weight: Sequence[Extent], written: _Written
     ) -> tuple[list[Digest], Effect]:
         """Make and write the target's weight, one piece after the other in the same memory."""
         digests: list[Digest] = []
         effect = Effect()
         mark = self._arena.mark()
-        for piece in work.step.pieces():
+        for piece in step.pieces():
             self._arena.rewind(mark)
             places = lay_out(piece, weight, self._arena)
-            part = Work(piece, work.held, places)
+            part = Work(piece, held, places)
             effect += part.run(piece.recipe.by_piece)
             digests.append(part.digest(EncodeStats()))
             self._write(places, written)

@@ -30,12 +30,15 @@ class Work:
         self.places = places
 
     def run(self, chain: Iterable[Derivation]) -> Effect:
-        """Run derivations in order; what one makes is held for those that follow."""
+        """Run derivations in order."""
         effect = Effect()
         for derivation in chain:
             effect += derivation.run(self) or Effect()
-            self.held |= {p: self.places[p] for p in derivation.makes if p in self.places}
         return effect
+
+    def made(self, *params: str) -> None:
+        """The places of these parameters are filled: hold them for the derivations that follow."""
+        self.held |= {param: self.places[param] for param in params}
 
     def gather(self, param: str) -> Array:
         """What is held of a parameter for the step's box, as one view."""
@@ -46,6 +49,7 @@ class Work:
         held = joined(self.held[param])
         for place in joined(self.places[param]):
             place.fill(held)
+        self.made(param)
 
     def cast(self, weight: str) -> int:
         """Hold the float32 and float16 parts of a weight as BF16; returns the values rounded."""
@@ -78,6 +82,7 @@ class Work:
                 raise self._refused(param, step.box_of(param), error) from None
             if not whole:
                 relayout.copy(values[..., lo - first : hi - first], place.array)
+        self.made(weight)
 
     def encode(self, weight: str, encoding: Encoding, guides: Sequence[str]) -> EncodeStats:
         """Fill the places of an encoding; raises IntegrityError for infinities and NaN."""
@@ -92,6 +97,7 @@ class Work:
             for place in places[param]:
                 if place is not room:
                     place.fill([room])
+        self.made(*encoding.params)
         if stats.nonfinite:
             what = f"{stats.nonfinite} values are infinite or NaN"
             raise self._refused(weight, self.step.box, what)
