@@ -14,13 +14,14 @@ from typing import Any
 import click
 
 from gptoss_convert.errors import EXIT_CODES
+from gptoss_convert.formats import registry
 from gptoss_convert.machine.terminal import printable
 from gptoss_convert.show.documents import document
 from gptoss_convert.show.pages import Page, is_styled, render
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
-FORMATS = ["hf", "openai", "megatron"]
+FORMATS = [*registry.FORMATS]
 _LONGEST = 10_000
 """Characters of a line on stderr: values from untrusted files may be of any length."""
 EPILOG = "\b\nExit status:\n" + "\n".join(f"  {code:<4}{why}" for code, why in EXIT_CODES.items())

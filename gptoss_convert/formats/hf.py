@@ -9,7 +9,7 @@ from pathlib import Path
 from gptoss_convert.containers import Image, safetensors
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import IntegrityError
-from gptoss_convert.formats import carried, shards, sidecar, unsupported
+from gptoss_convert.formats import carried, openai, shards, sidecar, unsupported
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats.checkpoint import (
     CONFIG,
@@ -20,7 +20,6 @@ from gptoss_convert.formats.checkpoint import (
     read_config,
 )
 from gptoss_convert.formats.config import Config
-from gptoss_convert.formats.openai import OPENAI
 from gptoss_convert.formats.options import ImageOptions
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import load_table
@@ -45,7 +44,7 @@ def _open(root: Path, choices: Choices) -> Checkpoint:
         raise IntegrityError(f"{root}: no *.safetensors files beside config.json")
     if problem := unsupported.recognise_tensors(str(root), chunks):
         raise problem
-    variant = best_variant(HF.table, config, chunks)
+    variant = best_variant(FORMAT.table, config, chunks)
     notes = [*config.notes, *safetensors.remarks(root, chunks)]
     if variant == "mis-saved":
         what = "BF16 experts under the names of packed blocks, as transformers 5.21 to 5.23 save"
@@ -61,7 +60,7 @@ def _open(root: Path, choices: Choices) -> Checkpoint:
         notes.append(problem)
     scales = sidecar.read(root) if variant != "mxfp4" else None
     return Checkpoint(
-        HF,
+        FORMAT,
         variant,
         root,
         config,
@@ -84,7 +83,7 @@ def _variant(encoding: str, options: ImageOptions) -> str:
 
 
 def _image(source: Checkpoint, variant: str, options: ImageOptions) -> tuple[Image, list[str]]:
-    weights = shards.image(STYLE, HF.table, source, variant, options)
+    weights = shards.image(STYLE, FORMAT.table, source, variant, options)
     side = carried.sidecar_image(source, variant, options)
     copies, notes = carried.copies(source, options)
     closing = [*copies, (CONFIG, _config(source, variant))]
@@ -112,12 +111,12 @@ def _published(config: Config) -> shards.Published:
     sizes = load_model().sizes(config.numbers)
     holder = {
         (param, tensor.bound.get("layer")): tensor
-        for tensor in HF.table.tensors("mxfp4", sizes)
+        for tensor in FORMAT.table.tensors("mxfp4", sizes)
         for param in tensor.rule.params
     }
     ordered = [
         holder[param, original.bound.get("layer")]
-        for original in sorted(OPENAI.table.tensors("mxfp4", sizes), key=lambda t: t.name)
+        for original in sorted(openai.FORMAT.table.tensors("mxfp4", sizes), key=lambda t: t.name)
         for param in original.rule.params
     ]
     found = shards.packed([[spec] for spec in shards.specs_of(ordered)], _PUBLISHED_BYTES)
@@ -126,7 +125,7 @@ def _published(config: Config) -> shards.Published:
 
 
 STYLE = shards.Style("hf", "-", "\n", _published)
-HF = Format(
+FORMAT = Format(
     "hf",
     partial(load_table, "hf"),
     _recognise,

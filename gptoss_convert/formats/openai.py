@@ -39,7 +39,7 @@ def _open(root: Path, choices: Choices) -> Checkpoint:
     if not chunks:
         raise IntegrityError(f"{root}: no *.safetensors files beside config.json")
     notes = tuple(safetensors.remarks(root, chunks))
-    return Checkpoint(OPENAI, "mxfp4", root, config, None, chunks, headers, notes=notes)
+    return Checkpoint(FORMAT, "mxfp4", root, config, None, chunks, headers, notes=notes)
 
 
 def _listed(names: Set[str]) -> Set[str]:
@@ -57,7 +57,7 @@ def _variant(encoding: str, options: ImageOptions) -> str:
 
 
 def _image(source: Checkpoint, variant: str, options: ImageOptions) -> tuple[Image, list[str]]:
-    weights = shards.image(STYLE, OPENAI.table, source, variant, options)
+    weights = shards.image(STYLE, FORMAT.table, source, variant, options)
     closing = (
         (CONFIG, configs.openai_json(source.config)),
         ("dtypes.json", _dtypes_json(source)),
@@ -68,7 +68,7 @@ def _image(source: Checkpoint, variant: str, options: ImageOptions) -> tuple[Ima
 def _dtypes_json(source: Checkpoint) -> bytes:
     """OpenAI's dtypes.json: one line, in the order of the model."""
     sizes = load_model().sizes(source.config.numbers)
-    tensors = OPENAI.table.tensors("mxfp4", sizes)
+    tensors = FORMAT.table.tensors("mxfp4", sizes)
     return json.dumps(
         {t.name: _TAGS.get(t.name.rpartition(".")[2], "BF16") for t in tensors}
     ).encode()
@@ -76,7 +76,7 @@ def _dtypes_json(source: Checkpoint) -> bytes:
 
 def _published(config: Config) -> shards.Published:
     """Sorted names: one file for 20b, files of at most 10 GiB for 120b."""
-    tensors = OPENAI.table.tensors("mxfp4", load_model().sizes(config.numbers))
+    tensors = FORMAT.table.tensors("mxfp4", load_model().sizes(config.numbers))
     ordered = shards.specs_of(sorted(tensors, key=lambda t: t.name))
     limit = _PUBLISHED_BYTES if config.size == "120b" else 1 << 62
     found = shards.packed([[spec] for spec in ordered], limit)
@@ -84,7 +84,7 @@ def _published(config: Config) -> shards.Published:
 
 
 STYLE = shards.Style("openai", "--", "", _published)
-OPENAI = Format(
+FORMAT = Format(
     "openai",
     partial(load_table, "openai"),
     _recognise,

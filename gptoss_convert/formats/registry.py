@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
+from gptoss_convert import formats
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.formats import unsupported
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, Format
-from gptoss_convert.formats.hf import HF
-from gptoss_convert.formats.megatron.format import MEGATRON
-from gptoss_convert.formats.openai import OPENAI
 
-FORMATS: dict[str, Format] = {one.name: one for one in (HF, OPENAI, MEGATRON)}
-"""By name. A new format is a module that says what it is, and its name here."""
+
+def _found() -> Iterator[Format]:
+    """What every module beside this one declares as its FORMAT."""
+    for module in pkgutil.iter_modules(formats.__path__):
+        name = f"{formats.__name__}.{module.name}"
+        if name != __name__ and (one := getattr(import_module(name), "FORMAT", None)):
+            yield one
+
+
+FORMATS: dict[str, Format] = {
+    one.name: one for one in sorted(_found(), key=lambda one: (not one.published, one.name))
+}
+"""By name, those that OpenAI published models in first. A new format is a new module."""
 
 
 def formats_in(path: Path) -> dict[str, Path]:

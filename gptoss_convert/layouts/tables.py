@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
+from gptoss_convert import containers
 from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.layouts.layout import STAR, Layout, Placement, shape_of
 from gptoss_convert.layouts.model import Model, load_model, only_keys, read_toml
@@ -151,7 +153,7 @@ def parse_table(format: str, content: Mapping[str, Any], model: Model) -> Table:
     for key in ("container", "variants"):
         if key not in content:
             raise InputError(f"{where}: no {key!r}")
-    if content["container"] not in {"safetensors", "torch_dist"}:
+    if find_spec(f"{containers.__name__}.{content['container']}") is None:
         raise InputError(f"{where}: unknown container {content['container']!r}")
     rules: dict[str, list[Rule]] = {}
     states: dict[str, list[ObjectRule]] = {}

@@ -21,9 +21,9 @@ from gptoss_convert.conversion.publish import check_target
 from gptoss_convert.conversion.run import Report, run
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats import config as configs
+from gptoss_convert.formats import hf
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.config import Config
-from gptoss_convert.formats.hf import HF
 from gptoss_convert.formats.registry import FORMATS
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.synth.values import SyntheticBytes, tensors_of
@@ -164,7 +164,7 @@ def virtual_checkpoint(model: str, layers: int | None = None, seed: int = 0) -> 
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     # The name says which bytes these are: an interrupted run of another seed must not go on.
     root = Path(f"synthetic-{model}-seed-{seed}")
-    return Checkpoint(HF, "mxfp4", root, config, text, chunks, {})
+    return Checkpoint(hf.FORMAT, "mxfp4", root, config, text, chunks, {})
 
 
 _SPECIAL = {

@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from gptoss_convert.codecs.mxfp4.reference import bf16_bits
 from gptoss_convert.containers.refs import FileRef
+from gptoss_convert.formats import hf
 from gptoss_convert.formats.config import Config
-from gptoss_convert.formats.hf import HF
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import Tensor
 from gptoss_convert.machine.files import Arena
@@ -238,7 +238,7 @@ def _stream(tensor: Tensor, seed: int) -> int:
 
 def tensors_of(config: Config) -> list[Tensor]:
     """Every tensor of the HF MXFP4 checkpoint of a model of this size."""
-    return list(HF.table.tensors("mxfp4", load_model().sizes(config.numbers)))
+    return list(hf.FORMAT.table.tensors("mxfp4", load_model().sizes(config.numbers)))
 
 
 def _quantise(values: Floats) -> tuple[Bytes, Bytes]:

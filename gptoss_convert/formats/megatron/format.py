@@ -46,7 +46,7 @@ def _variant(encoding: str, options: ImageOptions) -> str:
 
 
 def _image(source: Checkpoint, variant: str, options: ImageOptions) -> tuple[Image, list[str]]:
-    table = MEGATRON.table
+    table = FORMAT.table
     config = source.config
     sizes = load_model().sizes(config.numbers)
     iteration = torch_dist.image(
@@ -79,10 +79,10 @@ def _image(source: Checkpoint, variant: str, options: ImageOptions) -> tuple[Ima
 
 
 def _open(root: Path, choices: Choices) -> Checkpoint:
-    return open_megatron(MEGATRON, root, choices)
+    return open_megatron(FORMAT, root, choices)
 
 
-MEGATRON = Format(
+FORMAT = Format(
     "megatron",
     partial(load_table, "megatron"),
     _recognise,
