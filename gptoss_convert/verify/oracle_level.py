@@ -17,19 +17,18 @@ from gptoss_convert.machine.progress import Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
 from gptoss_convert.verify.logits_level import memory_advice
 from gptoss_convert.verify.result import Level, VerifyOptions
-from gptoss_convert.verify.sides import open_reader
+from gptoss_convert.verify.sides import given, open_reader
 from gptoss_convert.witness import forward
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.first_calls import settle_kernels
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.limits import OracleLimits, oracle_limits
-from gptoss_convert.witness.megatron_oracle import megatron_logits
 from gptoss_convert.witness.model import ModelConfig
 from gptoss_convert.witness.node import choose_device
-from gptoss_convert.witness.oracles import silence, transformers_logits
 from gptoss_convert.witness.readers import Reader
 from gptoss_convert.witness.tokens import token_set
 from gptoss_convert.witness.walk import Prompts, walk
+from gptoss_convert.witness.witness import witness_of
 
 
 def oracle_level(
@@ -74,15 +73,8 @@ def oracle_logits(
     """
     settle_kernels()
     try:
-        if checkpoint.format == "hf":
-            layers = len(config.sliding)
-            with silence():
-                return transformers_logits(checkpoint.root, sequences, device, layers)
-        if checkpoint.format == "openai":
-            return "(OpenAI's own code is on no package index)"
-        if len(config.sliding) < checkpoint.config.num_hidden_layers:
-            return "(megatron-core loads all layers or none)"
-        return megatron_logits(checkpoint.root, config, sequences, device)
+        oracle = witness_of(checkpoint.format).oracle
+        return oracle(given(checkpoint), config, sequences, device)
     except ModuleNotFoundError as error:
         raise UsageError(
             f"--level oracle of {checkpoint.label} needs {error.name}: "

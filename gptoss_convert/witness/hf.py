@@ -11,7 +11,7 @@ from gptoss_convert.errors import InputError
 from gptoss_convert.witness.configs import hf_config, read_json
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.fp4 import BLOCK, Packed, checked
-from gptoss_convert.witness.model import ExpertMatrices, LayerWeights
+from gptoss_convert.witness.model import ExpertMatrices, LayerWeights, ModelConfig
 from gptoss_convert.witness.readers import (
     Reader,
     StoredTensors,
@@ -19,6 +19,7 @@ from gptoss_convert.witness.readers import (
     hf_files,
     safetensors_chunks,
 )
+from gptoss_convert.witness.witness import Given, Sequences, Witness
 
 
 class HfReader(Reader):
@@ -128,3 +129,15 @@ def read_packed(
         files.read_bytes(f"{stem}{separator}scales", scales),
     )
     return checked(packed, stem)
+
+
+def _oracle(
+    given: Given, config: ModelConfig, sequences: Sequences, device: torch.device
+) -> list[Tensor] | str:
+    from gptoss_convert.witness.oracles import silence, transformers_logits
+
+    with silence():
+        return transformers_logits(given.root, sequences, device, len(config.sliding))
+
+
+WITNESS = Witness(lambda given, fetcher: HfReader(given.root, fetcher.device, fetcher), _oracle)

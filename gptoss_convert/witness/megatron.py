@@ -10,9 +10,11 @@ from torch import Tensor
 
 from gptoss_convert.containers import Chunk
 from gptoss_convert.errors import InputError
+from gptoss_convert.witness.configs import Section, hf_config
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.model import LayerWeights, ModelConfig
 from gptoss_convert.witness.readers import Reader, StoredTensors, SubBlock
+from gptoss_convert.witness.witness import Given, Sequences, Witness
 
 
 class MegatronReader(Reader):
@@ -167,3 +169,21 @@ class MegatronReader(Reader):
         }
         row = f"[{index}]" if self._stacked else ""
         return tuple(f"{self._layer_key(index, name)}{row}" for name in names[block])
+
+
+def _reader(given: Given, fetcher: Fetcher) -> MegatronReader:
+    config = hf_config(Section(given.config, f"{given.root}: config.json"))
+    return MegatronReader(given.root, given.chunks, config, fetcher.device, fetcher)
+
+
+def _oracle(
+    given: Given, config: ModelConfig, sequences: Sequences, device: torch.device
+) -> list[Tensor] | str:
+    if len(config.sliding) < given.layers:
+        return "(megatron-core loads all layers or none)"
+    from gptoss_convert.witness.megatron_oracle import megatron_logits
+
+    return megatron_logits(given.root, config, sequences, device)
+
+
+WITNESS = Witness(_reader, _oracle)

@@ -13,6 +13,7 @@ from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.hf import read_packed
 from gptoss_convert.witness.model import LayerWeights
 from gptoss_convert.witness.readers import Reader, StoredTensors, SubBlock, safetensors_chunks
+from gptoss_convert.witness.witness import Witness
 
 
 class OpenAiReader(Reader):
@@ -98,3 +99,9 @@ class OpenAiReader(Reader):
             ),
         }
         return tuple(f"block.{index}.{name}" for name in names[block])
+
+
+WITNESS = Witness(
+    lambda given, fetcher: OpenAiReader(given.root, fetcher.device, fetcher),
+    lambda *_: "(OpenAI's own code is on no package index)",
+)
