@@ -715,7 +715,7 @@ def test_a_hub_snapshot_asks_which_of_its_formats(given: dict[str, Path], tmp_pa
         convert(hub, tmp_path / "out", options_to("hf-bf16"))
     assert str(refused.value) == f"{hub}: holds hf and openai; choose one with --from"
     for format in ("hf", "openai"):
-        convert(hub, tmp_path / format, options_to("hf-bf16", source_format=format))
+        convert(hub, tmp_path / format, options_to("hf-bf16", format=format))
     assert same(tensors_in(tmp_path / "hf"), tensors_in(tmp_path / "openai"))
 
 

@@ -28,7 +28,7 @@ from tests.tiny_models import SQUARE, random_weights
 
 NAME = "openai/gpt-oss-20b"
 BF16 = Options(to="hf", dtype="bf16")
-OPENAI_MXFP4 = Options(to="hf", source_format="openai")
+OPENAI_MXFP4 = Options(to="hf", format="openai")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_headers_of_120b_take_little(hub: Hub, tmp_path: Path):
 
 def test_convert_takes_the_files_of_one_format(hub: Hub, published: Path, tmp_path: Path):
     convert(NAME, tmp_path / "hub", BF16)
-    convert(published, tmp_path / "local", Options(to="hf", dtype="bf16", source_format="hf"))
+    convert(published, tmp_path / "local", Options(to="hf", dtype="bf16", format="hf"))
     hub_files = files(tmp_path / "hub") - {"gptoss-convert.json"}
     assert hub_files == files(tmp_path / "local") - {"gptoss-convert.json"}
     assert not filecmp.cmpfiles(tmp_path / "hub", tmp_path / "local", hub_files, False)[1]
@@ -114,7 +114,7 @@ def test_convert_takes_the_files_of_one_format(hub: Hub, published: Path, tmp_pa
 
 
 def test_from_openai_takes_original_alone(hub: Hub, tmp_path: Path):
-    convert(NAME, tmp_path / "out", Options(to="openai", source_format="openai"))
+    convert(NAME, tmp_path / "out", Options(to="openai", format="openai"))
     got = {path.rpartition("/resolve/")[2] for path in hub.asked("GET", "/resolve/")}
     assert got and all(path.partition("/")[2].startswith("original/") for path in got)
 
@@ -168,7 +168,7 @@ def test_broken_downloads_are_continued(
     run(planned)
     starts = [asked for _, path, asked, _ in hub.requests if "/cdn/" in path and "00001" in path]
     assert starts[-4:] == [None, "bytes=20000-", "bytes=40000-", "bytes=30000-"]
-    convert(published, tmp_path / "local", Options(to="hf", dtype="bf16", source_format="hf"))
+    convert(published, tmp_path / "local", Options(to="hf", dtype="bf16", format="hf"))
     for name in files(tmp_path / "local") - {"gptoss-convert.json"}:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
 
@@ -312,7 +312,7 @@ def test_the_command_honours_the_environment_and_hides_what_is_signed(hub: Hub, 
 
 
 def test_repositories_are_compared_with_directories(hub: Hub, published: Path, tmp_path: Path):
-    convert(published, tmp_path / "bf16", Options(to="hf", dtype="bf16", source_format="hf"))
+    convert(published, tmp_path / "bf16", Options(to="hf", dtype="bf16", format="hf"))
     found = verify_checkpoints(NAME, tmp_path / "bf16", VerifyOptions(level="header"))
     assert found.same and found.source["path"] == NAME
     assert not (tmp_path / "cache").exists()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptoss_convert.check.options import HEADERS, Reading
 from gptoss_convert.check.scrub import Seen, layers_of, reading_plan, reread
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.manifest import (
@@ -34,21 +35,6 @@ from gptoss_convert.machine.progress import SILENT, Progress
 
 _SMALL = 256 << 20
 """Files without weights up to this size are read in every check."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How much of the weights to read."""
-
-    share: float = 0.0
-    """Of the layers of all parameters; 1 reads every byte, 0 headers only."""
-    seed: int | None = None
-    """Chooses the layers where not all are read; None takes others every time."""
-    workers: int | None = None
-    max_memory: int = 4_000_000_000
-
-
-HEADERS = Reading()
 
 
 @dataclass(frozen=True)

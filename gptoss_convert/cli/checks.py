@@ -9,49 +9,36 @@ from typing import Any
 
 import click
 
+from gptoss_convert.check.options import Reading
 from gptoss_convert.cli.options import (
     EPILOG,
-    FORMATS,
     PATH,
     SOURCE,
-    Choice,
     Share,
-    Size,
     as_json_flag,
     complain,
-    config_option,
-    iteration_option,
+    options_of,
     quiet_flag,
     rank_log_option,
-    revision_option,
     show,
-    strict_flag,
-    vocab_size_option,
-    workers_option,
+    side_of,
+    side_options,
 )
+from gptoss_convert.compare.options import DiffOptions
 from gptoss_convert.errors import IntegrityError
+from gptoss_convert.formats.checkpoint import Choices
 from gptoss_convert.machine import progress
 from gptoss_convert.show import report
 from gptoss_convert.show.documents import document
+from gptoss_convert.verify.result import VerifyOptions
 
 
 @click.command(epilog=EPILOG)
 @click.argument("path", type=PATH)
 @click.option("--read-data", is_flag=True, help="Read every byte, not headers only.")
 @click.option("--read-data-subset", type=Share(), help="Read so much of the weights, as 5%.")
-@click.option("--seed", type=int, help="Chooses the subset.  [default: another every time]")
-@click.option(
-    "--from",
-    "source_format",
-    type=Choice(FORMATS),
-    help="Format to read, where PATH holds several.",
-)
-@iteration_option
-@config_option
-@vocab_size_option
-@strict_flag
-@workers_option
-@click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
+@options_of(Reading)
+@options_of(Choices, place="PATH")
 @as_json_flag
 @quiet_flag
 @click.pass_context
@@ -62,15 +49,11 @@ def check(
     read_data: bool,
     read_data_subset: float | None,
     seed: int | None,
-    source_format: str | None,
-    iteration: int | None,
-    config: Path | None,
-    vocab_size: int | None,
-    strict: bool,
     workers: int | None,
     max_memory: int,
     as_json: bool,
     quiet: bool,
+    **choices: Any,
 ) -> None:
     """Check the checkpoint in PATH, with its manifest if it has one; name what is damaged.
 
@@ -79,13 +62,11 @@ def check(
       gptoss-convert check gpt-oss-20b
       gptoss-convert check gpt-oss-20b --read-data
     """
-    from gptoss_convert.check.check import Reading, check
-    from gptoss_convert.formats.checkpoint import Choices
+    from gptoss_convert.check.check import check
 
     share = 1.0 if read_data else read_data_subset or 0.0
-    choices = Choices(source_format, False, iteration, config, vocab_size, strict)
     reading = Reading(share, seed, workers, max_memory)
-    found = check(path, reading, choices, progress.for_terminal(quiet))
+    found = check(path, reading, Choices(**choices), progress.for_terminal(quiet))
     summary = found.summary()
     show("check", summary, report.check(summary), as_json=as_json, quiet=quiet)
     if found.problems:
@@ -96,58 +77,8 @@ def check(
 @click.command(epilog=EPILOG)
 @click.argument("source", type=SOURCE)
 @click.argument("target", type=SOURCE)
-@click.option(
-    "--level",
-    type=Choice(["header", "values", "logits", "oracle"]),
-    default="logits",
-    help="How deep to look; each level includes those before it.",
-)
-@click.option(
-    "--from-source",
-    "source_format",
-    type=Choice(FORMATS),
-    help="Format to read, where SOURCE holds several.",
-)
-@click.option(
-    "--from-target",
-    "target_format",
-    type=Choice(FORMATS),
-    help="Format to read, where TARGET holds several.",
-)
-@revision_option
-@click.option(
-    "--device",
-    type=Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    help="Where to compute logits; auto takes a GPU if there is one.",
-)
-@click.option(
-    "--dtype",
-    type=Choice(["float32", "bf16"]),
-    default="float32",
-    help="What to compute logits in; bf16 is faster and coarser.",
-)
-@click.option(
-    "--tokens",
-    type=PATH,
-    help="JSON lines (.jsonl) of token ids or texts, or a text, instead of the fixed token set.",
-)
-@click.option("--prompt", help="Show the most likely next tokens of both sides after this text.")
-@click.option(
-    "--max-length",
-    type=click.IntRange(1),
-    help="Longest prompt.  [default: 32768 on a GPU, 4096 on a CPU]",
-)
-@click.option("--sample", type=click.IntRange(1), help="About how many positions to score.")
-@click.option("--layers", type=click.IntRange(1), help="Compare only so many layers.")
-@click.option(
-    "--limits",
-    type=Choice(["lossless", "float32", "bfloat16"]),
-    default="lossless",
-    help="What still counts as the same; beyond lossless the logits decide, not the values.",
-)
-@workers_option
-@click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
+@options_of(VerifyOptions)
+@side_options(Choices, "source", "target")
 @click.option(
     "--json",
     "json_to",
@@ -183,7 +114,6 @@ def verify(
     from gptoss_convert.machine.ranks import join
     from gptoss_convert.show import report_page
     from gptoss_convert.verify.gate import verify_checkpoints
-    from gptoss_convert.verify.result import VerifyOptions
 
     with join() as ranks:
         if rank_log:
@@ -192,7 +122,8 @@ def verify(
             # Before hours of comparing: is all there that the report needs?
             report_page.prepare(folder)
         told = progress.for_rank(quiet, ranks.rank, ranks.log)
-        choices = VerifyOptions(**options, statistics=folder is not None)
+        sides = {side: side_of(Choices, side, options) for side in ("source", "target")}
+        choices = VerifyOptions(**sides, **options, statistics=folder is not None)
         done = verify_checkpoints(source, target, choices, told, ranks)
         if ranks.rank == 0:
             _write(done.summary(), json_to, folder, junit)
@@ -227,20 +158,8 @@ def _write(
 @click.command(epilog=EPILOG)
 @click.argument("a", type=SOURCE)
 @click.argument("b", type=SOURCE)
-@click.option(
-    "--from-a",
-    "format_a",
-    type=Choice(FORMATS),
-    help="Format to read, where A holds several.",
-)
-@click.option(
-    "--from-b",
-    "format_b",
-    type=Choice(FORMATS),
-    help="Format to read, where B holds several.",
-)
-@workers_option
-@click.option("--max-memory", type=Size(), default="4GB", help="Limit that buffers must fit in.")
+@options_of(DiffOptions)
+@side_options(Choices, "a", "b")
 @as_json_flag
 @quiet_flag
 @click.pass_context
@@ -249,8 +168,6 @@ def diff(
     a: str,
     b: str,
     *,
-    format_a: str | None,
-    format_b: str | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -263,9 +180,8 @@ def diff(
       gptoss-convert diff gpt-oss-20b fine-tuned --json
     """
     from gptoss_convert.compare.diff import diff
-    from gptoss_convert.formats.checkpoint import Choices
 
-    choices = (Choices(format_a), Choices(format_b))
+    choices = (side_of(Choices, "a", options), side_of(Choices, "b", options))
     found = diff(a, b, choices, progress=progress.for_terminal(quiet), **options)
     summary = found.summary()
     show("diff", summary, report.diff(summary), as_json=as_json, quiet=quiet)

@@ -14,28 +14,23 @@ import click
 from gptoss_convert.cli.checks import check, diff, verify
 from gptoss_convert.cli.options import (
     EPILOG,
-    FORMATS,
     PATH,
     SOURCE,
     Choice,
-    Size,
     as_json_flag,
-    config_option,
-    iteration_option,
-    overwrite_flag,
+    options_of,
     quiet_flag,
     rank_log_option,
-    revision_option,
     say,
     show,
-    strict_flag,
-    vocab_size_option,
-    workers_option,
 )
+from gptoss_convert.conversion.options import Options
 from gptoss_convert.errors import UsageError
+from gptoss_convert.formats.checkpoint import Choices
 from gptoss_convert.machine import progress
 from gptoss_convert.show import report
 from gptoss_convert.show.pages import Page, render
+from gptoss_convert.synth.options import SynthOptions
 from gptoss_convert.version import VERSION
 
 if TYPE_CHECKING:
@@ -62,80 +57,7 @@ def cli() -> None:
 @cli.command(epilog=EPILOG)
 @click.argument("source", type=SOURCE)
 @click.argument("target", type=PATH)
-@click.option("--to", required=True, type=Choice(FORMATS), help="Format of TARGET.")
-@click.option(
-    "--dtype",
-    type=Choice(["keep", "mxfp4", "bf16"]),
-    default="keep",
-    help="Encoding of the expert weights in TARGET.",
-)
-@click.option(
-    "--from",
-    "source_format",
-    type=Choice(FORMATS),
-    help="Format to read, where SOURCE holds several.",
-)
-@revision_option
-@click.option(
-    "--stream",
-    is_flag=True,
-    help="SOURCE on the Hub: convert each shard as it arrives, then drop it.",
-)
-@click.option(
-    "--shards",
-    type=Choice(["auto", "size", "published"]),
-    default="auto",
-    help="Files of TARGET: as the MXFP4 original's where a sidecar remembers them, else by size; "
-    "always by size; or OpenAI's own names, order and boundaries.",
-)
-@click.option("--max-shard-size", type=Size(), default="5GB", help="Largest file, by size.")
-@click.option(
-    "--max-memory",
-    type=Size(),
-    help="Limit that buffers must fit in.  [default: 400MB, or what --workers take]",
-)
-@workers_option
-@click.option(
-    "--scales",
-    type=PATH,
-    help="An MXFP4 checkpoint, or a BF16 one with a sidecar, whose block scales to prefer. "
-    "Restores its bytes, never changes a value.  [default: SOURCE's sidecar]",
-)
-@click.option("--no-scales", is_flag=True, help="Write no sidecar of MXFP4 scales beside BF16.")
-@click.option("--cast", is_flag=True, help="Round a float32 or float16 SOURCE to BF16.")
-@click.option("--lossy", is_flag=True, help="Round values that have no exact MXFP4 form.")
-@click.option("--repair", is_flag=True, help="Read what transformers 5.21 to 5.23 mis-saved.")
-@click.option("--allow-nonfinite", is_flag=True, help="Keep infinities and NaN.")
-@click.option("--allow-zero", is_flag=True, help="Keep weight matrices that are zero throughout.")
-@strict_flag
-@click.option(
-    "--layout",
-    type=Choice(["stacked", "per-layer"]),
-    default="stacked",
-    help="Megatron TARGET: all layers in one tensor, or a tensor a layer (120b loads faster).",
-)
-@click.option(
-    "--also-local-spec",
-    is_flag=True,
-    help="Megatron TARGET: name the second norm as models without Transformer Engine do, too.",
-)
-@click.option(
-    "--bridge",
-    type=Choice(["modern", "legacy"]),
-    default="modern",
-    help="Megatron TARGET: run_config.yaml for Megatron-Bridge from 0.4.0 on, or before.",
-)
-@iteration_option
-@config_option
-@vocab_size_option
-@click.option("--tokenizer", type=PATH, help="Directory whose tokenizer and template TARGET gets.")
-@click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
-@click.option(
-    "--trust-journal",
-    is_flag=True,
-    help="Go on without reading back what an interrupted run wrote.",
-)
-@overwrite_flag
+@options_of(Options)
 @click.option("--push-to", help="Upload TARGET to this repository on the Hub when it is complete.")
 @click.option("--public", is_flag=True, help="A repository that --push-to makes is public.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
@@ -147,7 +69,6 @@ def convert(
     source: str,
     target: Path,
     *,
-    no_scales: bool,
     push_to: str | None,
     public: bool,
     dry_run: bool,
@@ -167,7 +88,6 @@ def convert(
       gptoss-convert convert gpt-oss-20b/original out --to hf --tokenizer gpt-oss-20b
       gptoss-convert convert gpt-oss-20b out --to megatron
     """
-    from gptoss_convert.conversion.options import Options
     from gptoss_convert.conversion.plan import plan
     from gptoss_convert.machine.ranks import join
 
@@ -178,8 +98,7 @@ def convert(
         if not dry_run:
             # Kernels load, or compile at the first use, while the plan is made.
             Thread(target=_warm).start()
-        all_options = Options(**options, keep_scales=not no_scales)
-        conversion = plan(source, target, all_options, ranks.local_size)
+        conversion = plan(source, target, Options(**options), ranks.local_size)
         shown = _planned(conversion) if dry_run else _converted(conversion, ranks, quiet, verbose)
     if ranks.rank == 0:
         show(*shown, as_json=as_json, quiet=quiet)
@@ -230,28 +149,17 @@ def _converted(
 
 @cli.command(epilog=EPILOG)
 @click.argument("source", type=SOURCE)
-@click.option(
-    "--from",
-    "source_format",
-    type=Choice(FORMATS),
-    help="Format to read, where SOURCE holds several.",
-)
-@revision_option
-@iteration_option
-@config_option
-@vocab_size_option
+@options_of(Options, "revision")
+@options_of(Choices)
 @click.option("--launch", is_flag=True, help="Print how to load it in Megatron, as Markdown.")
 @as_json_flag
 def inspect(
     source: str,
     *,
-    source_format: str | None,
     revision: str | None,
-    iteration: int | None,
-    config: Path | None,
-    vocab_size: int | None,
     launch: bool,
     as_json: bool,
+    **choices: Any,
 ) -> None:
     """Tell what the checkpoint SOURCE is: format, size, encoding, anything odd. Headers only.
 
@@ -263,10 +171,8 @@ def inspect(
       gptoss-convert inspect openai/gpt-oss-120b
     """
     from gptoss_convert.check.inspection import inspect
-    from gptoss_convert.formats.checkpoint import Choices
 
-    choices = Choices(source_format, True, iteration, config, vocab_size)
-    found = inspect(source, choices, revision)
+    found = inspect(source, Choices(**choices), revision)
     if launch:
         say(_launch_page(found.checkpoint))
         return
@@ -285,29 +191,7 @@ def _launch_page(checkpoint: Checkpoint) -> str:
 
 @cli.command(epilog=EPILOG)
 @click.argument("target", type=PATH)
-@click.option(
-    "--model",
-    type=Choice(["tiny", "20b", "120b"]),
-    default="tiny",
-    help="Which model's shapes.",
-)
-@click.option("--layers", type=click.IntRange(1), help="Fewer layers than the model has.")
-@click.option("--format", type=Choice(FORMATS), default="hf", help="Format of TARGET.")
-@click.option(
-    "--dtype",
-    type=Choice(["keep", "mxfp4", "bf16"]),
-    default="keep",
-    help="Encoding of the expert weights; keep is MXFP4.",
-)
-@click.option(
-    "--shards",
-    type=Choice(["auto", "size", "published"]),
-    default="auto",
-    help="Files of TARGET: as published for a whole 20b or 120b, else by size.",
-)
-@click.option("--seed", type=int, default=0, help="Chooses the values.")
-@workers_option
-@overwrite_flag
+@options_of(SynthOptions)
 @as_json_flag
 @quiet_flag
 def synth(target: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -320,7 +204,7 @@ def synth(target: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
     """
     from gptoss_convert.synth.synth import synth
 
-    done = synth(target, progress=progress.for_terminal(quiet), **options).summary()
+    done = synth(target, progress.for_terminal(quiet), **options).summary()
     show("convert", done, report.finished(done), as_json=as_json, quiet=quiet)
 
 

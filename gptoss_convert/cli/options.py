@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from gptoss_convert.errors import EXIT_CODES
 from gptoss_convert.formats import registry
 from gptoss_convert.machine.terminal import printable
+from gptoss_convert.options import Option
 from gptoss_convert.show.documents import document
 from gptoss_convert.show.pages import Page, is_styled, render
 
@@ -24,6 +26,8 @@ _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 FORMATS = [*registry.FORMATS]
 _LONGEST = 10_000
 """Characters of a line on stderr: values from untrusted files may be of any length."""
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 EPILOG = "\b\nExit status:\n" + "\n".join(f"  {code:<4}{why}" for code, why in EXIT_CODES.items())
 
 
@@ -73,40 +77,88 @@ class Choice(click.Choice[str]):
 PATH = click.Path(path_type=Path)
 SOURCE = click.Path()
 """A directory or a repository on the Hub, as it was written; shells complete it as a path."""
-revision_option = click.option(
-    "--revision", help="SOURCE on the Hub: a branch, tag or commit.  [default: its main branch]"
-)
 as_json_flag = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 quiet_flag = click.option(
     "-q", "--quiet", is_flag=True, help="Print nothing but errors, and --json if asked for."
 )
-overwrite_flag = click.option(
-    "--overwrite", is_flag=True, help="Replace TARGET, once everything is written."
-)
-iteration_option = click.option(
-    "--iteration", type=click.IntRange(0), help="Megatron SOURCE: not the latest iteration."
-)
-config_option = click.option(
-    "--config",
-    type=PATH,
-    help="Megatron SOURCE: a Hugging Face config.json, where it carries none.",
-)
-vocab_size_option = click.option(
-    "--vocab-size",
-    type=click.IntRange(1),
-    help="Megatron SOURCE: rows of the vocabulary without padding, where nothing says so.",
-)
-strict_flag = click.option(
-    "--strict", is_flag=True, help="Refuse what is only remarked on: files that nothing names."
-)
-workers_option = click.option(
-    "--workers",
-    type=click.IntRange(1, 256),
-    help="Steps in flight at once.  [default: processors + 2, at most 16]",
-)
 rank_log_option = click.option(
     "--rank-log", type=PATH, help="Under torchrun: directory for a log of each rank."
 )
+_KINDS = {"size": Size, "format": lambda: Choice(FORMATS)}
+
+
+def options_of(kind: type, *only: str, place: str = "SOURCE") -> Callable[[F], F]:
+    """The options that a dataclass declares as its fields, or some of them, in their order.
+
+    `place` is what the command calls the checkpoint that it reads.
+    """
+    return _options(kind, only, lambda flag: [flag], place)
+
+
+def side_options(kind: type, first: str, second: str) -> Callable[[F], F]:
+    """The same for each of two checkpoints; the first one's are also those of one checkpoint."""
+
+    def both(command: F) -> F:
+        of_second = _options(kind, (), lambda flag: [f"{flag}-{second}"], second.upper(), second)
+        of_first = _options(kind, (), lambda flag: [flag, f"{flag}-{first}"], first.upper(), first)
+        return of_first(of_second(command))
+
+    return both
+
+
+def side_of(kind: type[T], side: str, given: dict[str, Any]) -> T:
+    """The dataclass that the options of a side make; takes them out of `given`."""
+    names = [one.name for one in fields(kind)]  # pyright: ignore[reportArgumentType]
+    return kind(**{name: given.pop(f"{name}_{side}") for name in names})
+
+
+def _options(
+    kind: type,
+    only: Sequence[str],
+    flags: Callable[[str], list[str]],
+    place: str,
+    side: str = "",
+) -> Callable[[F], F]:
+    declared = [one for one in fields(kind) if "option" in one.metadata]
+    chosen = [one for one in declared if not only or one.name in only]
+
+    def apply(command: F) -> F:
+        for one in reversed(chosen):
+            command = _option(one, flags, place, f"_{side}" if side else "")(command)
+        return command
+
+    return apply
+
+
+def _option(
+    one: Field[Any], flags: Callable[[str], list[str]], place: str, ending: str
+) -> Callable[[F], F]:
+    how: Option = one.metadata["option"]
+    names = flags(how.flag or f"--{one.name.replace('_', '-')}")
+    help = how.help.replace("SOURCE", place)
+    destination = one.name + ending
+    default = how.shown if how.kind == "size" and one.default else one.default
+    told = f"  [default: {how.shown}]" if how.shown and default is not how.shown else ""
+    more: dict[str, Any] = {"help": help + told}
+    if str(one.type) == "bool":
+        more |= {"is_flag": True, "flag_value": not one.default, "default": one.default}
+        more["show_default"] = False
+    else:
+        more["type"] = _type_of(str(one.type), how)
+        more |= {"required": True} if default is MISSING else {"default": default}
+        more["show_default"] = not told
+    return click.option(*names, destination, **more)
+
+
+def _type_of(annotated: str, how: Option) -> Any:
+    """How the words on a command line become a field's value."""
+    if how.kind:
+        return _KINDS[how.kind]()
+    if how.among:
+        return Choice(how.among)
+    if annotated.startswith("int"):
+        return click.IntRange(how.least, how.most)
+    return PATH if annotated.startswith("Path") else str
 
 
 def show(

@@ -8,50 +8,38 @@ from typing import Any
 
 from gptoss_convert.formats.checkpoint import Choices
 from gptoss_convert.formats.options import ImageOptions
+from gptoss_convert.options import option, workers_option
 
 
 @dataclass(frozen=True)
-class Options(ImageOptions):
-    """How to convert; the defaults are the command line's."""
+class Options(Choices, ImageOptions):
+    """How to convert: how SOURCE is read, how TARGET is laid out, how the run goes."""
 
-    source_format: str | None = None
-    revision: str | None = None
-    """Of a repository on the Hub: a branch, a tag or a commit."""
-    stream: bool = False
-    """Of a repository on the Hub: convert each shard as it arrives, then drop it."""
-    max_memory: int | None = None
-    """Bytes; None: 400 MB, or what `workers` take."""
-    workers: int | None = None
-    scales: Path | None = None
-    """An MXFP4 checkpoint, or a BF16 one with a sidecar, whose block scales are preferred."""
-    cast: bool = False
-    lossy: bool = False
-    repair: bool = False
-    allow_nonfinite: bool = False
-    allow_zero: bool = False
-    """Accept weight matrices that are zero throughout."""
-    strict: bool = False
-    """Refuse a SOURCE with anything that is only remarked on otherwise."""
-    iteration: int | None = None
-    config: Path | None = None
-    vocab_size: int | None = None
-    overwrite: bool = False
-    restart: bool = False
-    """Discard what an interrupted conversion to the same TARGET left."""
-    trust_journal: bool = False
-    """Go on without reading back what an interrupted conversion wrote."""
-
-    @property
-    def choices(self) -> Choices:
-        """What concerns the opening of SOURCE."""
-        return Choices(
-            self.source_format,
-            self.repair,
-            self.iteration,
-            self.config,
-            self.vocab_size,
-            self.strict,
-        )
+    revision: str | None = option(
+        None, "SOURCE on the Hub: a branch, tag or commit.", shown="its main branch"
+    )
+    stream: bool = option(
+        False, "SOURCE on the Hub: convert each shard as it arrives, then drop it."
+    )
+    max_memory: int | None = option(
+        None,
+        "Limit that buffers must fit in.",
+        kind="size",
+        shown="400MB, or what --workers take",
+    )
+    workers: int | None = workers_option()
+    scales: Path | None = option(
+        None,
+        "An MXFP4 checkpoint, or a BF16 one with a sidecar, whose block scales to prefer. "
+        "Restores its bytes, never changes a value.",
+        shown="SOURCE's sidecar",
+    )
+    lossy: bool = option(False, "Round values that have no exact MXFP4 form.")
+    allow_nonfinite: bool = option(False, "Keep infinities and NaN.")
+    allow_zero: bool = option(False, "Keep weight matrices that are zero throughout.")
+    overwrite: bool = option(False, "Replace TARGET, once everything is written.")
+    restart: bool = option(False, "Discard what an interrupted run left.")
+    trust_journal: bool = option(False, "Go on without reading back what an interrupted run wrote.")
 
     @property
     def decisive(self) -> dict[str, Any]:

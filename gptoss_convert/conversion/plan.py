@@ -142,7 +142,7 @@ def plan(
     if options.stream and isinstance(place, Path):
         raise UsageError(f"--stream: {place} is not a repository on the Hub")
     check_target(place, target)
-    with opening(place, options.choices) as opened:
+    with opening(place, options) as opened:
         return plan_opened(opened, target, options, processes)
 
 

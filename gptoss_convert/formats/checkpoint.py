@@ -18,6 +18,7 @@ from gptoss_convert.formats.sidecar import Origin
 from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import Table, load_table
+from gptoss_convert.options import option
 
 CONFIG = "config.json"
 MANIFEST = "gptoss-convert.json"
@@ -110,20 +111,23 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Choices:
-    """What opening a checkpoint cannot decide by itself."""
+    """How a checkpoint is read: what opening it cannot decide by itself."""
 
-    format: str | None = None
-    """One of FORMATS, where a directory holds several."""
-    repair: bool = False
-    """Read experts that were saved under the names of packed blocks."""
-    iteration: int | None = None
-    """Megatron: another iteration than the latest."""
-    config: Path | None = None
-    """Megatron: a Hugging Face config.json, where the checkpoint carries none."""
-    vocab_size: int | None = None
-    """Megatron: rows of the vocabulary without padding, where nothing says so."""
-    strict: bool = False
-    """Refuse what is only remarked on otherwise."""
+    format: str | None = option(
+        None, "Format to read, where SOURCE holds several.", flag="--from", kind="format"
+    )
+    repair: bool = option(False, "Read what transformers 5.21 to 5.23 mis-saved.")
+    iteration: int | None = option(None, "Megatron SOURCE: not the latest iteration.", least=0)
+    config: Path | None = option(
+        None, "Megatron SOURCE: a Hugging Face config.json, where it carries none."
+    )
+    vocab_size: int | None = option(
+        None,
+        "Megatron SOURCE: rows of the vocabulary without padding, where nothing says so.",
+        least=1,
+    )
+    strict: bool = option(False, "Refuse what is only remarked on: files that nothing names.")
+    cast: bool = option(False, "Round a float32 or float16 SOURCE to BF16.")
 
 
 DEFAULT = Choices()

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
+
+from gptoss_convert.options import option
 
 
 @dataclass(frozen=True)
 class ImageOptions:
     """How TARGET is laid out; the defaults are the command line's."""
 
-    to: str
-    dtype: str = "keep"
-    shards: str = "auto"
-    """`auto`: as the MXFP4 source was, where a sidecar remembers it, else by size."""
-    max_shard_size: int = 5_000_000_000
-    keep_scales: bool = True
-    """Write the sidecar where MXFP4 is decoded."""
-    layout: str = "stacked"
-    """Megatron: layers `stacked` in one tensor, or one tensor `per-layer`."""
-    also_local_spec: bool = False
-    """Megatron: write the second norm under the local spec's name too."""
-    bridge: str = "modern"
-    """Megatron-Bridge: run_config.yaml for 0.4.0 and later, or `legacy`."""
-    tokenizer: Path | None = None
+    to: str = option(MISSING, "Format of TARGET.", kind="format")
+    dtype: str = option(
+        "keep", "Encoding of the expert weights in TARGET.", among=("keep", "mxfp4", "bf16")
+    )
+    shards: str = option(
+        "auto",
+        "Files of TARGET: as the MXFP4 original's where a sidecar remembers them, else by size; "
+        "always by size; or OpenAI's own names, order and boundaries.",
+        among=("auto", "size", "published"),
+    )
+    max_shard_size: int = option(5_000_000_000, "Largest file, by size.", kind="size", shown="5GB")
+    keep_scales: bool = option(
+        True, "Write no sidecar of MXFP4 scales beside BF16.", flag="--no-scales"
+    )
+    layout: str = option(
+        "stacked",
+        "Megatron TARGET: all layers in one tensor, or a tensor a layer (120b loads faster).",
+        among=("stacked", "per-layer"),
+    )
+    also_local_spec: bool = option(
+        False,
+        "Megatron TARGET: name the second norm as models without Transformer Engine do, too.",
+    )
+    bridge: str = option(
+        "modern",
+        "Megatron TARGET: run_config.yaml for Megatron-Bridge from 0.4.0 on, or before.",
+        among=("modern", "legacy"),
+    )
+    tokenizer: Path | None = option(None, "Directory whose tokenizer and template TARGET gets.")

@@ -26,6 +26,7 @@ from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.registry import FORMATS
 from gptoss_convert.machine.progress import SILENT, Progress
+from gptoss_convert.synth.options import SynthOptions
 from gptoss_convert.synth.values import SyntheticBytes, tensors_of
 
 MAX_LAYERS = 36
@@ -74,72 +75,51 @@ MODELS: Mapping[str, Config] = {
 """By name. No two axes of `tiny` are equally long, so that a mistaken transpose shows."""
 
 
-def synth(
-    target: Path,
-    *,
-    model: str = "tiny",
-    layers: int | None = None,
-    format: str = "hf",
-    dtype: str = "keep",
-    seed: int = 0,
-    shards: str = "auto",
-    workers: int | None = None,
-    overwrite: bool = False,
-    progress: Progress = SILENT,
-) -> Report:
-    """Write a synthetic checkpoint; TARGET appears complete or not at all.
+def synth(target: Path, progress: Progress = SILENT, **options: Any) -> Report:
+    """Write a synthetic checkpoint, with the options of SynthOptions by name; TARGET appears
+    complete or not at all.
 
     The weights depend on model, layer and seed alone: not on format, shards, workers or `layers`.
     """
-    conversion = plan_synth(
-        target,
-        model=model,
-        layers=layers,
-        format=format,
-        dtype=dtype,
-        seed=seed,
-        shards=shards,
-        workers=workers,
-        overwrite=overwrite,
-    )
+    conversion = plan_synth(target, **options)
+    seed = SynthOptions(**options).seed
     return run(conversion, progress, SyntheticBytes(conversion.source.config, seed))
 
 
-def plan_synth(
-    target: Path,
-    *,
-    model: str = "tiny",
-    layers: int | None = None,
-    format: str = "hf",
-    dtype: str = "keep",
-    seed: int = 0,
-    shards: str = "auto",
-    workers: int | None = None,
-    overwrite: bool = False,
-) -> Conversion:
+def plan_synth(target: Path, **options: Any) -> Conversion:
     """All that `synth` will write, decided; raises UsageError that lists the choices.
 
     `auto` shards a whole released model as it was published, anything else by size.
     """
+    wanted = SynthOptions(**options)
+    dtype, shards = wanted.dtype, wanted.shards
     if dtype not in ENCODINGS:
         raise UsageError(f"--dtype {dtype}: choose {', '.join(ENCODINGS)}")
     if shards not in SHARDS:
         raise UsageError(f"--shards {shards}: choose {', '.join(SHARDS)}")
     # The source lies in no directory, so there is none that TARGET could damage.
     check_target(Path(os.devnull), target)
-    kind = FORMATS[format]
-    source = virtual_checkpoint(model, layers, seed)
+    kind = FORMATS[wanted.format]
+    source = virtual_checkpoint(wanted.model, wanted.layers, wanted.seed)
     whole = source.config in (MODELS["20b"], MODELS["120b"])
     if shards == "auto":
         shards = "published" if whole and dtype != "bf16" and kind.published else "size"
     # A sidecar would claim that the BF16 weights came from files that never were.
-    options = Options(
-        format, dtype, shards=shards, workers=workers, overwrite=overwrite, keep_scales=False
+    conversion = plan_opened(
+        source,
+        target,
+        Options(
+            wanted.format,
+            dtype,
+            shards,
+            keep_scales=False,
+            workers=wanted.workers,
+            overwrite=wanted.overwrite,
+        ),
     )
-    conversion = plan_opened(source, target, options)
     image = conversion.image
     if kind.side is not None:
-        side = _side_files(kind.side, source.config, model, seed)
+        side = _side_files(kind.side, source.config, wanted.model, wanted.seed)
         image = replace(image, closing=(*side, *image.closing))
     # The notes of a conversion tell of the tokenizer that a source lacks.
     return replace(conversion, image=image, notes=())

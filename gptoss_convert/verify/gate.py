@@ -11,7 +11,7 @@ from gptoss_convert.compare.config_diff import numbers_that_differ
 from gptoss_convert.compare.values import compare_values
 from gptoss_convert.compare.values_report import Difference, ValuesReport
 from gptoss_convert.errors import UsageError
-from gptoss_convert.formats.checkpoint import Checkpoint, Choices
+from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.config import Config
 from gptoss_convert.hub.sources import open_source
 from gptoss_convert.machine.progress import SILENT, Progress
@@ -39,8 +39,8 @@ def verify_checkpoints(
         raise UsageError(f"--level {options.level}: choose {', '.join(LEVELS)}")
     began = time.monotonic()
     weights = None if options.level == "header" else progress
-    ours = open_source(source, Choices(options.source_format), weights, options.revision)
-    theirs = open_source(target, Choices(options.target_format), weights)
+    ours = open_source(source, options.source, weights, options.revision)
+    theirs = open_source(target, options.target, weights)
     levels = [_header(ours, theirs, began)]
     later: dict[str, Callable[[], Level]] = {
         "values": lambda: _values(ours, theirs, options, progress, ranks),

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gptoss_convert.formats.checkpoint import DEFAULT, Choices
+from gptoss_convert.options import memory_option, option, workers_option
+
 LEVELS = ("header", "values", "logits", "oracle")
 LOSSLESS = "lossless"
 
@@ -15,29 +18,43 @@ LOSSLESS = "lossless"
 class VerifyOptions:
     """Every choice of a verification."""
 
-    level: str = "logits"
-    source_format: str | None = None
-    target_format: str | None = None
-    revision: str | None = None
-    """Of a SOURCE on the Hub: a branch, a tag or a commit."""
-    device: str = "auto"
-    """`auto` takes a GPU if there is one."""
-    dtype: str = "float32"
-    """Of the forward pass: `float32`, or `bf16`, which is fast and coarse."""
-    tokens: Path | None = None
-    """JSON lines of token ids or texts, or plain text, instead of the fixed token set."""
-    prompt: str | None = None
-    """Text whose most likely next tokens are shown for both sides."""
-    max_length: int | None = None
-    """Longest sequence of the fixed token set."""
-    sample: int | None = None
-    """About the most positions of the fixed token set."""
-    layers: int | None = None
-    """Compare only so many layers."""
-    limits: str = LOSSLESS
-    """Table of limits.toml; with any but `lossless` the logits decide, not the values."""
-    workers: int | None = None
-    max_memory: int = 4_000_000_000
+    level: str = option(
+        "logits", "How deep to look; each level includes those before it.", among=LEVELS
+    )
+    source: Choices = DEFAULT
+    target: Choices = DEFAULT
+    revision: str | None = option(
+        None, "SOURCE on the Hub: a branch, tag or commit.", shown="its main branch"
+    )
+    device: str = option(
+        "auto",
+        "Where to compute logits; auto takes a GPU if there is one.",
+        among=("auto", "cpu", "cuda"),
+    )
+    dtype: str = option(
+        "float32",
+        "What to compute logits in; bf16 is faster and coarser.",
+        among=("float32", "bf16"),
+    )
+    tokens: Path | None = option(
+        None,
+        "JSON lines (.jsonl) of token ids or texts, or a text, instead of the fixed token set.",
+    )
+    prompt: str | None = option(
+        None, "Show the most likely next tokens of both sides after this text."
+    )
+    max_length: int | None = option(
+        None, "Longest prompt.", least=1, shown="32768 on a GPU, 4096 on a CPU"
+    )
+    sample: int | None = option(None, "About how many positions to score.", least=1)
+    layers: int | None = option(None, "Compare only so many layers.", least=1)
+    limits: str = option(
+        LOSSLESS,
+        "What still counts as the same; beyond lossless the logits decide, not the values.",
+        among=(LOSSLESS, "float32", "bfloat16"),
+    )
+    workers: int | None = workers_option()
+    max_memory: int = memory_option()
     statistics: bool = False
     """Collect what only a report shows: SQNR by expert, histograms of MXFP4 scales."""
 

@@ -1,0 +1,15 @@
+"""How `diff` goes about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gptoss_convert.options import memory_option, workers_option
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    """What a comparison may take of the machine."""
+
+    workers: int | None = workers_option()
+    max_memory: int = memory_option()

@@ -1,0 +1,42 @@
+"""Options: each is declared once, as a field of the dataclass that means it.
+
+The command line makes its options of these fields: name, default, help and accepted values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field does not say by itself: how the command line offers it."""
+
+    help: str
+    flag: str | None = None
+    """Its name, where that is not the field's; a `--no-` flag turns the field off."""
+    among: tuple[str, ...] = ()
+    """The words that it accepts."""
+    kind: str | None = None
+    """`size`: bytes such as 5GB; `format`: the name of a checkpoint format."""
+    least: int | None = None
+    most: int | None = None
+    shown: str | None = None
+    """The default as --help tells it, where the value says too little."""
+
+
+def option(default: Any, help: str, **how: Any) -> Any:
+    """A field with this default that is an option of the command line, too; see `Option`."""
+    return field(default=default, metadata={"option": Option(help, **how)})
+
+
+def workers_option() -> Any:
+    """How many threads take part."""
+    shown = "processors + 2, at most 16"
+    return option(None, "Steps in flight at once.", least=1, most=256, shown=shown)
+
+
+def memory_option() -> Any:
+    """Bytes that all buffers of a comparison or a check fit in."""
+    return option(4_000_000_000, "Limit that buffers must fit in.", kind="size", shown="4GB")
