@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.codecs.stats import EncodeStats, ScaleStatistics
 from gptoss_convert.conversion import manifest
 from gptoss_convert.conversion.journal import Journal, recorded
 from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.outcome import (
+    Outcome,
+    outcomes_of,
+    refuse_nonfinite,
+    refuse_zeros,
+    state_losses,
+)
 from gptoss_convert.conversion.partition import (
     deal,
     require_kept,
@@ -34,25 +38,14 @@ from gptoss_convert.conversion.publish import (
     workspace,
 )
 from gptoss_convert.conversion.resume import intact
-from gptoss_convert.engine.anomalies import is_vector, tensors_of, zero_matrices
 from gptoss_convert.engine.execute import execute
 from gptoss_convert.engine.records import Done
-from gptoss_convert.errors import CodecError, IntegrityError, UsageError
+from gptoss_convert.errors import UsageError
 from gptoss_convert.hub.stream import ShardStream
-from gptoss_convert.layouts.folding import fold
 from gptoss_convert.machine import resources
 from gptoss_convert.machine.files import ByteSource, SourceFiles, TargetFiles, pieces, write_file
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
-
-
-@dataclass
-class Outcome:
-    """What the steps of one weight did beyond moving bits."""
-
-    encoded: EncodeStats = field(default_factory=EncodeStats)
-    scales: ScaleStatistics = field(default_factory=ScaleStatistics)
-    cast_values: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,7 +132,7 @@ def _run(job: _Job) -> Report:
     done, before = _follow(job) if ranks.rank else _lead(job)
     # No rank ends before TARGET is there.
     ranks.barrier()
-    outcomes = _outcomes(conversion, done.values())
+    outcomes = outcomes_of(conversion, done.values())
     seconds = time.monotonic() - began
     return Report(conversion, seconds, resources.peak_memory(), len(before), outcomes)
 
@@ -170,8 +163,8 @@ def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done]]:
         ranks.barrier()
         _take_over(journal, conversion.target, range(1, ranks.size))
         done = {number: journal.done[number] for number in range(len(conversion.plan.steps))}
-        _refuse_zeros(conversion, done)
-        _state_losses(conversion, _outcomes(conversion, done.values()), job.progress)
+        refuse_zeros(conversion, done)
+        state_losses(conversion, outcomes_of(conversion, done.values()), job.progress)
         manifest_crc = _close(conversion, space.work, done)
         journal.publishing(manifest_crc, space.work.stat().st_ino)
         space.publish()
@@ -258,7 +251,7 @@ def _execute(
         stream = sources if isinstance(sources, ShardStream) else None
 
         def finished(batch: list[Done]) -> None:
-            _refuse_nonfinite(conversion, batch)
+            refuse_nonfinite(conversion, batch)
             # In this order: the journal never speaks of bytes that a crash could take back.
             files.sync()
             journal.append(batch)
@@ -296,65 +289,6 @@ def _reading(
     return source if isinstance(source, ShardStream) else nullcontext(source)
 
 
-def _refuse_nonfinite(conversion: Conversion, batch: Iterable[Done]) -> None:
-    for result in batch:
-        if result.anomalies.nonfinite and not conversion.options.allow_nonfinite:
-            raise IntegrityError(
-                f"{conversion.source.place}: {result.anomalies.first}; "
-                "pass --allow-nonfinite to keep such values"
-            )
-
-
-def _refuse_zeros(conversion: Conversion, done: Mapping[int, Done]) -> None:
-    found = {number: result.anomalies for number, result in done.items()}
-    zeros = zero_matrices(conversion.plan, found)
-    weights = [matrix for matrix in zeros if not is_vector(matrix[0])]
-    if weights and not conversion.options.allow_zero:
-        raise IntegrityError(
-            f"{conversion.source.place}: {len(weights)} weight matrices are zero throughout, in "
-            f"{fold(tensors_of(conversion.plan, weights))}; "
-            "pass --allow-zero to keep them"
-        )
-
-
 def _held(work: Path) -> int:
     """Bytes of disk that an interrupted run's files already hold."""
     return sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file())
-
-
-def _outcomes(conversion: Conversion, done: Iterable[Done]) -> dict[str, Outcome]:
-    outcomes: dict[str, Outcome] = defaultdict(Outcome)
-    for result in done:
-        outcome = outcomes[conversion.plan.steps[result.step].family.weight]
-        outcome.encoded += result.encoded
-        outcome.scales += result.scales
-        outcome.cast_values += result.cast_values
-    return dict(outcomes)
-
-
-def _state_losses(
-    conversion: Conversion, outcomes: Mapping[str, Outcome], progress: Progress
-) -> None:
-    """Say, by weight, what rounding lost; refuse unless that was asked for."""
-    lossy: list[str] = []
-    for weight, outcome in outcomes.items():
-        if outcome.cast_values:
-            progress.note(f"{weight}: {outcome.cast_values} values rounded to BF16")
-        stats = outcome.encoded
-        if stats.inexact_blocks:
-            share = stats.inexact_blocks / stats.blocks
-            noise = (
-                10 * math.log10(stats.squares / stats.squared_error) if stats.squared_error else 0
-            )
-            lossy.append(
-                f"{weight}: {stats.inexact_blocks} of {stats.blocks} blocks ({share:.1%}) are not "
-                f"exact in MXFP4: {stats.inexact_values} values rounded, {stats.clipped} clipped, "
-                f"{stats.flushed} flushed to zero, SQNR {noise:.1f} dB"
-            )
-    if lossy and not conversion.options.lossy:
-        raise CodecError(
-            f"{conversion.source.place}: {'; '.join(lossy)}; pass --lossy to round, nothing was "
-            "written"
-        )
-    for loss in lossy:
-        progress.note(loss)

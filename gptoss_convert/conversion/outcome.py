@@ -1,0 +1,87 @@
+"""What a conversion did to the values beyond moving bits, and what it therefore refuses."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from gptoss_convert.codecs.stats import EncodeStats, ScaleStatistics
+from gptoss_convert.conversion.plan import Conversion
+from gptoss_convert.engine.anomalies import is_vector, tensors_of, zero_matrices
+from gptoss_convert.engine.records import Done
+from gptoss_convert.errors import CodecError, IntegrityError
+from gptoss_convert.layouts.folding import fold
+from gptoss_convert.machine.progress import Progress
+
+
+@dataclass
+class Outcome:
+    """What the steps of one weight did beyond moving bits."""
+
+    encoded: EncodeStats = field(default_factory=EncodeStats)
+    scales: ScaleStatistics = field(default_factory=ScaleStatistics)
+    cast_values: int = 0
+
+
+def outcomes_of(conversion: Conversion, done: Iterable[Done]) -> dict[str, Outcome]:
+    """What the steps did, by weight."""
+    outcomes: dict[str, Outcome] = defaultdict(Outcome)
+    for result in done:
+        outcome = outcomes[conversion.plan.steps[result.step].family.weight]
+        outcome.encoded += result.encoded
+        outcome.scales += result.scales
+        outcome.cast_values += result.cast_values
+    return dict(outcomes)
+
+
+def refuse_nonfinite(conversion: Conversion, batch: Iterable[Done]) -> None:
+    """Raise IntegrityError for infinities and NaN, unless they are to be kept."""
+    for result in batch:
+        if result.anomalies.nonfinite and not conversion.options.allow_nonfinite:
+            raise IntegrityError(
+                f"{conversion.source.place}: {result.anomalies.first}; "
+                "pass --allow-nonfinite to keep such values"
+            )
+
+
+def refuse_zeros(conversion: Conversion, done: Mapping[int, Done]) -> None:
+    """Raise IntegrityError for weight matrices of zeros, unless they are to be kept."""
+    found = {number: result.anomalies for number, result in done.items()}
+    zeros = zero_matrices(conversion.plan, found)
+    weights = [matrix for matrix in zeros if not is_vector(matrix[0])]
+    if weights and not conversion.options.allow_zero:
+        raise IntegrityError(
+            f"{conversion.source.place}: {len(weights)} weight matrices are zero throughout, in "
+            f"{fold(tensors_of(conversion.plan, weights))}; "
+            "pass --allow-zero to keep them"
+        )
+
+
+def state_losses(
+    conversion: Conversion, outcomes: Mapping[str, Outcome], progress: Progress
+) -> None:
+    """Say, by weight, what rounding lost; raise CodecError unless that was asked for."""
+    lossy: list[str] = []
+    for weight, outcome in outcomes.items():
+        if outcome.cast_values:
+            progress.note(f"{weight}: {outcome.cast_values} values rounded to BF16")
+        stats = outcome.encoded
+        if stats.inexact_blocks:
+            share = stats.inexact_blocks / stats.blocks
+            noise = (
+                10 * math.log10(stats.squares / stats.squared_error) if stats.squared_error else 0
+            )
+            lossy.append(
+                f"{weight}: {stats.inexact_blocks} of {stats.blocks} blocks ({share:.1%}) are not "
+                f"exact in MXFP4: {stats.inexact_values} values rounded, {stats.clipped} clipped, "
+                f"{stats.flushed} flushed to zero, SQNR {noise:.1f} dB"
+            )
+    if lossy and not conversion.options.lossy:
+        raise CodecError(
+            f"{conversion.source.place}: {'; '.join(lossy)}; pass --lossy to round, nothing was "
+            "written"
+        )
+    for loss in lossy:
+        progress.note(loss)
