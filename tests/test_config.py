@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.formats import config as configs
+from tests.test_golden import published_config
 from tests.tiny_files import hf_config, openai_config
 from tests.tiny_models import DISTINCT
 
@@ -50,15 +53,6 @@ BAD_HF: dict[str, tuple[dict[str, Any], str]] = {
         "tie_word_embeddings is True, GPT-OSS has False",
     ),
     "another alpha": (HF | {"swiglu_alpha": 1.5}, "swiglu_alpha is 1.5, GPT-OSS has 1.702"),
-    "another quantisation": (
-        HF | {"quantization_config": {"quant_method": "gptq"}},
-        "quantised with 'gptq'; supported: 'mxfp4' or none",
-    ),
-    "quantisation of another type": (
-        HF | {"quantization_config": "mxfp4"},
-        "quantization_config is 'mxfp4', expects an object",
-    ),
-    "no number": (without(HF, "head_dim"), "no 'head_dim'"),
     "a fraction": (HF | {"head_dim": 64.0}, "head_dim is 64.0, expects a whole number"),
     "a truth value": (HF | {"vocab_size": True}, "vocab_size is True, expects a whole number"),
     "a text": (HF | {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', expects a number"),
@@ -83,13 +77,90 @@ BAD_HF: dict[str, tuple[dict[str, Any], str]] = {
         HF | {"rope_scaling": []},
         "rope_parameters and rope_scaling must be objects",
     ),
-    "no rope": (without(HF, "rope_scaling"), "rope_type is None, GPT-OSS has 'yarn'"),
+    "an empty rope": (
+        without(HF, "rope_scaling") | {"rope_parameters": {}},
+        "rope_type is None, GPT-OSS has 'yarn'",
+    ),
     "linear rope": (rope(rope_type="linear"), "rope_type is 'linear', GPT-OSS has 'yarn'"),
-    "rounded rope": (rope(truncate=True), "rope truncate is True, GPT-OSS has False"),
-    "no theta": (without(HF, "rope_theta"), "no 'rope_theta'"),
+    "rope for some layers": (
+        HF | {"rope_scaling": {"full_attention": ROPE}},
+        "rope_type is None, GPT-OSS has 'yarn'",
+    ),
+    "rope for others": (
+        rope(sliding_attention={}),
+        "rope_scaling.sliding_attention is {}: no key of YaRN; remove it if the model does not "
+        "depend on it",
+    ),
+    "half of each head": (
+        rope(partial_rotary_factor=0.5),
+        "rope_scaling.partial_rotary_factor is 0.5: turns a part of each head only",
+    ),
+    "half of each head, beside the section": (
+        HF | {"partial_rotary_factor": 0.5},
+        "partial_rotary_factor is 0.5: turns a part of each head only",
+    ),
+    "vLLM's own factor": (
+        rope(attn_factor=0.5),
+        "rope_scaling.attn_factor is 0.5: vLLM's further factor",
+    ),
+    "a factor of 0": (
+        rope(attention_factor=0),
+        f"rope_scaling: attention_factor is 0, expects more than 0 and at most {1 << 40}",
+    ),
+    "two kinds of rope": (rope(type="linear"), "rope_type is 'linear', GPT-OSS has 'yarn'"),
+    "no factor": (
+        HF | {"rope_scaling": without(ROPE, "factor")},
+        "rope_scaling: no 'factor'",
+    ),
+    "theta null": (
+        HF | {"rope_theta": None},
+        "rope_theta is None, expects a number",
+    ),
+    "theta of 1": (HF | {"rope_theta": 1}, "rope_theta is 1, expects more than 1"),
+    "a factor that shrinks": (rope(factor=0.5), "rope factor is 0.5, expects at least 1"),
+    "theta twice": (
+        rope(rope_theta=1e4),
+        "rope_scaling.rope_theta is 10000.0, rope_theta is 150000.0",
+    ),
+    "one form has a key that the other lacks": (
+        HF | {"rope_parameters": {**ROPE, "attention_factor": 1.5, "rope_theta": 150000.0}},
+        "rope_parameters.attention_factor is 1.5, rope_scaling has None",
+    ),
+    "two numbers of experts": (
+        HF | {"num_experts": 5},
+        "num_experts is 5, num_local_experts is 8",
+    ),
+    "two original lengths": (
+        HF | {"original_max_position_embeddings": 64},
+        "original_max_position_embeddings is 64, original_max_position_embeddings is 128",
+    ),
+    "more experts a token than there are": (
+        HF | {"num_experts_per_tok": 9, "experts_per_token": 9},
+        "num_experts_per_tok is 9, expects at most num_local_experts, 8",
+    ),
+    "heads that cannot share": (
+        HF | {"num_key_value_heads": 4},
+        "num_attention_heads is 15, expects a multiple of num_key_value_heads, 4",
+    ),
+    "an odd head": (
+        HF | {"head_dim": 21},
+        "head_dim is 21, expects an even number: rope turns pairs",
+    ),
+    "other numbers in a layer": (
+        HF | {"per_layer_config": {"0": {"head_dim": 4}}},
+        "per_layer_config is {'0': {'head_dim': 4}}: other numbers in single layers",
+    ),
+    "no causal mask": (
+        HF | {"is_causal": False},
+        "is_causal is False: false lets tokens see what follows them",
+    ),
+    "a model within": (
+        HF | {"text_config": {"a": 1}},
+        "text_config is {'a': 1}: a model within a model",
+    ),
     "two thetas": (
         HF | {"rope_parameters": {**ROPE, "rope_theta": 1.0}},
-        "rope_parameters.rope_theta is 1.0, rope_scaling has 150000.0",
+        "rope_parameters.rope_theta is 1.0, rope_theta is 150000.0",
     ),
     "two numbers of experts a token": (
         HF | {"experts_per_token": 2},
@@ -132,10 +203,32 @@ def test_what_is_filled_in_is_said():
     lean = without(HF, "layer_types", "swiglu_limit") | {"rope_scaling": without(ROPE, "truncate")}
     config = configs.from_hf("x", lean)
     assert config.notes == (
-        "rope truncate is missing: taken as false, as released",
+        "swiglu_limit is missing: taken as 7.0, as transformers does",
+        "rope truncate is missing: taken as true, as transformers does; released: false",
         "layer_types is missing: taken as alternating, sliding first, as released",
-        "swiglu_limit is missing: taken as 7.0, as released",
     )
+    assert config.rope_truncate
+
+
+def test_what_is_left_out_is_what_transformers_takes():
+    config = configs.from_hf("x", {"model_type": "gpt_oss"})
+    released = configs.from_hf("x", published_config("120b"))
+    assert replace(config, notes=()) == released
+
+
+def test_the_number_of_experts_has_two_names():
+    other = without(HF, "num_local_experts") | {"num_experts": 8}
+    assert configs.from_hf("x", other) == configs.from_hf("x", HF | {"num_experts": 8})
+    assert configs.from_hf("x", other) == configs.from_hf("x", HF)
+
+
+def test_two_ways_to_say_the_factor_of_cosines():
+    said = configs.from_hf("x", rope(attention_factor=1.25)).attention_factor
+    scales = configs.from_hf("x", rope(mscale=0.5, mscale_all_dim=2.0)).attention_factor
+    own = configs.from_hf("x", rope(mscale=0.5)).attention_factor
+    factor = ROPE["factor"]
+    assert (said, own) == (1.25, None)
+    assert scales == (0.05 * math.log(factor) + 1) / (0.2 * math.log(factor) + 1)
 
 
 def test_a_renamed_fine_tune_is_accepted():

@@ -478,7 +478,9 @@ def test_experts_that_were_lost_are_named(bf16: Path, tmp_path: Path):
 def test_quantization_config_and_experts_must_agree(bf16: Path, tmp_path: Path):
     config = hf_config(DISTINCT, mxfp4=True)
     (bf16 / "config.json").write_text(json.dumps(config))
-    with pytest.raises(IntegrityError, match=r"has quantization_config, the experts are BF16"):
+    with pytest.raises(
+        IntegrityError, match=r"has quantization_config 'mxfp4', the experts are BF16"
+    ):
         convert(bf16, tmp_path / "out", options_to("hf-bf16"))
     convert(bf16, tmp_path / "out", options_to("hf-bf16", repair=True))
     written = json.loads((tmp_path / "out" / "config.json").read_bytes())
@@ -627,8 +629,9 @@ def test_config_has_published_keys_and_both_forms_of_rope(
     config = json.loads((tmp_path / "out" / "config.json").read_bytes())
     wanted = hf_config(DISTINCT, mxfp4=label == "hf-mxfp4")
     rope = config.pop("rope_parameters")
-    assert config.keys() == wanted.keys()
+    # OpenAI's layout names no tokens; the released ids are beyond this vocabulary.
     numbers = {k: v for k, v in wanted.items() if k not in {"eos_token_id", "pad_token_id"}}
+    assert config.keys() == numbers.keys()
     assert numbers.items() <= config.items()
     assert rope == {**config["rope_scaling"], "rope_theta": config["rope_theta"]}
 

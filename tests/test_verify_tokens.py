@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptoss_convert.witness.configs import hf_config, read_json
+from gptoss_convert.witness.configs import read_json
+from gptoss_convert.witness.hf_config import hf_config
 from gptoss_convert.witness.model import ModelConfig
 from gptoss_convert.witness.tokens import (
     CATEGORIES,

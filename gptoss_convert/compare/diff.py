@@ -198,7 +198,9 @@ def _cut(at: Contents, common: set[Place], limits: Mapping[str, Box | None]) -> 
 def _plan(ours: Checkpoint, theirs: Checkpoint, source: list[Extent], target: list[Extent]) -> Plan:
     model = load_model()
     a, b = model.sizes(ours.config.numbers), model.sizes(theirs.config.numbers)
-    sizes = {axis: min(a[axis], b[axis]) for axis in a} | {"layer": max(a["layer"], b["layer"])}
+    sizes = {axis: min(a[axis], b[axis]) for axis in a if axis in b} | {
+        "layer": max(a["layer"], b["layer"])
+    }
     return make_plan(model, sizes, source, target, partial=True)
 
 

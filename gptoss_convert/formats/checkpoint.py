@@ -178,14 +178,16 @@ def encoding(table: Table, variant: str) -> str:
 
 def best_variant(table: Table, config: Config, chunks: Sequence[Chunk]) -> str:
     """The variant whose names fit best; dtypes decide between packed blocks and mis-saved ones."""
+    return min(table.variants, key=lambda variant: len(misfits(table, variant, config, chunks)))
+
+
+def misfits(
+    table: Table, variant: str, config: Config, chunks: Sequence[Chunk]
+) -> Set[tuple[str, bool]]:
+    """Tensors that only the variant or only the checkpoint has; whether they are packed bytes."""
     sizes = load_model().sizes(config.numbers)
-    found = {(chunk.tensor, chunk.dtype == "U8") for chunk in chunks}
-
-    def misfit(variant: str) -> int:
-        expected = {(t.name, t.dtype == "U8") for t in table.tensors(variant, sizes)}
-        return len(expected ^ found)
-
-    return min(table.variants, key=misfit)
+    expected = {(name, dtype == "U8") for name, dtype in table.names(variant, sizes)}
+    return expected ^ {(chunk.tensor, chunk.dtype == "U8") for chunk in chunks}
 
 
 def read_config(root: Path, name: str = CONFIG) -> tuple[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptoss_convert.containers import Image, safetensors
 from gptoss_convert.containers.strict_json import parse_object
-from gptoss_convert.errors import IntegrityError
+from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.formats import carried, openai, shards, sidecar, unsupported
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats.checkpoint import (
@@ -17,6 +17,7 @@ from gptoss_convert.formats.checkpoint import (
     Choices,
     Format,
     best_variant,
+    misfits,
     read_config,
 )
 from gptoss_convert.formats.config import Config
@@ -45,16 +46,19 @@ def _open(root: Path, choices: Choices) -> Checkpoint:
     if problem := unsupported.recognise_tensors(str(root), chunks):
         raise problem
     variant = best_variant(FORMAT.table, config, chunks)
+    method = configs.quantization(str(root / CONFIG), content)
     notes = [*config.notes, *safetensors.remarks(root, chunks)]
+    if method not in {None, "mxfp4"} and misfits(FORMAT.table, variant, config, chunks):
+        raise InputError(f"{root / CONFIG}: quantised with {method!r}; supported: 'mxfp4' or none")
     if variant == "mis-saved":
         what = "BF16 experts under the names of packed blocks, as transformers 5.21 to 5.23 save"
         if not choices.repair:
             raise IntegrityError(f"{root}: {what}; pass --repair to read them as BF16")
         notes.append(f"{what}; --repair reads them as BF16")
-    elif ("quantization_config" in content) != (variant == "mxfp4"):
-        says = "has" if "quantization_config" in content else "has no"
+    elif method != ("mxfp4" if variant == "mxfp4" else None):
+        says = f"has quantization_config {method!r}" if method else "has no quantization_config"
         held = "MXFP4" if variant == "mxfp4" else "BF16"
-        problem = f"{root / CONFIG}: {says} quantization_config, the experts are {held}"
+        problem = f"{root / CONFIG}: {says}, the experts are {held}"
         if not choices.repair:
             raise IntegrityError(f"{problem}; pass --repair to go by the tensors")
         notes.append(problem)
@@ -87,6 +91,7 @@ def _image(source: Checkpoint, variant: str, options: ImageOptions) -> tuple[Ima
     side = carried.sidecar_image(source, variant, options)
     copies, notes = carried.copies(source, options)
     closing = [*copies, (CONFIG, _config(source, variant))]
+    notes += _corrections(source)
     files = (*weights.files, *side.files)
     chunks = (*weights.chunks, *side.chunks)
     # The index goes last: a reader that sees it may rely on every shard.
@@ -101,9 +106,17 @@ def _config(source: Checkpoint, variant: str) -> bytes:
         before = parse_object(f"{sidecar.FOLDER}/{sidecar.ORIGIN}: config", origin.config)
         config = configs.from_hf(sidecar.ORIGIN, before)
         unchanged = configs.hf_json(config, before, mxfp4=False).decode()
-        if source.hf_config in (origin.config, unchanged):
+        untrue = configs.corrections(config, before)
+        if not untrue and source.hf_config in (origin.config, unchanged):
             return origin.config.encode()
     return configs.hf_json(source.config, base, mxfp4=variant == "mxfp4")
+
+
+def _corrections(source: Checkpoint) -> list[str]:
+    """What SOURCE's config.json says and TARGET's does not, in words."""
+    if source.hf_config is None:
+        return []
+    return configs.corrections(source.config, parse_object(CONFIG, source.hf_config))
 
 
 def _published(config: Config) -> shards.Published:

@@ -42,6 +42,22 @@ class Encoding:
         return zip(self.codec.members, self.params, strict=True)
 
 
+class Sizes(dict[str, int]):
+    """The length of every axis; of blocks only where the axis they cut is whole blocks long.
+
+    Asking for another raises InputError: without MXFP4 nothing asks.
+    """
+
+    def __init__(self, lengths: Mapping[str, int], broken: Mapping[str, str]):
+        super().__init__(lengths)
+        self._broken = broken
+
+    def __missing__(self, axis: str) -> int:
+        if axis in self._broken:
+            raise InputError(self._broken[axis])
+        raise KeyError(axis)
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """A weight, and the parameters that hold it where a codec has encoded it."""
@@ -97,12 +113,22 @@ class Model:
         encodings = (one for family in self.families.values() for one in family.encodings)
         return {one.codec.name: one.codec for one in encodings}
 
-    def sizes(self, config: Mapping[str, int]) -> dict[str, int]:
+    def sizes(self, config: Mapping[str, int]) -> Sizes:
         """The length of every axis, for the numbers of a config.json."""
-        sizes = {axis: _size(axis, rule, config) for axis, rule in self.axes.items()}
+        lengths: dict[str, int] = {}
+        broken: dict[str, str] = {}
+        for axis, rule in self.axes.items():
+            length = _size(axis, rule, config)
+            if isinstance(length, int):
+                lengths[axis] = length
+            else:
+                broken[axis] = length
+        sizes = Sizes(lengths, broken)
         for family in self.families.values():
             whole = tuple((0, sizes[axis]) for axis in family.axes)
             for param in family.members[1:]:
+                if broken.keys() & set(self.params[param]):
+                    continue
                 found = tuple((0, sizes[axis]) for axis in self.params[param])
                 if found != family.box(param, whole):
                     raise InputError(f"model.toml: {param}: its axes have not its codec's lengths")
@@ -178,7 +204,8 @@ def _members(
     return held
 
 
-def _size(axis: str, rule: str | int, config: Mapping[str, int]) -> int:
+def _size(axis: str, rule: str | int, config: Mapping[str, int]) -> int | str:
+    """The length of an axis, or in words why it has none."""
     if isinstance(rule, int):
         return rule
     match = _SIZE.fullmatch(rule)
@@ -190,6 +217,11 @@ def _size(axis: str, rule: str | int, config: Mapping[str, int]) -> int:
     if match[2] is None:
         return top
     bottom = int(match[2]) if match[2].isdigit() else config[match[2]]
+    if top % bottom and match[2].isdigit():
+        return (
+            f"config: {match[1]} is {top}, no multiple of {bottom}: MXFP4 encodes whole blocks of "
+            f"{bottom} values; BF16 experts can have any size"
+        )
     if top % bottom:
         raise InputError(f"config: {match[1]} {top} is not a multiple of {match[2]} {bottom}")
     return top // bottom

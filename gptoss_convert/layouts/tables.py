@@ -90,6 +90,12 @@ class Table:
                 for index in product(*map(range, lengths)):
                     yield f"{name}/shard_{'.'.join(map(str, index))}_{shard}"
 
+    def names(self, variant: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+        """Name and dtype of every tensor of this variant, whose shapes nobody has asked for."""
+        for rule in self.variant(variant):
+            for name, _ in _fill(rule.name, sizes, {}):
+                yield name, self.model.dtype(rule.params[0])
+
     def tensors(self, variant: str, sizes: Mapping[str, int]) -> Iterator[Tensor]:
         """Every tensor of a checkpoint of this variant, in the order of the model's layers."""
         rules = [(rule, *_shape(rule, self.model, sizes)) for rule in self.variant(variant)]

@@ -96,7 +96,8 @@ def _sequences(
     if options.tokens:
         return own
     config, on_gpu = source.config, device.type == "cuda"
-    longest = options.max_length or config.rope_original_length * (8 if on_gpu else 1)
+    usual = min(config.rope_original_length * (8 if on_gpu else 1), 32768 if on_gpu else 4096)
+    longest = options.max_length or usual
     positions = 65536 if on_gpu else 0
     return own + token_set(config, longest, positions, options.sample)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoss_convert.errors import UsageError
+from gptoss_convert.errors import GptossError, UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.machine.progress import Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
@@ -51,14 +51,24 @@ def oracle_level(
     told = {name: one for part in ranks.gather(mine) for name, one in part.items()}
     found = {name: one if isinstance(one, str) else Agreement(**one) for name, one in told.items()}
     findings = [
-        f"{sides[name].label} {sides[name].root}: {one.finding}"
+        f"{sides[name].label} {sides[name].root}: {problem}"
         for name, one in found.items()
-        if not isinstance(one, str) and one.finding
+        if (problem := _problem(one))
     ]
     agreements = ", ".join(f"{name} {one}" for name, one in found.items())
     text = f"own model code against the shared forward pass: {agreements}"
     seconds = time.monotonic() - began
     return Level("oracle", not findings, seconds, text, tuple(findings), told)
+
+
+_REFUSED = "its own model code refuses it: "
+
+
+def _problem(one: Agreement | str) -> str | None:
+    """What is wrong with a side, in words: other logits, or none where there ought to be some."""
+    if isinstance(one, str):
+        return one if one.startswith(_REFUSED) else None
+    return one.finding
 
 
 def oracle_logits(
@@ -80,6 +90,12 @@ def oracle_logits(
             f"--level oracle of {checkpoint.label} needs {error.name}: "
             "pip install 'gptoss-convert[oracles]'"
         ) from error
+    except (GptossError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Whatever its libraries raise: that it does not load there is a finding, and no bug here.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{_REFUSED}{type(error).__name__}: {' '.join(lines)[:300]}"
 
 
 @dataclass(frozen=True)
@@ -165,6 +181,14 @@ class Distances:
     """Smallest distance, in any layer, of the last router logit that is chosen to the next."""
 
 
+def _margin(router_TE: Tensor, chosen: int) -> Tensor:
+    """From the last router logit that is chosen to the next, `[T]`; infinite where all are."""
+    if chosen == router_TE.shape[1]:
+        return torch.full_like(router_TE[:, 0], math.inf)
+    top_TA = router_TE.topk(chosen + 1, dim=-1).values
+    return top_TA[:, -2] - top_TA[:, -1]
+
+
 def distances(
     reader: Reader, tokens: Sequence[int], oracle_TV: Tensor, device: torch.device
 ) -> Distances:
@@ -175,8 +199,7 @@ def distances(
     with forward.exact_products():
         for state in walk(reader, [prompts], numerics):
             if state.block == "router":
-                top_TA = state.values[0].topk(reader.config.experts_per_token + 1, dim=-1).values
-                margins.append(top_TA[:, -2] - top_TA[:, -1])
+                margins.append(_margin(state.values[0], reader.config.experts_per_token))
             else:
                 output_TD = state.values[0]
         unembedding_VD, norm_D = forward.dense(reader.unembedding(), numerics.dtype), reader.norm()

@@ -1,9 +1,9 @@
-"""The numbers of a model as each ecosystem writes them: two config.json, Megatron's options."""
+"""The numbers of a model as OpenAI and Megatron write them; hf_config.py has Hugging Face's."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,65 +66,6 @@ def read_json(path: Path) -> Section:
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: expects a JSON object, found {type(content).__name__}")
     return Section(content, str(path))
-
-
-def hf_config(config: Section) -> ModelConfig:
-    """The numbers of an HF config.json, of transformers 4 (`rope_scaling`) or 5."""
-    config.require("model_type", "gpt_oss")
-    config.require("attention_bias", True)
-    config.require("tie_word_embeddings", False)
-    rope, theta = _hf_rope(config)
-    rope.require("rope_type", "yarn")
-    for key in ("attention_factor", "mscale", "mscale_all_dim"):
-        if rope.content.get(key) is not None:
-            raise InputError(f"{rope.where}: {key} expects no value, found {rope.content[key]!r}")
-    alpha = config.number("swiglu_alpha") if "swiglu_alpha" in config.content else QUICK_GELU_ALPHA
-    return ModelConfig(
-        hidden=config.integer("hidden_size"),
-        inter=config.integer("intermediate_size"),
-        heads=config.integer("num_attention_heads"),
-        kv_heads=config.integer("num_key_value_heads"),
-        head_dim=config.integer("head_dim"),
-        experts=config.integer("num_local_experts"),
-        experts_per_token=config.integer("num_experts_per_tok"),
-        vocab=config.integer("vocab_size"),
-        sliding=_hf_sliding(config),
-        window=config.integer("sliding_window"),
-        rope_theta=theta,
-        rope_factor=rope.number("factor"),
-        rope_original_length=rope.integer("original_max_position_embeddings"),
-        rope_beta_fast=rope.number("beta_fast"),
-        rope_beta_slow=rope.number("beta_slow"),
-        rope_truncate=bool(rope.value("truncate")),
-        swiglu_alpha=alpha,
-        swiglu_limit=config.number("swiglu_limit"),
-        norm_eps=config.number("rms_norm_eps"),
-    )
-
-
-def _hf_rope(config: Section) -> tuple[Section, float]:
-    """The rope section and theta; InputError if the spellings of transformers 4 and 5 disagree."""
-    new = config.section("rope_parameters") if "rope_parameters" in config.content else None
-    if "rope_scaling" not in config.content:
-        rope = config.section("rope_parameters")
-        return rope, rope.number("rope_theta")
-    rope, theta = config.section("rope_scaling"), config.number("rope_theta")
-    if new is not None and new.content != {**rope.content, "rope_theta": theta}:
-        raise InputError(
-            f"{config.where}: expects rope_parameters to repeat rope_scaling and rope_theta, found "
-            f"{dict(new.content)!r} beside {dict(rope.content)!r} and {theta!r}"
-        )
-    return rope, theta
-
-
-def _hf_sliding(config: Section) -> tuple[bool, ...]:
-    kinds = {"sliding_attention": True, "full_attention": False}
-    types, layers = config.value("layer_types"), config.integer("num_hidden_layers")
-    if not isinstance(types, Sequence) or len(types) != layers or not set(types) <= set(kinds):
-        raise InputError(
-            f"{config.where}: layer_types expects {layers} of {list(kinds)}, found {types!r}"
-        )
-    return tuple(kinds[kind] for kind in types)
 
 
 def openai_config(config: Section) -> ModelConfig:

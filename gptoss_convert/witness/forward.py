@@ -123,6 +123,8 @@ def attend(
     if q_SNH.is_cuda and window is None:
         return attend_fused(q_SNH, k_CKH, v_CKH, sinks_N)
     length, heads, head_dim = q_SNH.shape
+    # A window that reaches further sees no more, and would only cut the queries finer.
+    window = None if window is None else min(window, length)
     kv_heads = k_CKH.shape[1]
     q_KGSH = (q_SNH * head_dim**-0.5).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
     k_KHC, v_KCH = k_CKH.permute(1, 2, 0), v_CKH.transpose(0, 1)
@@ -204,7 +206,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     period_h = config.rope_theta ** (
         torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     )
-    if config.rope_factor <= 1:
+    if config.rope_factor == 1:
         return 1.0 / period_h
 
     def rotations(count: float) -> float:
@@ -216,7 +218,8 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     if config.rope_truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.head_dim - 1)
-    ramp_h = (torch.arange(half, dtype=torch.float32) - low) / max(high - low, 1e-3)
+    # Backwards where low > high, as transformers has it: a short original length, or betas swapped.
+    ramp_h = (torch.arange(half, dtype=torch.float32) - low) / (high - low or 1e-3)
     kept_h = 1.0 - ramp_h.clamp(0, 1)
     slowed_h = 1.0 / (config.rope_factor * period_h)
     return slowed_h * (1.0 - kept_h) + (1.0 / period_h) * kept_h

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.errors import InputError
-from gptoss_convert.witness.configs import hf_config, read_json
+from gptoss_convert.witness.configs import read_json
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.fp4 import BLOCK, Packed, checked
+from gptoss_convert.witness.hf_config import hf_config
 from gptoss_convert.witness.model import ExpertMatrices, LayerWeights, ModelConfig
 from gptoss_convert.witness.readers import (
     Reader,
@@ -28,7 +29,7 @@ class HfReader(Reader):
     def __init__(self, directory: Path, device: torch.device, fetcher: Fetcher | None = None):
         config = read_json(directory / "config.json")
         self.config = hf_config(config)
-        self.packed = "quantization_config" in config.content
+        self.packed = config.content.get("quantization_config") is not None
         if self.packed:
             config.section("quantization_config").require("quant_method", "mxfp4")
         chunks = safetensors_chunks(directory, hf_files(directory))

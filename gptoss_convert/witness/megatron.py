@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gptoss_convert.containers import Chunk
 from gptoss_convert.errors import InputError
-from gptoss_convert.witness.configs import Section, hf_config
+from gptoss_convert.witness.configs import Section
 from gptoss_convert.witness.fetch import Fetcher
+from gptoss_convert.witness.hf_config import hf_config
 from gptoss_convert.witness.model import LayerWeights, ModelConfig
 from gptoss_convert.witness.readers import Reader, StoredTensors, SubBlock
 from gptoss_convert.witness.witness import Given, Sequences, Witness

@@ -21,6 +21,10 @@ import numpy as np
 
 from gptoss_convert.witness.model import ModelConfig
 
+_LONGEST_NEEDED = 1 << 15
+"""A window or an original length beyond this is never reached by the prompts."""
+_LONGEST_EXTRA = 1 << 9
+
 Raw = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 
@@ -52,12 +56,14 @@ def token_set(
     """Sequences of all standard lengths up to `longest`, in rounds until `positions` are reached.
 
     The first length beyond both the window and YaRN's original length is never left out, however
-    small `longest` is. `sample` is about the most positions a small machine can take: then that
-    length, and others from the shortest on while there is room.
+    small `longest` is, unless it is longer than any prompt need be. `sample` is about the most
+    positions a small machine can take: then that length, and others from the shortest on while
+    there is room.
     """
     original = max(config.rope_original_length, config.window)
-    needed = min(n for n in standard_lengths(config) if n > original)
-    lengths = [n for n in standard_lengths(config) if n <= longest or n == needed]
+    standard = [n for n in standard_lengths(config) if n <= max(longest, _LONGEST_NEEDED)]
+    needed = min((n for n in standard if n > original), default=standard[-1])
+    lengths = [n for n in standard if n <= longest or n == needed]
     if sample is not None:
         others = [n for n in lengths if n != needed]
         _, *totals = accumulate(others, initial=needed)
@@ -95,7 +101,7 @@ def batches(sequences: Sequence[TokenSequence]) -> list[tuple[TokenSequence, ...
 
 def extra_set(config: ModelConfig, turn: int) -> tuple[TokenSequence, ...]:
     """Uniformly random sequences, other ones at each turn, to reach experts not yet hit."""
-    length = 2 * config.window
+    length = min(2 * config.window, _LONGEST_EXTRA)
     return tuple(sequence("uniform", length, 1000 + 16 * turn + n, config.vocab) for n in range(16))
 
 

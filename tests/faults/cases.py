@@ -615,7 +615,12 @@ def config_of_more_layers(path: Path) -> None:
     edit_config(path, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
 
 
-@case(45, "one", 3, "config: num_attention_heads 15 is not a multiple of num_key_value_heads 4")
+@case(
+    45,
+    "one",
+    3,
+    "DIR/config.json: num_attention_heads is 15, expects a multiple of num_key_value_heads, 4",
+)
 def config_of_odd_heads(path: Path) -> None:
     edit_config(path, num_key_value_heads=4)
 
@@ -630,7 +635,18 @@ def config_of_another_vocabulary(path: Path) -> None:
     edit_config(path, vocab_size=300)
 
 
-@case(46, "one", 3, "DIR/config.json: no 'sliding_window'")
+@case(45, "one", 3, "DIR/config.json: num_experts_per_tok is 9, expects at most *, 8")
+def config_of_more_experts_a_token(path: Path) -> None:
+    edit_config(path, num_experts_per_tok=9, experts_per_token=9)
+
+
+@case(
+    46,
+    "one",
+    4,
+    "sliding_window is missing: taken as 128, as transformers does (--strict)",
+    "--strict",
+)
 def config_without_window(path: Path) -> None:
     edit_json(path / "config.json", lambda content: content.pop("sliding_window"))
 
@@ -692,6 +708,7 @@ def lora_adapter(path: Path) -> None:
 @case(54, "one", 3, "DIR/config.json: quantised with 'bitsandbytes'; supported: 'mxfp4' or none")
 def bitsandbytes(path: Path) -> None:
     edit_config(path, quantization_config={"quant_method": "bitsandbytes"})
+    drop(path / SHARD, "model.layers.0.mlp.router.bias")
 
 
 @case(54, "one", 3, "DIR/config.json: quantization_config is 'mxfp4', expects an object")

@@ -137,7 +137,7 @@ def from_fields(where: str, fields: Mapping[str, Any], vocab_size: int) -> Confi
     What not every version of Megatron says (window, YaRN, clamp) is taken as released; check_fields
     refuses fields that say something else.
     """
-    numbers: dict[str, int] = {}
+    numbers: dict[str, Any] = {}
     for name, choices in _SIZES.items():
         values = [fields[choice] for choice in choices if type(fields.get(choice)) is int]
         if not values:
@@ -232,5 +232,5 @@ def model_fields(config: Config) -> dict[str, Any]:
         "yarn_original_max_position_embeddings": config.original_max_position_embeddings,
         "yarn_beta_fast": config.beta_fast,
         "yarn_beta_slow": config.beta_slow,
-        "yarn_correction_range_round_to_int": False,
+        "yarn_correction_range_round_to_int": config.rope_truncate,
     }

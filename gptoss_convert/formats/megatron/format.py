@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from gptoss_convert.containers import Image, torch_dist
-from gptoss_convert.errors import UsageError
+from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.formats import carried, shards
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats.checkpoint import CONFIG, Checkpoint, Choices, Format
+from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.megatron import state
 from gptoss_convert.formats.megatron.fields import HF_FOLDER, ITERATION, RUN_CONFIG, TRACKER
 from gptoss_convert.formats.megatron.launch import LAUNCH, launch_page, launch_words
@@ -48,6 +49,7 @@ def _variant(encoding: str, options: ImageOptions) -> str:
 def _image(source: Checkpoint, variant: str, options: ImageOptions) -> tuple[Image, list[str]]:
     table = FORMAT.table
     config = source.config
+    _require_sayable(config)
     sizes = load_model().sizes(config.numbers)
     iteration = torch_dist.image(
         shards.specs_of(table.tensors(variant, sizes)),
@@ -59,8 +61,7 @@ def _image(source: Checkpoint, variant: str, options: ImageOptions) -> tuple[Ima
     folder = f"iter_{ITERATION:07d}/"
     side = carried.sidecar_image(source, variant, options)
     copies, notes = carried.copies(source, options)
-    hf_config = source.hf_config
-    text = hf_config.encode() if hf_config else configs.hf_json(config, None, mxfp4=False)
+    text = configs.hf_text(config, source.hf_config)
     *before, declared = ((folder + name, content) for name, content in iteration.closing)
     closing = (
         *((f"{HF_FOLDER}/{name}", content) for name, content in copies),
@@ -76,6 +77,19 @@ def _image(source: Checkpoint, variant: str, options: ImageOptions) -> tuple[Ima
     files = (*(replace(f, name=folder + f.name) for f in iteration.files), *side.files)
     chunks = (*(replace(c, file=folder + c.file) for c in iteration.chunks), *side.chunks)
     return Image(files, chunks, closing), notes
+
+
+def _require_sayable(config: Config) -> None:
+    """Refuse numbers that Megatron's fields have no way to say."""
+    if config.attention_factor is not None:
+        raise InputError(
+            f"config: attention_factor is {config.attention_factor}, Megatron's YaRN has its own "
+            f"(0.1 ln(factor) + 1)"
+        )
+    if not config.rope_theta.is_integer():
+        raise InputError(
+            f"config: rope_theta is {config.rope_theta}, Megatron's rotary_base is a whole number"
+        )
 
 
 def _open(root: Path, choices: Choices) -> Checkpoint:

@@ -1,0 +1,187 @@
+"""Models of unusual sizes and configurations, written by transformers: converted and verified."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.plan import plan
+from gptoss_convert.conversion.run import run
+from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.verify.gate import verify_checkpoints
+from gptoss_convert.verify.result import VerifyOptions
+from tests import odd_models
+
+
+def convert(source: Path, target: Path, to: str = "hf", **options: Any) -> Path:
+    run(plan(source, target, Options(to, workers=1, **options)))
+    return target
+
+
+def logits_of(directory: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    tokens = torch.arange(30).remainder(model.config.vocab_size).unsqueeze(0)
+    with torch.inference_mode():
+        return model(tokens, use_cache=False).logits
+
+
+def verdict(source: Path, target: Path, level: str = "logits") -> str:
+    return verify_checkpoints(source, target, VerifyOptions(level, device="cpu")).verdict
+
+
+def test_sizes_need_not_be_whole_blocks_without_mxfp4(tmp_path: Path):
+    source = odd_models.save(tmp_path / "source")
+    megatron = convert(source, tmp_path / "megatron", "megatron")
+    back = convert(megatron, tmp_path / "back")
+    again = convert(source, tmp_path / "again")
+    assert torch.equal(logits_of(source), logits_of(back))
+    assert torch.equal(logits_of(source), logits_of(again))
+    assert verdict(source, megatron).startswith("same")
+
+
+@pytest.mark.parametrize(("to", "dtype"), [("hf", "mxfp4"), ("openai", "keep")])
+def test_mxfp4_needs_whole_blocks_and_says_so(tmp_path: Path, to: str, dtype: str):
+    source = odd_models.save(tmp_path / "source")
+    with pytest.raises(InputError) as refused:
+        plan(source, tmp_path / "target", Options(to, dtype))
+    assert str(refused.value) == (
+        "config: hidden_size is 8, no multiple of 32: MXFP4 encodes whole blocks of 32 values; "
+        "BF16 experts can have any size"
+    )
+
+
+def test_quantization_config_null_is_none(tmp_path: Path):
+    source = odd_models.edit(odd_models.save(tmp_path / "source"), quantization_config=None)
+    target = convert(source, tmp_path / "target")
+    assert "quantization_config" not in json.loads((target / "config.json").read_text())
+    assert verdict(source, target).startswith("same")
+
+
+LEFTOVERS = [
+    {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+    {"load_in_8bit": True},
+    {},
+]
+
+
+@pytest.mark.parametrize("leftover", LEFTOVERS)
+def test_leftovers_of_another_quantisation_are_read_with_repair(
+    tmp_path: Path, leftover: dict[str, Any]
+):
+    source = odd_models.save(tmp_path / "source")
+    good = convert(source, tmp_path / "good")
+    odd_models.edit(source, quantization_config=leftover)
+    method = str(leftover.get("quant_method"))
+    with pytest.raises(IntegrityError) as refused:
+        convert(source, tmp_path / "target")
+    assert str(refused.value) == (
+        f"{source}/config.json: has quantization_config {method!r}, the experts are BF16; "
+        "pass --repair to go by the tensors"
+    )
+    target = convert(source, tmp_path / "target", repair=True)
+    for name in ("config.json", "model.safetensors"):
+        assert (target / name).read_bytes() == (good / name).read_bytes()
+
+
+def rope(**changes: Any) -> dict[str, Any]:
+    section = {**odd_models.TINY["rope_parameters"], **changes}
+    return {"rope_parameters": {k: v for k, v in section.items() if v is not ...}}
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "a factor of cosines of its own": rope(attention_factor=1.75),
+    "two scales that make one": rope(mscale=0.5, mscale_all_dim=2.0),
+    "one scale, which nobody reads": rope(mscale=0.5),
+    "rounded frequencies": rope(truncate=True),
+    "truncate left out": rope(truncate=...),
+    "betas left out": rope(beta_fast=..., beta_slow=...),
+    "original length left out": rope(original_max_position_embeddings=...),
+    "theta left out": rope(rope_theta=...),
+    "the older name of rope_type": rope(type="yarn", rope_type=...),
+    "a factor of null": rope(factor=None),
+    "no rope at all": {"rope_parameters": ..., "rope_scaling": None},
+    "rope of transformers 4": {
+        "rope_parameters": ...,
+        "rope_scaling": rope(rope_theta=...)["rope_parameters"],
+        "rope_theta": 500,
+    },
+    "numbers left out": {"swiglu_limit": ..., "rms_norm_eps": ..., "layer_types": ...},
+    "another name of the experts": {"num_local_experts": ..., "num_experts": 4},
+    "a wrapper's class": {"architectures": ["FSDPGptOssForCausalLM"]},
+    "float32, it says": {"dtype": "float32", "torch_dtype": "float32"},
+    "a window beyond every prompt": {"sliding_window": 1 << 30},
+    "every expert for every token": {"num_experts_per_tok": 4},
+    "one expert a token": {"num_experts_per_tok": 1},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_configuration_is_the_same_model_in_target(tmp_path: Path, name: str):
+    source = odd_models.edit(odd_models.save(tmp_path / "source"), **ODD[name])
+    target = convert(source, tmp_path / "target")
+    assert torch.equal(logits_of(source), logits_of(target))
+    # YaRN as released begins at 4096 positions, which take a while.
+    level = "values" if name == "no rope at all" else "oracle"
+    assert verdict(source, target, level).startswith("same")
+    written = json.loads((target / "config.json").read_text())
+    assert written["architectures"] == ["GptOssForCausalLM"]
+    assert {written.get("dtype"), written.get("torch_dtype")} <= {None, "bfloat16"}
+
+
+@pytest.mark.parametrize("name", ["rounded frequencies", "a factor of cosines of its own"])
+def test_megatron_says_what_it_can_and_refuses_what_it_cannot(tmp_path: Path, name: str):
+    source = odd_models.edit(odd_models.save(tmp_path / "source"), **ODD[name])
+    if "factor" in name:
+        with pytest.raises(InputError, match=r"attention_factor is 1.75, Megatron's YaRN has"):
+            plan(source, tmp_path / "target", Options("megatron"))
+        return
+    target = convert(convert(source, tmp_path / "megatron", "megatron"), tmp_path / "target")
+    assert torch.equal(logits_of(source), logits_of(target))
+
+
+def test_another_factor_of_cosines_is_another_model(tmp_path: Path):
+    source = odd_models.save(tmp_path / "source")
+    target = convert(source, tmp_path / "target")
+    odd_models.edit(source, **ODD["a factor of cosines of its own"])
+    assert verdict(source, target, "header") == (
+        "different: attention_factor is 1.75 in SOURCE, None in TARGET"
+    )
+
+
+def test_tokens_beyond_the_vocabulary_are_left_out(tmp_path: Path):
+    changes = {"pad_token_id": 199999, "eos_token_id": [2, 200002], "bos_token_id": 40}
+    source = odd_models.edit(odd_models.save(tmp_path / "source"), **changes)
+    conversion = plan(source, tmp_path / "target", Options("hf", workers=1))
+    run(conversion)
+    written = json.loads((tmp_path / "target/config.json").read_text())
+    assert written["eos_token_id"] == [2]
+    assert not {"pad_token_id", "bos_token_id"} & written.keys()
+    assert any("pad_token_id is 199999, left out of TARGET" in note for note in conversion.notes)
+    logits_of(tmp_path / "target")
+
+
+def test_a_side_that_transformers_refuses_is_a_finding(tmp_path: Path):
+    source = odd_models.save(tmp_path / "source")
+    target = convert(source, tmp_path / "target")
+    odd_models.edit(source, pad_token_id=199999)
+    found = verify_checkpoints(source, target, VerifyOptions("oracle", device="cpu"))
+    assert not found.same
+    assert "its own model code refuses it" in found.verdict
+
+
+def test_float32_becomes_bfloat16_in_every_key(tmp_path: Path):
+    source = odd_models.save(tmp_path / "source", torch.float32)
+    assert json.loads((source / "config.json").read_text())["dtype"] == "float32"
+    target = convert(source, tmp_path / "target", cast=True)
+    assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
+    megatron = convert(source, tmp_path / "megatron", "megatron", cast=True)
+    assert json.loads((megatron / "hf/config.json").read_text())["dtype"] == "bfloat16"
