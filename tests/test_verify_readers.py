@@ -267,9 +267,13 @@ def test_a_wrong_tensor_is_named(
     ("key", "value", "message"),
     [
         ("model_type", "llama", "model_type expects 'gpt_oss', found 'llama'"),
-        ("hidden_size", "224", "hidden_size expects a whole number, found '224'"),
-        ("layer_types", ["full_attention"], "layer_types expects 4 of"),
-        ("rope_parameters", {"rope_theta": 1.0}, "expects rope_parameters to repeat"),
+        ("hidden_size", "224", "hidden_size expects a whole number from 1 to .*, found '224'"),
+        ("layer_types", ["full_attention"], "layer_types expects 4, sliding and full by turns"),
+        (
+            "rope_parameters",
+            {"rope_type": "yarn", "factor": 2.0},
+            "expects rope_parameters to repeat",
+        ),
         ("quantization_config", {"quant_method": "gptq"}, "quant_method expects 'mxfp4'"),
     ],
 )
