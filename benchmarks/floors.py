@@ -60,7 +60,7 @@ def layer_distance(ours: list[State], theirs: list[State]) -> str:
     pairs = list(zip(ours, theirs, strict=True))
     error = max(metrics.divergence(a.values[0], b.values[0]).worst for a, b in pairs)
     chosen = [(a.chosen[0], b.chosen[0]) for a, b in pairs if a.chosen]
-    agreement = min(metrics.same_choices(a, b) / len(a) for a, b in chosen)
+    agreement = min(int(metrics.same_choices(a, b)) / len(a) for a, b in chosen)
     return f"relative error {error:.2g}, routing agreement {agreement:.3f}"
 
 

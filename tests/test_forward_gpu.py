@@ -194,7 +194,7 @@ def test_every_layout_gives_the_same_bits_through_its_reader(tmp_path: Path) -> 
         OpenAiReader(write_openai(tmp_path / "original", DISTINCT, weights), GPU),
         MegatronReader(iteration, read(iteration).chunks, packed.config, GPU),
     ):
-        report = compare(packed, target, sequences, load_limits("lossless"), GPU)
+        report = compare(packed, target, sequences, load_limits("lossless"), GPU, both=True)
         assert report.passed, report.violations
 
 

@@ -45,7 +45,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def verified(source: Path, target: Path, **options: object) -> Verification:
-    return verify_checkpoints(source, target, VerifyOptions(device="cpu", **options))  # pyright: ignore[reportArgumentType]
+    chosen = {"device": "cpu", "both": True} | options
+    return verify_checkpoints(source, target, VerifyOptions(**chosen))  # pyright: ignore[reportArgumentType]
 
 
 def rewritten(folder: Path, copy: Path, old: str, new: str) -> Path:

@@ -177,11 +177,13 @@ def test_what_a_rank_saw_arrives_without_a_bit_lost() -> None:
         (SubBlockError(0, "attention", math.inf, "text-3-0", 2, math.inf, 0.1, 1 / 3),),
         (2,),
         (torch.tensor([[1, 0, 11], [1, 2, 9]]),),
+        (True,),
         TokenScores(*(column * n for n in range(1, 9))),
         (NextTokens("prompt", ((3, 0.1), (4, 0.2)), ((4, 0.3), (3, 1e-17))),),
     )
     found = Observed.of(seen.sequences, json.loads(json.dumps(seen.plain())))
     assert (found.errors, found.same_choices) == (seen.errors, seen.same_choices)
+    assert found.once == seen.once
     assert found.next_tokens == seen.next_tokens
     assert torch.equal(found.hits[0], seen.hits[0])
     for name, values in vars(seen.scores).items():

@@ -75,6 +75,7 @@ def _compare(
             Numerics.on(device, DTYPES[options.dtype]),
             advance=lambda layer: advance(nbytes // layers),
             ranks=ranks,
+            both=options.both,
         )
 
 
@@ -123,9 +124,11 @@ def _agreement(report: ParityReport) -> str:
     cold = sum(len(layer.cold_experts) for layer in report.layers)
     missed = f", {cold} experts never chosen" if cold else ", every expert of every layer chosen"
     overall = report.overall
+    once = sum(layer.computed_once for layer in report.layers)
+    shared = f", {once} of {len(report.layers)} layers equal and computed once" if once else ""
     return (
         f"max |Δlogit| {overall.max_delta:g} at {overall.positions:,} positions "
-        f"on {report.hardware}{missed}"
+        f"on {report.hardware}{missed}{shared}"
     )
 
 

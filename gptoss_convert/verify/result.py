@@ -48,6 +48,7 @@ class VerifyOptions:
     )
     sample: int | None = option(None, "About how many positions to score.", least=1)
     layers: int | None = option(None, "Compare only so many layers.", least=1)
+    both: bool = option(False, "Compute both sides also where weights are equal.")
     limits: str = option(
         LOSSLESS,
         "What still counts as the same; beyond lossless the logits decide, not the values.",

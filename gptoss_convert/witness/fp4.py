@@ -25,6 +25,12 @@ class Packed:
     blocks: Tensor
     scales: Tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        """That of the values."""
+        *rows, blocks = self.scales.shape
+        return torch.Size((*rows, blocks * BLOCK))
+
     def __getitem__(self, index: int | slice | tuple[slice, ...]) -> Packed:
         """The same rows of blocks and scales."""
         return Packed(self.blocks[index], self.scales[index])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,8 +170,7 @@ def quantile(ascending: Tensor, share: float) -> float:
     return float(ascending[max(0, math.ceil(share * len(ascending)) - 1)])
 
 
-@dataclass(frozen=True)
-class Divergence:
+class Divergence(NamedTuple):
     """How far the same positions are apart in source and target."""
 
     worst: float
@@ -186,8 +186,13 @@ class Divergence:
 
 def divergence(source_TD: Tensor, target_TD: Tensor) -> Divergence:
     """Hold two states `[T, D]` of the same positions against each other, in float64."""
+    return divergences([measured(source_TD, target_TD)])[0]
+
+
+def measured(source_TD: Tensor, target_TD: Tensor) -> Tensor:
+    """The numbers of a `Divergence`, float64 on the device, which need not be waited for."""
     parts = [
-        _norms(source.double(), target.double())
+        _norms(source, target)
         for source, target in zip(
             source_TD.split(POSITIONS_CHUNK), target_TD.split(POSITIONS_CHUNK), strict=True
         )
@@ -196,21 +201,28 @@ def divergence(source_TD: Tensor, target_TD: Tensor) -> Divergence:
     ratio_T = torch.where(distance_T == 0, 0.0, distance_T / source_T)
     ratio_T = torch.where(ratio_T.isnan(), math.inf, ratio_T)
     worst, width = ratio_T.max(0), math.sqrt(source_TD.shape[1])
-    return Divergence(
-        worst=float(worst.values),
-        position=int(worst.indices),
-        mean=float(ratio_T.mean()),
-        source_rms=float(source_T.mean()) / width,
-        target_rms=float(target_T.mean()) / width,
-    )
+    # Of equal ratios any may be found; where all are zero let it be the first.
+    position = torch.where(worst.values > 0, worst.indices, 0).double()
+    rms = source_T.mean() / width, target_T.mean() / width
+    return torch.stack((worst.values, position, ratio_T.mean(), *rms))
+
+
+def divergences(found: Sequence[Tensor]) -> list[Divergence]:
+    """What `measured` gave, fetched from the device at once."""
+    rows = torch.stack([*found]).tolist() if found else []
+    return [Divergence(worst, int(position), *rest) for worst, position, *rest in rows]
 
 
 def _norms(source_TD: Tensor, target_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    distance_T = (source_TD - target_TD).norm(dim=1)
-    return distance_T, source_TD.norm(dim=1), target_TD.norm(dim=1)
+    source = source_TD.double()
+    source_T = source.norm(dim=1)
+    if target_TD.data_ptr() == source_TD.data_ptr():  # one computation serves both
+        return torch.zeros_like(source_T), source_T, source_T
+    target = target_TD.double()
+    return (source - target).norm(dim=1), source_T, target.norm(dim=1)
 
 
-def same_choices(source_TA: Tensor, target_TA: Tensor) -> int:
-    """How many positions chose the same set of experts."""
+def same_choices(source_TA: Tensor, target_TA: Tensor) -> Tensor:
+    """How many positions chose the same set of experts, int64 on the device."""
     same = source_TA.sort(1).values == target_TA.sort(1).values
-    return int(same.all(1).sum())
+    return same.all(1).sum()

@@ -15,9 +15,10 @@ from gptoss_convert.witness import forward, metrics
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.metrics import TokenScores
 from gptoss_convert.witness.parity_report import NextTokens, SubBlockError, TokenPosition
-from gptoss_convert.witness.readers import Reader
+from gptoss_convert.witness.readers import Reader, SubBlock
+from gptoss_convert.witness.together import same_values, walk_both
 from gptoss_convert.witness.tokens import TokenSequence
-from gptoss_convert.witness.walk import Prompts, State, walk
+from gptoss_convert.witness.walk import Prompts, State
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Observed:
     """For each layer, how many positions chose the same experts in both."""
     hits: tuple[Tensor, ...]
     """For each layer, how many positions chose each expert, in source and target, `[2, E]`."""
+    once: tuple[bool, ...]
+    """For each layer, whether one computation served both sides."""
     scores: TokenScores
     next_tokens: tuple[NextTokens, ...]
 
@@ -45,6 +48,7 @@ class Observed:
             "errors": [astuple(error) for error in self.errors],
             "same_choices": self.same_choices,
             "hits": [layer.tolist() for layer in self.hits],
+            "once": self.once,
             "scores": [getattr(self.scores, one.name).tolist() for one in fields(TokenScores)],
             "next_tokens": [astuple(one) for one in self.next_tokens],
         }
@@ -58,6 +62,7 @@ class Observed:
             tuple(SubBlockError(*error) for error in plain["errors"]),
             tuple(plain["same_choices"]),
             tuple(torch.tensor(layer) for layer in plain["hits"]),
+            tuple(plain["once"]),
             TokenScores(*columns),
             tuple(
                 NextTokens(name, *(tuple(map(tuple, side)) for side in sides))
@@ -79,6 +84,8 @@ class Pass:
     advance: Callable[[int], None]
     """Called with each layer that is done."""
     ranks: Ranks
+    both: bool = False
+    """Compute both sides throughout, also where they are equal."""
 
     def observe(self, batches: Sequence[tuple[TokenSequence, ...]]) -> list[Observed]:
         """What every batch shows, in their order; each is computed by one of the ranks."""
@@ -94,24 +101,23 @@ class Pass:
         """Walk both models over some batches, and score every position."""
         found = [_Batch(batch, self.device) for batch in batches]
         prompts = [batch.prompts for batch in found]
-        self.target.prepare(0)
-        walks = zip(
-            walk(self.source, prompts, self.numerics),
-            walk(self.target, prompts, self.numerics),
-            strict=True,
-        )
         streams: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ())
-        for ours, theirs in walks:
+        for ours, theirs in walk_both(self.source, self.target, prompts, self.numerics, self.both):
             for n, batch in enumerate(found):
                 batch.note(ours, theirs, n, self.source.config.experts)
             streams = ours.values, theirs.values
             if ours.block == "experts":
                 self.advance(ours.layer)
-        source, target = (_Head(one, self.numerics.dtype) for one in (self.source, self.target))
+        heads = self._heads()
         return [
-            batch.observed(source, target, ours, theirs, self.positions_at_once)
+            batch.observed(*heads, ours, theirs, self.positions_at_once)
             for batch, ours, theirs in zip(found, *streams, strict=True)
         ]
+
+    def _heads(self) -> tuple[_Head, _Head]:
+        """The ends of both models; of equal ones only the first."""
+        source, target = (_Head(one, self.numerics.dtype) for one in (self.source, self.target))
+        return (source, source) if not self.both and source.same_as(target) else (source, target)
 
 
 class _Batch:
@@ -120,31 +126,40 @@ class _Batch:
     def __init__(self, sequences: tuple[TokenSequence, ...], device: torch.device):
         self.sequences = sequences
         self.prompts = Prompts.of([one.tokens for one in sequences], device)
-        self.errors: list[SubBlockError] = []
-        self.same_choices: list[int] = []
+        self.blocks: list[tuple[int, SubBlock]] = []
+        self.divergences: list[Tensor] = []
+        self.same_choices: list[Tensor] = []
         self.hits: list[Tensor] = []
+        self.once: list[bool] = []
 
     def note(self, ours: State, theirs: State, n: int, experts: int) -> None:
-        """Compare the state after one sub-block, of the batch that is the walk's `n`-th."""
-        found = metrics.divergence(ours.values[n], theirs.values[n])
-        where = token_position(self.sequences, found.position)
-        self.errors.append(
-            SubBlockError(
-                layer=ours.layer,
-                block=ours.block,
-                error=found.worst,
-                sequence=where.sequence,
-                position=where.position,
-                mean=found.mean,
-                source_rms=found.source_rms,
-                target_rms=found.target_rms,
-            )
-        )
+        """Compare the state after one sub-block, of the batch that is the walk's `n`-th.
+
+        Nothing here waits for the device, which goes on with the next sub-block.
+        """
+        self.blocks.append((ours.layer, ours.block))
+        self.divergences.append(metrics.measured(ours.values[n], theirs.values[n]))
         if ours.block == "router":
             chosen = ours.chosen[n], theirs.chosen[n]
             self.same_choices.append(metrics.same_choices(*chosen))
-            counts = [side.flatten().bincount(minlength=experts).cpu() for side in chosen]
+            counts = [side.flatten().bincount(minlength=experts) for side in chosen]
             self.hits.append(torch.stack(counts))
+            self.once.append(ours.values[n] is theirs.values[n])
+
+    def _errors(self) -> Iterator[SubBlockError]:
+        found = metrics.divergences(self.divergences)
+        for (layer, block), one in zip(self.blocks, found, strict=True):
+            where = token_position(self.sequences, one.position)
+            yield SubBlockError(
+                layer=layer,
+                block=block,
+                error=one.worst,
+                sequence=where.sequence,
+                position=where.position,
+                mean=one.mean,
+                source_rms=one.source_rms,
+                target_rms=one.target_rms,
+            )
 
     def observed(
         self, source: _Head, target: _Head, ours_TD: Tensor, theirs_TD: Tensor, size: int
@@ -153,14 +168,14 @@ class _Batch:
         parts = zip(
             ours_TD.split(size), theirs_TD.split(size), self._following().split(size), strict=True
         )
-        scores = [
-            metrics.score(source.logits(a), target.logits(b), next_T) for a, b, next_T in parts
-        ]
+        once = ours_TD is theirs_TD and source is target
+        scores = [_scored(source, target, a, a if once else b, next_T) for a, b, next_T in parts]
         return Observed(
             self.sequences,
-            tuple(self.errors),
-            tuple(self.same_choices),
-            tuple(self.hits),
+            tuple(self._errors()),
+            tuple(torch.stack(self.same_choices).tolist()),
+            tuple(torch.stack(self.hits).cpu()),
+            tuple(self.once),
             metrics.joined(scores),
             tuple(self._most_likely(source, ours_TD, target, theirs_TD)),
         )
@@ -191,6 +206,13 @@ class _Head:
         self.config, self.norm = reader.config, reader.norm()
         self.unembedding = forward.dense(reader.unembedding(), dtype)
 
+    def same_as(self, other: _Head) -> bool:
+        """Whether both make the same logits of the same stream."""
+        weights = (self.norm, other.norm), (self.unembedding, other.unembedding)
+        return self.config.norm_eps == other.config.norm_eps and all(
+            same_values(ours, theirs) for ours, theirs in weights
+        )
+
     def logits(self, x_TD: Tensor) -> Tensor:
         return forward.logits(x_TD, self.norm, self.unembedding, self.config)
 
@@ -198,6 +220,15 @@ class _Head:
         """The five most likely next tokens and their probabilities."""
         best = self.logits(x_1D)[0].double().softmax(0).topk(5)
         return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def _scored(
+    source: _Head, target: _Head, ours_TD: Tensor, theirs_TD: Tensor, next_T: Tensor
+) -> TokenScores:
+    """The scores of some positions; of one stream before one head the logits are made once."""
+    ours_TV = source.logits(ours_TD)
+    alike = ours_TD is theirs_TD and source is target
+    return metrics.score(ours_TV, ours_TV if alike else target.logits(theirs_TD), next_T)
 
 
 def _cost(batch: Sequence[TokenSequence]) -> float:

@@ -45,23 +45,25 @@ def compare(
     positions_at_once: int | None = None,
     advance: Callable[[int], None] = lambda layer: None,
     ranks: Ranks = ALONE,
+    both: bool = False,
 ) -> ParityReport:
     """Compare two checkpoints on `sequences`, and on random ones until every expert was chosen.
 
     At most `extra_rounds` rounds are added; `positions_at_once` bounds the memory of logits;
-    `advance` is called with each layer that is done. All of `ranks` compute, and have the same
-    report. Raises InputError if the two models have different sizes.
+    `advance` is called with each layer that is done; `both` computes both sides also where they
+    are equal. All of `ranks` compute, and have the same report. Raises InputError if the two
+    models have different sizes.
     """
     numerics = numerics or Numerics.on(device)
     at_once = positions_at_once or (256 if device.type == "cpu" else 1024)
     _require_common_sizes(source, target)
-    both = Pass(source, target, device, numerics, at_once, advance, ranks)
+    walked = Pass(source, target, device, numerics, at_once, advance, ranks, both)
     with forward.exact_products():
-        observed = both.observe(batches(sequences))
+        observed = walked.observe(batches(sequences))
         for turn in range(extra_rounds):
             if not any(_cold(ours) for ours, _ in _hits(observed)):
                 break
-            observed += both.observe(batches(extra_set(source.config, turn)))
+            observed += walked.observe(batches(extra_set(source.config, turn)))
     return _report(source, target, observed, limits, numerics, device)
 
 
@@ -91,7 +93,10 @@ def _layer_reports(observed: Sequence[Observed]) -> Iterator[LayerReport]:
     for n, (ours, theirs) in enumerate(_hits(observed)):
         attention, router, experts = (_overall(observed, 3 * n + block) for block in range(3))
         same = sum(one.same_choices[n] for one in observed)
-        yield LayerReport((attention, router, experts), same / positions, _cold(ours), ours, theirs)
+        once = all(one.once[n] for one in observed)
+        yield LayerReport(
+            (attention, router, experts), same / positions, _cold(ours), ours, theirs, once
+        )
 
 
 def _overall(observed: Sequence[Observed], index: int) -> SubBlockError:

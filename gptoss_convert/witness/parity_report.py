@@ -38,6 +38,8 @@ class LayerReport:
     source_hits: tuple[int, ...]
     """For each expert, how many positions chose it."""
     target_hits: tuple[int, ...]
+    computed_once: bool
+    """Whether one computation served both sides, whose weights and input were equal."""
 
 
 @dataclass(frozen=True)
