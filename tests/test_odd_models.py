@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from gptoss_convert.check.check import check
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.plan import plan
 from gptoss_convert.conversion.run import run
 from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.formats.checkpoint import Choices
+from gptoss_convert.synth.synth import synth
 from gptoss_convert.verify.gate import verify_checkpoints
 from gptoss_convert.verify.result import VerifyOptions
 from tests import odd_models
@@ -185,3 +189,98 @@ def test_float32_becomes_bfloat16_in_every_key(tmp_path: Path):
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
     megatron = convert(source, tmp_path / "megatron", "megatron", cast=True)
     assert json.loads((megatron / "hf/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def shards_of(source: Path, target: Path) -> Path:
+    """The model in several shards with an index."""
+    return convert(source, target, max_shard_size=4000)
+
+
+@pytest.mark.parametrize("kind", ["another file", "in the index", "without an index"])
+def test_two_models_in_one_directory(tmp_path: Path, kind: str):
+    source = odd_models.save(tmp_path / "source")
+    both = shards_of(source, tmp_path / "both")
+    manifest = both / "gptoss-convert.json"
+    manifest.unlink()
+    other = odd_models.save(tmp_path / "other")
+    newer = other / "model.safetensors"
+    newer.write_bytes(newer.read_bytes())
+    if kind == "without an index":
+        # transformers reads model.safetensors alone, and so does everything here.
+        (both / "model.safetensors.index.json").unlink()
+        (both / "model.safetensors").write_bytes(newer.read_bytes())
+        assert torch.equal(logits_of(both), logits_of(other))
+        assert verdict(both, other).startswith("same")
+        assert any("not read" in note for note in plan(both, tmp_path / "t", Options("hf")).notes)
+        return
+    if kind == "in the index":
+        index = both / "model.safetensors.index.json"
+        first = min(path.name for path in both.glob("model-*.safetensors"))
+        index.write_text(index.read_text().replace(first, "model.safetensors"))
+        (both / first).rename(both / "model.safetensors")
+    else:
+        (both / "model.safetensors").write_bytes(newer.read_bytes())
+    for read in (
+        lambda: plan(both, tmp_path / "target", Options("hf")),
+        lambda: check(both),
+        lambda: verdict(both, other),
+        lambda: verdict(other, both),
+    ):
+        with pytest.raises(IntegrityError, match=r"holds two models: model\.safetensors, which"):
+            read()
+
+
+def test_openai_s_code_reads_every_file(tmp_path: Path):
+    source = tmp_path / "source"
+    synth(source, format="openai")
+    (source / "spare.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    with pytest.raises(IntegrityError, match=r"holds two models: OpenAI's code reads every"):
+        check(source)
+
+
+def test_links_into_a_store_are_read_when_asked(tmp_path: Path):
+    source = odd_models.save(tmp_path / "source")
+    (source / "tokenizer.json").write_text("{}")
+    linked, store = tmp_path / "linked", tmp_path / "store"
+    for folder in (linked, store):
+        folder.mkdir()
+    for path in source.iterdir():
+        (store / path.name).write_bytes(path.read_bytes())
+        (linked / path.name).symlink_to(store / path.name)
+    with pytest.raises(InputError, match=r"outside the checkpoint; pass --follow-links if you"):
+        plan(linked, tmp_path / "target", Options("hf"))
+    target = convert(linked, tmp_path / "target", follow_links=True)
+    assert not any(path.is_symlink() for path in target.iterdir())
+    assert (target / "tokenizer.json").read_text() == "{}"
+    both = Choices(follow_links=True)
+    options = VerifyOptions("oracle", device="cpu", source=both, target=both)
+    assert verify_checkpoints(linked, linked, options).same
+    assert verify_checkpoints(linked, target, VerifyOptions(source=both, device="cpu")).same
+    with pytest.raises(InputError, match=r"pass --follow-links"):
+        verify_checkpoints(target, linked, options=VerifyOptions(source=both))
+
+
+def test_verify_reads_each_side_as_it_is_told(tmp_path: Path):
+    source = odd_models.save(tmp_path / "source", torch.float32)
+    target = convert(source, tmp_path / "target", cast=True)
+    with pytest.raises(InputError, match="pass --cast to round it to BF16"):
+        verdict(source, target)
+    cast = VerifyOptions("oracle", device="cpu", source=Choices(cast=True))
+    assert verify_checkpoints(source, target, cast).verdict.startswith("same")
+    leftover = odd_models.edit(source, quantization_config={"quant_method": "bitsandbytes"})
+    both = Choices(cast=True, repair=True)
+    repaired = VerifyOptions("oracle", device="cpu", target=both)
+    assert verify_checkpoints(target, leftover, repaired).verdict.startswith("same")
+
+
+def test_verify_reads_what_transformers_mis_saved(tmp_path: Path):
+    source = odd_models.save(tmp_path / "source", hidden_size=32, intermediate_size=64)
+    target = convert(source, tmp_path / "target")
+    file = source / "model.safetensors"
+    tensors = {
+        name + "_blocks" * name.endswith(("gate_up_proj", "down_proj")): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+    repaired = VerifyOptions("oracle", device="cpu", source=Choices(repair=True))
+    assert verify_checkpoints(source, target, repaired).verdict.startswith("same")

@@ -10,7 +10,16 @@ from typing import BinaryIO
 
 from gptoss_convert.errors import DiskError, InputError, IntegrityError
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git LFS has not fetched."""
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+
+
+class Followed(type(Path())):
+    """A directory whose links may lead anywhere, since its user said so (--follow-links).
+
+    Every path that is made from it is one, too: whoever opens a file needs no flag.
+    """
 
 
 def safe_name(name: str, folders: bool = False) -> bool:
@@ -27,7 +36,10 @@ def safe_name(name: str, folders: bool = False) -> bool:
 
 
 def open_inside(root: Path, name: str) -> BinaryIO:
-    """Open `root/name` for reading, unbuffered; links may lead to the Hub cache's blobs only."""
+    """Open `root/name` for reading, unbuffered.
+
+    Links may lead to the Hub cache's blobs, and anywhere if `root` is Followed.
+    """
     path = root / name
     try:
         real = path.resolve(strict=True)
@@ -37,8 +49,11 @@ def open_inside(root: Path, name: str) -> BinaryIO:
     except (OSError, RuntimeError) as error:
         raise DiskError(f"{path}: {error}") from None
     base = root.resolve()
-    if not real.is_relative_to(base) and not _is_blob(real, base):
-        raise InputError(f"{path}: links to {real}, outside the checkpoint")
+    inside = real.is_relative_to(base) or _is_blob(real, base)
+    if not inside and not isinstance(root, Followed):
+        raise InputError(
+            f"{path}: links to {real}, outside the checkpoint; pass --follow-links if you trust it"
+        )
     try:
         descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -56,6 +71,8 @@ def read_text(root: Path, name: str, most: int) -> str:
         if size > most:
             raise IntegrityError(f"{root / name}: {size} bytes, at most {most}")
         raw = file.read(size)
+    if raw.startswith(POINTER):
+        raise IntegrityError(f"{root / name}: a Git LFS pointer; fetch the file: git lfs pull")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

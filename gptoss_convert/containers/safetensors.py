@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk, FileImage, Image, TensorSpec
-from gptoss_convert.containers.paths import open_inside, read_text, safe_name
+from gptoss_convert.containers.paths import POINTER, open_inside, read_text, safe_name
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+"""The weights of a model in one file: where it is, transformers looks at no index."""
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 500_000
 MAX_NAME = 512
@@ -51,12 +53,19 @@ class Header:
 def read_directory(root: Path) -> tuple[tuple[Chunk, ...], dict[str, Header]]:
     """All tensors of the shards in `root`, and each file's header.
 
-    With an index, exactly the files it names are read and both must agree; without one, every
-    `*.safetensors` file. Raises InputError or IntegrityError naming file and tensor.
+    With an index, exactly the files it names are read and both must agree; without one,
+    `model.safetensors` as transformers does, else every `*.safetensors` file.
+    Raises InputError or IntegrityError naming file and tensor.
     """
     index = _read_index(root)
+    single = (root / SINGLE).exists()
+    if index is not None and single and {*index.values()} != {SINGLE}:
+        raise IntegrityError(
+            f"{root}: holds two models: {SINGLE}, which transformers loads, and the shards of "
+            f"{INDEX}; move one of them away"
+        )
     if index is None:
-        names = sorted(path.name for path in root.glob("*.safetensors"))
+        names = [SINGLE] if single else sorted(path.name for path in root.glob("*.safetensors"))
     else:
         names = sorted(set(index.values()))
         if lost := [name for name in names if not (root / name).exists()]:
@@ -76,14 +85,20 @@ def read_directory(root: Path) -> tuple[tuple[Chunk, ...], dict[str, Header]]:
     return tuple(chunk for header in headers.values() for chunk in header.chunks), headers
 
 
+def spare(root: Path, chunks: Iterable[Chunk]) -> list[str]:
+    """The `*.safetensors` files that none of these tensors lies in."""
+    return sorted({path.name for path in root.glob("*.safetensors")} - {c.file for c in chunks})
+
+
 def remarks(root: Path, chunks: Iterable[Chunk]) -> list[str]:
-    """What is odd about an indexed directory and harms nothing: spare shards, a wrong total."""
-    text = index_text(root)
-    if text is None:
-        return []
+    """What is odd about a directory and harms nothing: spare shards, a wrong total."""
     chunks = list(chunks)
-    spare = sorted({path.name for path in root.glob("*.safetensors")} - {c.file for c in chunks})
-    notes = [f"{root / INDEX}: does not name {', '.join(spare)}: not read"] if spare else []
+    text = index_text(root)
+    namer = f"{root}: beside {SINGLE}" if text is None else f"{root / INDEX}: does not name"
+    others = spare(root, chunks)
+    notes = [f"{namer} {', '.join(others)}: not read"] if others else []
+    if text is None:
+        return notes
     stated = parse_object(str(root / INDEX), text).get("metadata")
     total = stated.get("total_size") if isinstance(stated, dict) else None
     found = sum(chunk.nbytes for chunk in chunks)
@@ -181,7 +196,7 @@ def _naturals(numbers: Any) -> bool:
 def _looks_like(head: bytes, size: int) -> str:
     if size == 0:
         return "empty file"
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+    if head.startswith(POINTER):
         wanted = re.search(rb"\nsize (\d{1,20})\n", head)
         expects = f" (expects {int(wanted[1])} bytes)" if wanted else ""
         return f"a Git LFS pointer, not weights{expects}; fetch the file: git lfs pull"

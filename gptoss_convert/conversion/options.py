@@ -46,7 +46,7 @@ class Options(Choices, ImageOptions):
         """The options that decide what is written, as plain data."""
         free = {"workers", "max_memory", "overwrite", "restart", "trust_journal"}
         # The commit that a revision named, and nothing else about it, stands among the facts.
-        free |= {"revision", "stream"}
+        free |= {"revision", "stream", "follow_links"}
         return {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(self).items()

@@ -16,7 +16,7 @@ from gptoss_convert.conversion.publish import check_target
 from gptoss_convert.engine.steps import Plan, make_plan
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats import sidecar
-from gptoss_convert.formats.checkpoint import Checkpoint, casts
+from gptoss_convert.formats.checkpoint import Checkpoint, Choices, casts
 from gptoss_convert.formats.registry import FORMATS, open_checkpoint
 from gptoss_convert.hub.sources import locate, opening
 from gptoss_convert.layouts.extents import Extent, extents
@@ -156,7 +156,7 @@ def plan_opened(
     sizes = load_model().sizes(opened.config.numbers)
     held = opened.extents(casts(options.cast))
     if options.scales is not None:
-        held = _with_reference(opened, held, options.scales)
+        held = _with_reference(opened, held, options.scales, options.follow_links)
     image, more_notes = kind.image(opened, variant, options)
     taken = _target_extents(kind.table, variant, sizes, image)
     steps = make_plan(load_model(), sizes, held, taken)
@@ -168,11 +168,13 @@ def plan_opened(
     )
 
 
-def _with_reference(source: Checkpoint, held: list[Extent], path: Path) -> list[Extent]:
+def _with_reference(
+    source: Checkpoint, held: list[Extent], path: Path, follow_links: bool
+) -> list[Extent]:
     """The source's extents with the scales of another checkpoint instead of its own."""
     if source.encoding == "mxfp4":
         raise UsageError(f"--scales {path}: SOURCE is MXFP4 and has its own scales")
-    reference = open_checkpoint(path)
+    reference = open_checkpoint(path, Choices(follow_links=follow_links))
     if reference.config.numbers != source.config.numbers:
         raise UsageError(f"--scales {path}: another size of model than {source.root}")
     wanted = {param for family in load_model().families.values() for param in family.guides}

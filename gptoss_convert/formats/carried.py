@@ -2,40 +2,72 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+from pathlib import Path, PurePath
 
 from gptoss_convert.containers import Image
+from gptoss_convert.containers.paths import POINTER, Followed, open_inside
 from gptoss_convert.containers.refs import Copied, FileRef
-from gptoss_convert.errors import InputError, UsageError
+from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.formats import sidecar
 from gptoss_convert.formats.checkpoint import CONFIG, MANIFEST, Checkpoint
 from gptoss_convert.formats.options import ImageOptions
 from gptoss_convert.layouts.model import load_model
 
-_NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".incomplete")
+_SERVED = frozenset(
+    (
+        *(
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+        ),
+        *("vocab.json", "merges.txt", "tokenizer.model", "generation_config.json"),
+        *("chat_template.jinja", "chat_template.json"),
+    )
+)
+"""What servers read beside config.json and the weights, by name."""
+_SAID = ("LICENSE", "LICENCE", "NOTICE", "USAGE_POLICY", "README", "COPYING", "CITATION")
+"""How the names begin of what says who made the model, and under which terms."""
+_PAGES = frozenset(("", ".md", ".txt", ".cff"))
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_OURS = frozenset((CONFIG, MANIFEST, "dtypes.json", "original", "metal", sidecar.FOLDER))
+"""What is no weight, is not carried, and needs no remark."""
 _MOST = 256 << 20
 """Most bytes of such files, each and all together."""
+_PARSED = 1 << 20
+"""JSON up to this size is parsed; of a larger one, a tokenizer of 28 MB say, both ends are seen."""
+_END = 4096
+_SHOWN = 8
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+def _is_served(name: str) -> bool:
+    said = name.upper().startswith(_SAID) and PurePath(name).suffix.lower() in _PAGES
+    return name in _SERVED or name.endswith(".tiktoken") or said
 
 
 def carried_files(root: Path) -> tuple[Path, ...]:
     """The files beside the weights that a served directory needs and no conversion changes."""
-    return tuple(
-        path
-        for path in sorted(root.iterdir() if root.is_dir() else ())
-        if path.is_file()
-        and not path.name.startswith(".")
-        and not path.name.endswith(_NOT_CARRIED)
-        and path.name not in {CONFIG, MANIFEST, "dtypes.json"}
-        and path.stat().st_size <= _MOST
-    )
+    return tuple(path for path in _beside(root) if _is_served(path.name) and path.is_file())
+
+
+def _beside(root: Path) -> list[Path]:
+    """What lies in a directory and is not hidden, by name."""
+    found = sorted(root.iterdir()) if root.is_dir() else []
+    return [path for path in found if not path.name.startswith(".")]
 
 
 def copies(source: Checkpoint, options: ImageOptions) -> tuple[list[tuple[str, Copied]], list[str]]:
-    """The carried files of SOURCE or of --tokenizer, and a note if the tokenizer is missing."""
+    """The carried files of SOURCE or of --tokenizer, and notes on what is missing or left behind.
+
+    Raises IntegrityError for a file that is not what its name says, such as a Git LFS pointer.
+    """
     folder = options.tokenizer
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--tokenizer {folder}: no such directory")
+    if folder is not None and isinstance(source.root, Followed):
+        folder = Followed(folder)
     paths = carried_files(folder) if folder is not None else source.carried
     found = [
         (path.name, Copied(FileRef(path.parent, path.name), path.stat().st_size)) for path in paths
@@ -45,9 +77,61 @@ def copies(source: Checkpoint, options: ImageOptions) -> tuple[list[tuple[str, C
             f"{paths[0].parent}: {nbytes} bytes of files beside the weights, at most {_MOST} "
             "are carried; move away what the model does not need"
         )
-    lacking = [name for name in _TOKENIZER if name not in {path.name for path in paths}]
-    note = f"no {' and no '.join(lacking)}: SOURCE has none; pass --tokenizer DIR to add them"
-    return found, [note] * bool(lacking)
+    # Of a repository names and sizes are known so far, and the Hub sends no pointers.
+    for _, copied in found if folder is not None or source.outline is None else ():
+        _check(copied.file, copied.size)
+    notes: list[str] = []
+    if lacking := [name for name in _TOKENIZER if name not in {path.name for path in paths}]:
+        missing = " and no ".join(lacking)
+        notes.append(f"no {missing}: SOURCE has none; pass --tokenizer DIR to add them")
+    return found, notes + _left(source)
+
+
+def _left(source: Checkpoint) -> list[str]:
+    """A note on what lies beside SOURCE's weights and no server reads, if anything."""
+    if source.kind.side is None:
+        return []
+    names = [
+        path.name + "/" * path.is_dir()
+        for path in _beside(source.base / source.kind.side)
+        if not (_is_served(path.name) or path.name in _OURS or path.name.endswith(_WEIGHTS))
+    ]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    shown = ", ".join(names[:_SHOWN]) + more
+    return [f"left behind, as no server reads it: {shown}"] * bool(names)
+
+
+def _check(file: FileRef, size: int) -> None:
+    """Refuse a file that is not of the kind its name says."""
+    with open_inside(file.root, file.name) as stream:
+        start = stream.read(_PARSED if size <= _PARSED else _END)
+        stream.seek(max(size - _END, 0))
+        end = stream.read(_END)
+    problem = None
+    if start.startswith(POINTER):
+        problem = "a Git LFS pointer; fetch the file: git lfs pull"
+    elif file.name.endswith(".json"):
+        problem = _not_json(start, end, size)
+    elif not size and file.name in _SERVED:
+        problem = "empty"
+    elif b"\0" in start and not file.name.endswith(".model"):
+        problem = "not text"
+    if problem:
+        raise IntegrityError(
+            f"{file}: {problem}; or pass --tokenizer DIR to take such files from there"
+        )
+
+
+def _not_json(start: bytes, end: bytes, size: int) -> str | None:
+    """Why these are not the ends of a JSON object, None if they may be."""
+    if not start.lstrip().startswith(b"{") or not end.rstrip().endswith(b"}"):
+        return f"no JSON object in {size} bytes: truncated, or another kind of file"
+    if size <= _PARSED:
+        try:
+            json.loads(start)
+        except (ValueError, RecursionError) as error:
+            return f"not JSON: {error}"
+    return None
 
 
 def sidecar_image(source: Checkpoint, variant: str, options: ImageOptions) -> Image:

@@ -51,6 +51,8 @@ class Checkpoint:
     """Where it is from, pinned to a commit, if not from a directory."""
     outline: Path | None = None
     """The directory that stood for the repository while its headers were read."""
+    cast: bool = False
+    """Whether float32 and float16 are read as the BF16 that they round to."""
 
     @property
     def format(self) -> str:
@@ -82,7 +84,8 @@ class Checkpoint:
         """Where every parameter lies, sidecar scales included; each tensor's shape is checked."""
         sizes = load_model().sizes(self.config.numbers)
         tensors = self.kind.table.tensors(self.variant, sizes)
-        found = extents(str(self.root), tensors, self.chunks, casts, self.root)
+        accepted = casts | (_CASTS if self.cast else frozenset())
+        found = extents(str(self.root), tensors, self.chunks, accepted, self.root)
         result = [extent for extent in found if not extent.alias]
         if self.scales is not None:
             place = str(self.base / sidecar.FOLDER)
@@ -128,6 +131,9 @@ class Choices:
     )
     strict: bool = option(False, "Refuse what is only remarked on: files that nothing names.")
     cast: bool = option(False, "Round a float32 or float16 SOURCE to BF16.")
+    follow_links: bool = option(
+        False, "Read files of SOURCE that are links to anywhere, as in a shared store."
+    )
 
 
 DEFAULT = Choices()

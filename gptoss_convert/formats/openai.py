@@ -10,7 +10,7 @@ from pathlib import Path
 from gptoss_convert.containers import Image, safetensors
 from gptoss_convert.errors import IntegrityError, UsageError
 from gptoss_convert.formats import config as configs
-from gptoss_convert.formats import shards
+from gptoss_convert.formats import shards, unsupported
 from gptoss_convert.formats.checkpoint import CONFIG, Checkpoint, Choices, Format, read_config
 from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.options import ImageOptions
@@ -38,6 +38,13 @@ def _open(root: Path, choices: Choices) -> Checkpoint:
     chunks, headers = safetensors.read_directory(root)
     if not chunks:
         raise IntegrityError(f"{root}: no *.safetensors files beside config.json")
+    if problem := unsupported.recognise_foreign(str(root), chunks):
+        raise problem
+    if others := safetensors.spare(root, chunks):
+        raise IntegrityError(
+            f"{root}: holds two models: OpenAI's code reads every *.safetensors, also "
+            f"{', '.join(others)}, which {safetensors.INDEX} does not name; move them away"
+        )
     notes = tuple(safetensors.remarks(root, chunks))
     return Checkpoint(FORMAT, "mxfp4", root, config, None, chunks, headers, notes=notes)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 from gptoss_convert import formats
+from gptoss_convert.containers.paths import Followed
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.formats import unsupported
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, Format
@@ -41,6 +43,8 @@ def open_checkpoint(path: Path, choices: Choices = DEFAULT) -> Checkpoint:
 
     Raises UsageError with the choices, InputError or IntegrityError with file and tensor.
     """
+    if choices.follow_links:
+        path = Followed(path)
     found = formats_in(path)
     format = choices.format
     if format is None:
@@ -51,7 +55,7 @@ def open_checkpoint(path: Path, choices: Choices = DEFAULT) -> Checkpoint:
         problem = unsupported.recognise_files(path)
         held = f"holds {', '.join(found)}" if found else "no config.json and no torch_dist tracker"
         raise problem or InputError(f"{path}: not a GPT-OSS checkpoint: {held}")
-    opened = FORMATS[format].open(found[format], choices)
+    opened = replace(FORMATS[format].open(found[format], choices), cast=choices.cast)
     if choices.strict and opened.notes:
         raise IntegrityError(f"{opened.notes[0]} (--strict)")
     return opened

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -136,6 +136,8 @@ class Agreement:
 
 def _agreement(side: Checkpoint, options: VerifyOptions, device: torch.device) -> Agreement | str:
     """Run one side's own model; text says why there is none to run."""
+    # Its own model code rounds nothing, whatever --cast says.
+    side = replace(side, cast=False)
     reader = open_reader(side, Fetcher(device, options.max_memory // 2), options.layers)
     sequences = _tokens(reader, options)
     theirs = oracle_logits(side, reader.config, sequences, device)

@@ -25,7 +25,15 @@ def given(checkpoint: Checkpoint) -> Given:
     """What its witness is given of a checkpoint: no table, no plan, no axis."""
     text = checkpoint.hf_config or configs.hf_json(checkpoint.config, None, mxfp4=False)
     layers = checkpoint.config.num_hidden_layers
-    return Given(checkpoint.root, layers, checkpoint.chunks, json.loads(text))
+    return Given(
+        checkpoint.root,
+        layers,
+        checkpoint.chunks,
+        json.loads(text),
+        packed=checkpoint.encoding == "mxfp4",
+        mis_saved=checkpoint.variant == "mis-saved",
+        rounded=checkpoint.cast,
+    )
 
 
 class FewerLayers(ChangedReader):

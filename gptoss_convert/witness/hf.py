@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,14 +27,24 @@ from gptoss_convert.witness.witness import Given, Sequences, Witness
 class HfReader(Reader):
     """An HF directory; config.json says whether its experts are packed, as for transformers."""
 
-    def __init__(self, directory: Path, device: torch.device, fetcher: Fetcher | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        device: torch.device,
+        fetcher: Fetcher | None = None,
+        given: Given | None = None,
+    ):
         config = read_json(directory / "config.json")
         self.config = hf_config(config)
         self.packed = config.content.get("quantization_config") is not None
-        if self.packed:
+        if given is not None and given.packed is not None:
+            self.packed = given.packed
+        elif self.packed:
             config.section("quantization_config").require("quant_method", "mxfp4")
+        self._ending = "_blocks" if given is not None and given.mis_saved else ""
+        rounded = given is not None and given.rounded
         chunks = safetensors_chunks(directory, hf_files(directory))
-        self._files = StoredTensors(directory, chunks, fetcher or Fetcher(device))
+        self._files = StoredTensors(directory, chunks, fetcher or Fetcher(device), rounded)
 
     def _embedding(self) -> Tensor:
         return self._vocabulary("model.embed_tokens.weight")
@@ -88,14 +99,16 @@ class HfReader(Reader):
         c = self.config
         if self.packed:
             return self._blocks(stem, 2 * c.inter, c.hidden)
-        return self._files.read(stem, (c.experts, c.hidden, 2 * c.inter)).transpose(1, 2)
+        name = stem + self._ending
+        return self._files.read(name, (c.experts, c.hidden, 2 * c.inter)).transpose(1, 2)
 
     def _down(self, stem: str) -> ExpertMatrices:
         """`[expert, hidden, inter]`: BF16 is stored input-major, blocks output-major."""
         c = self.config
         if self.packed:
             return self._blocks(stem, c.hidden, c.inter)
-        return self._files.read(stem, (c.experts, c.inter, c.hidden)).transpose(1, 2)
+        name = stem + self._ending
+        return self._files.read(name, (c.experts, c.inter, c.hidden)).transpose(1, 2)
 
     def _blocks(self, stem: str, rows: int, columns: int) -> Packed:
         return read_packed(self._files, stem, "_", (self.config.experts, rows, columns))
@@ -135,10 +148,18 @@ def read_packed(
 def _oracle(
     given: Given, config: ModelConfig, sequences: Sequences, device: torch.device
 ) -> list[Tensor] | str:
+    says = given.config.get("quantization_config")
+    method = says.get("quant_method") if isinstance(says, Mapping) else None
+    if given.mis_saved or method != ("mxfp4" if given.packed else None):
+        return "(read with --repair: transformers would not read it so)"
     from gptoss_convert.witness.oracles import silence, transformers_logits
 
     with silence():
         return transformers_logits(given.root, sequences, device, len(config.sliding))
 
 
-WITNESS = Witness(lambda given, fetcher: HfReader(given.root, fetcher.device, fetcher), _oracle)
+def _reader(given: Given, fetcher: Fetcher) -> HfReader:
+    return HfReader(given.root, fetcher.device, fetcher, given)
+
+
+WITNESS = Witness(_reader, _oracle)

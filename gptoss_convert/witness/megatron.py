@@ -31,9 +31,10 @@ class MegatronReader(Reader):
         config: ModelConfig,
         device: torch.device,
         fetcher: Fetcher | None = None,
+        rounded: bool = False,
     ):
         self.config = config
-        self._tensors = StoredTensors(directory, chunks, fetcher or Fetcher(device))
+        self._tensors = StoredTensors(directory, chunks, fetcher or Fetcher(device), rounded)
         self._stacked = "decoder.layers.self_attention.linear_qkv.weight" in self._tensors
         experts = self._layer_key(0, "mlp.experts.experts.0.linear_fc2.weight")
         self._per_expert = experts in self._tensors
@@ -174,7 +175,7 @@ class MegatronReader(Reader):
 
 def _reader(given: Given, fetcher: Fetcher) -> MegatronReader:
     config = hf_config(Section(given.config, f"{given.root}: config.json"))
-    return MegatronReader(given.root, given.chunks, config, fetcher.device, fetcher)
+    return MegatronReader(given.root, given.chunks, config, fetcher.device, fetcher, given.rounded)
 
 
 def _oracle(

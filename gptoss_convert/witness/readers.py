@@ -113,7 +113,10 @@ class ChangedReader(Reader):
 class StoredTensors:
     """The tensors of a checkpoint's files by name, read late, onto one device."""
 
-    def __init__(self, directory: Path, chunks: Iterable[Chunk], fetcher: Fetcher):
+    def __init__(
+        self, directory: Path, chunks: Iterable[Chunk], fetcher: Fetcher, rounded: bool = False
+    ):
+        self._rounded = rounded
         self._directory = directory
         self._fetcher = fetcher
         self._chunks: dict[str, list[Chunk]] = {}
@@ -140,7 +143,8 @@ class StoredTensors:
 
         Raises InputError for another shape or dtype, IntegrityError if chunks leave a gap.
         """
-        return self._read(name, shape, prefix, FLOATS)
+        found = self._read(name, shape, prefix, FLOATS)
+        return found.to(torch.bfloat16) if self._rounded else found
 
     def read_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A U8 tensor; raises as `read` does."""
@@ -187,10 +191,12 @@ def safetensors_chunks(directory: Path, names: Iterable[str]) -> list[Chunk]:
 
 
 def hf_files(directory: Path) -> list[str]:
-    """The weight files of an HF directory: those of its index, or the one `model.safetensors`."""
+    """The weight files of an HF directory: those of its index, or `model.safetensors`, or all."""
     index = directory / safetensors.INDEX
     if not index.exists():
-        return ["model.safetensors"]
+        single = (directory / "model.safetensors").exists()
+        every = sorted(path.name for path in directory.glob("*.safetensors"))
+        return ["model.safetensors"] if single or not every else every
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -33,6 +33,12 @@ class Given:
     """Where the tensors lie, for a container that its reader does not open by itself."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The content of a config.json in Hugging Face's words."""
+    packed: bool | None = None
+    """Whether the experts are MXFP4, whatever config.json says; None is as it says."""
+    mis_saved: bool = False
+    """Whether BF16 experts lie under the names of packed blocks."""
+    rounded: bool = False
+    """Whether float32 and float16 are read as the BF16 that they round to."""
 
 
 @dataclass(frozen=True)
