@@ -243,7 +243,9 @@ def _point_index(path: Path, name: str) -> None:
     edit_json(path / INDEX, edit)
 
 
-@case(14, "one", 3, "DIR/model.safetensors: links to *, outside the checkpoint")
+@case(
+    14, "one", 3, "DIR/model.safetensors: links to *, outside the checkpoint; pass --follow-links*"
+)
 def shard_links_out(path: Path) -> None:
     outside = path.parent / "outside.safetensors"
     (path / SHARD).rename(outside)
@@ -760,7 +762,7 @@ def tracker_climbs_out(path: Path) -> None:
     62,
     "megatron",
     3,
-    "DIR/latest_checkpointed_iteration.txt: links to */secret, outside the checkpoint",
+    "DIR/latest_checkpointed_iteration.txt: links to */secret, outside the checkpoint; pass --follow-links*",
 )
 def tracker_links_out(path: Path) -> None:
     (path.parent / "secret").write_text("1")
