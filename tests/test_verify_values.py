@@ -22,7 +22,7 @@ from gptoss_convert.errors import InputError, ResourceError
 from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.machine.resources import peak_memory
 from gptoss_convert.synth.synth import synth
-from gptoss_convert.verify.gate import describe
+from gptoss_convert.verify.values_level import describe
 from tests.tiny_files import write_hf_bf16
 from tests.tiny_models import SQUARE, random_weights
 
