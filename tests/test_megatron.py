@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import json
+import re
 import shutil
 import warnings
 from argparse import Namespace
@@ -23,12 +25,13 @@ from gptoss_convert import Options, convert, inspect, plan
 from gptoss_convert.cli.main import cli
 from gptoss_convert.errors import GptossError, InputError, IntegrityError, UsageError
 from gptoss_convert.formats.checkpoint import Choices
+from gptoss_convert.formats.megatron.stated import of_args
 from tests.megatron_witness import assert_same, finish, safetensors_in, write_cut
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4
 from tests.tiny_models import SQUARE, hf_bf16_tensors, megatron_tensors, random_weights
 
 SHAPE = replace(SQUARE, layers=2, window=128, original_length=4096, beta_fast=32.0)
-"""Window and YaRN as released: what args and run_config.yaml must say, or nothing."""
+"""Window and YaRN as released."""
 WEIGHTS = random_weights(SHAPE, seed=2)
 TENSORS = megatron_tensors(SHAPE, WEIGHTS)
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -52,7 +55,13 @@ ARGS: dict[str, Any] = {
     "position_embedding_type": "yarn",
     "rotary_base": 150000,
     "rotary_percent": 1.0,
+    "rotary_scaling_factor": 32.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
     "yarn_original_max_position_embeddings": 4096,
+    "yarn_beta_fast": None,
+    "yarn_beta_slow": None,
+    "yarn_correction_range_round_to_int": False,
     "window_size": (127, 0),
     "window_attn_skip_freq": [1, 0],
     "softmax_type": "learnable",
@@ -68,7 +77,13 @@ ARGS: dict[str, Any] = {
     "expert_model_parallel_size": 4,
     "expert_tensor_parallel_size": None,
 }
-"""Megatron-LM's arguments of a run, by hand."""
+"""Megatron-LM's arguments of a run with core 0.19, by hand."""
+
+
+class Scope(enum.Enum):
+    """A class that only the trainer knows."""
+
+    LAYER = "layer"
 
 
 def written(
@@ -102,8 +117,7 @@ def refusal(root: Path, options: Options = TO_BF16) -> GptossError:
 
 
 def test_args_tell_the_configuration(tmp_path: Path) -> None:
-    notes = assert_converts(written(tmp_path / "m"))
-    assert [note for note in notes if "taken as released" in note]
+    assert_converts(written(tmp_path / "m"))
     config = json.loads((tmp_path / "target" / "config.json").read_text())
     assert config["sliding_window"] == 128
     assert config["rope_scaling"]["original_max_position_embeddings"] == 4096
@@ -112,7 +126,9 @@ def test_args_tell_the_configuration(tmp_path: Path) -> None:
 def run_config(**changes: Any) -> str:
     """run_config.yaml as Megatron-Bridge writes it, by hand."""
     names = {"num_experts": "num_moe_experts", "norm_epsilon": "layernorm_epsilon"}
-    model = {names.get(key, key): value for key, value in ARGS.items() if value is not None}
+    others = ("quick_geglu", "untie", "group_query", "rotary_scaling", "mscale")
+    kept = {k: v for k, v in ARGS.items() if v is not None and not k.startswith(others)}
+    model = {names.get(key, key): value for key, value in kept.items()}
     model |= {
         "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
         "window_size": [127, 0],
@@ -122,7 +138,12 @@ def run_config(**changes: Any) -> str:
             "_target_": "megatron.core.fusions.fused_bias_geglu.quick_gelu",
             "_call_": False,
         },
-        "yarn_correction_range_round_to_int": False,
+        "share_embeddings_and_output_weights": False,
+        # A field of another attention, which this model never reads.
+        "rotary_scaling_factor": None,
+        "yarn_rotary_scaling_factor": 32.0,
+        "yarn_beta_fast": 32.0,
+        "yarn_beta_slow": 1.0,
     }
     return yaml.safe_dump({"model": {**model, **changes}})
 
@@ -141,53 +162,172 @@ def test_without_any_configuration_it_is_asked_for(tmp_path: Path) -> None:
     assert_converts(root, replace(TO_BF16, config=source / "config.json"))
 
 
-CONTRADICTIONS = [
-    ("window_size", (128, 0), "[127, 0]"),
-    ("window_size", None, "[127, 0]"),
+NOT_GPT_OSS = [
     ("window_attn_skip_freq", [0, 1], "2"),
-    ("yarn_original_max_position_embeddings", 131072, "4096"),
-    ("yarn_correction_range_round_to_int", True, "False"),
+    ("window_attn_skip_freq", None, "2"),
+    ("mscale", 0.707, "None"),
+    ("mscale_all_dim", 1.0, "None"),
     ("add_bias_linear", False, "True"),
     ("softmax_type", "vanilla", "'learnable'"),
-    ("activation_func_clamp_value", None, "7.0"),
+    ("softmax_scale", 0.25, "None"),
     ("glu_linear_offset", 0.0, "1.0"),
     ("quick_geglu", False, "True"),
-    ("rotary_base", 10000, "150000"),
+    ("swiglu", True, "False"),
+    ("position_embedding_type", "rope", "'yarn'"),
+    ("no_rope_freq", 2, "None"),
+    ("use_rope_scaling", True, "False"),
+    ("rotary_seq_len_interpolation_factor", 4, "None"),
     ("moe_router_pre_softmax", True, "False"),
+    ("moe_router_topk_scaling_factor", 2.5, "None"),
+    ("moe_router_num_groups", 2, "None"),
+    ("moe_router_group_topk", 1, "None"),
+    ("moe_router_load_balancing_type", "sinkhorn", "'none'"),
     ("apply_layernorm_1p", True, "False"),
     ("untie_embeddings_and_output_weights", False, "True"),
-    ("norm_epsilon", 1e-6, "1e-05"),
     ("normalization", "LayerNorm", "'RMSNorm'"),
 ]
 
 
-@pytest.mark.parametrize(("field", "found", "expected"), CONTRADICTIONS)
-def test_a_contradicting_field_of_args_is_named_with_both_values(
+@pytest.mark.parametrize(("field", "found", "expected"), NOT_GPT_OSS)
+def test_a_field_that_makes_another_model_is_named_with_both_values(
     tmp_path: Path, field: str, found: Any, expected: str
 ) -> None:
     error = refusal(written(tmp_path / "m", **{field: found}))
     assert type(error) is InputError
     assert error.exit_code == 3
-    assert f"args: {field} is {found!r}, GPT-OSS here has {expected}" in str(error)
+    assert re.search(
+        rf"args: {field} is {re.escape(repr(found))}[^;]*, GPT-OSS here has {expected};",
+        str(error),
+    )
     assert "\n" not in str(error)
+
+
+NEUTRAL = {
+    "moe_router_topk_scaling_factor": 1.0,
+    "no_rope_freq": [0, 0],
+    "moe_layer_freq": [1, 1],
+    "softmax_scale": SHAPE.head_dim**-0.5,
+    "mscale": None,
+    "moe_router_load_balancing_type": ["aux_loss"],
+    "mtp_num_layers": 0,
+    "rope_scaling_factor": 8.0,
+    "hidden_dropout": 0.1,
+}
+
+
+@pytest.mark.parametrize("field", NEUTRAL)
+def test_a_field_at_a_neutral_value_is_no_contradiction(tmp_path: Path, field: str) -> None:
+    assert_converts(written(tmp_path / "m", **{field: NEUTRAL[field]}))
+
+
+TAKEN = [
+    ("yarn_correction_range_round_to_int", True, "rope_truncate", True),
+    ("yarn_correction_range_round_to_int", None, "rope_truncate", True),
+    ("window_size", (63, 0), "sliding_window", 64),
+    ("rotary_base", 10000, "rope_theta", 10000),
+    ("rotary_scaling_factor", 16, "rope_factor", 16),
+    ("rotary_scaling_factor", None, "rope_factor", 1),
+    ("yarn_original_max_position_embeddings", 8192, "original_max_position_embeddings", 8192),
+    ("yarn_beta_fast", 64.0, "beta_fast", 64),
+    ("yarn_beta_slow", 2, "beta_slow", 2),
+    ("norm_epsilon", 1e-6, "rms_norm_eps", 1e-6),
+    ("activation_func_clamp_value", 6.5, "swiglu_limit", 6.5),
+    ("moe_router_topk", 2, "num_experts_per_tok", 2),
+]
+
+
+@pytest.mark.parametrize(("field", "stated", "number", "expected"), TAKEN)
+def test_a_number_that_is_stated_is_taken(
+    tmp_path: Path, field: str, stated: Any, number: str, expected: float
+) -> None:
+    source = plan(written(tmp_path / "m", **{field: stated}), tmp_path / "t", TO_BF16).source
+    assert getattr(source.config, number) == expected
+    noted = [note for note in source.notes if note.startswith(f"{number} is ")]
+    assert len(noted) == (number != "sliding_window")
+    context = source.config.original_max_position_embeddings * source.config.rope_factor
+    assert source.config.max_position_embeddings == context
+
+
+@pytest.mark.parametrize(
+    ("field", "stated", "message"),
+    [
+        ("window_size", None, "window_size is None, expects [tokens before, 0]"),
+        ("window_size", (127, -1), "window_size is (127, -1), expects [tokens before, 0]"),
+        (
+            "window_size",
+            (128, 0),
+            "window_size is (128, 0), a window of 129 tokens, as Megatron-Br",
+        ),
+        (
+            "yarn_original_max_position_embeddings",
+            131072,
+            "yarn_original_max_position_embeddings is 131072, as Megatron-LM's --enable-gpt-oss",
+        ),
+        (
+            "enable_gpt_oss",
+            True,
+            "(of enable_gpt_oss) is 131072, as Megatron-LM's --enable-gpt-oss",
+        ),
+        (
+            "activation_func_clamp_value",
+            None,
+            "activation_func_clamp_value is None, expects a numb",
+        ),
+        ("moe_router_topk", 9, f"moe_router_topk is 9, of {SHAPE.experts} experts"),
+        ("moe_router_topk", "4", "moe_router_topk is '4', expects a whole number above 0"),
+        ("num_layers", True, "num_layers is True, expects a whole number"),
+        ("hidden_size", -1, "hidden_size is -1, expects a whole number above 0"),
+        ("rotary_base", float("nan"), "rotary_base is nan, expects a number above 0"),
+        ("window_size", Scope.LAYER, f"window_size is '{__name__}.Scope'"),
+        (
+            "softmax_type",
+            Scope.LAYER,
+            "softmax_type is 'tests.test_megatron.Scope', an object, exp",
+        ),
+    ],
+)
+def test_a_number_that_no_model_can_have_is_named(
+    tmp_path: Path, field: str, stated: Any, message: str
+) -> None:
+    error = refusal(written(tmp_path / "m", **{field: stated}))
+    assert type(error) is InputError
+    assert message in str(error)
+
+
+def test_what_args_do_not_state_is_asked_for(tmp_path: Path) -> None:
+    """Megatron-LM before core 0.19 keeps YaRN's numbers out of its arguments."""
+    older = {name: stated for name, stated in ARGS.items() if not name.startswith("yarn_")}
+    root = write_cut(tmp_path / "m" / "iter_0000001", TENSORS, {"args": Namespace(**older)})
+    error = str(refusal(root))
+    assert "yarn_rotary_scaling_factor is not stated" in error
+    assert "yarn_original_max_position_embeddings is not stated" in error
+    assert "rotary_scaling_factor is 32" not in error
 
 
 @pytest.mark.parametrize(
     ("field", "found"),
     [
-        ("window_size", [128, 0]),
-        ("yarn_correction_range_round_to_int", True),
         ("activation_func", {"_call_": False, "_target_": "torch.nn.functional.silu"}),
         ("layernorm_zero_centered_gamma", True),
         ("share_embeddings_and_output_weights", True),
+        ("window_size", [128, 0]),
     ],
 )
-def test_a_contradicting_field_of_run_config_is_named(
+def test_a_field_of_run_config_that_makes_another_model_is_named(
     tmp_path: Path, field: str, found: object
 ) -> None:
     root = write_cut(tmp_path / "m" / "iter_0000001", TENSORS)
     (root / "iter_0000001" / "run_config.yaml").write_text(run_config(**{field: found}))
     assert f"run_config.yaml: {field} is {found!r}" in str(refusal(root))
+
+
+def test_none_of_a_size_follows_from_the_others(tmp_path: Path) -> None:
+    """As in `__post_init__`: every head its own kv head, heads that fill the hidden size."""
+    derived = {"kv_channels": None, "num_query_groups": None, "ffn_hidden_size": None}
+    stated = of_args("args", {**ARGS, **derived, "group_query_attention": False})
+    sizes = [stated.fields[name] for name in ("kv_channels", "num_query_groups")]
+    assert sizes == [SHAPE.hidden // SHAPE.heads, SHAPE.heads]
+    assert stated.fields["moe_ffn_hidden_size"] == 4 * SHAPE.hidden
 
 
 def test_all_contradictions_are_named_at_once_and_a_given_config_overrules_them(

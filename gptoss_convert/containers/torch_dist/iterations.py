@@ -10,6 +10,8 @@ from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""The directory of a checkpoint without an iteration, as converters to Megatron name it."""
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _MAX_TEXT = 1 << 16
 
@@ -38,15 +40,16 @@ def _latest(root: Path) -> Path:
     tracker = root / TRACKER
     if tracker.is_file():
         text = read_text(root, TRACKER, _MAX_TEXT).strip()
-        name = text if text == "release" else f"iter_{int(text):07d}" if _is_number(text) else None
+        name = text if text == RELEASE else f"iter_{int(text):07d}" if _is_number(text) else None
         if name is None:
             raise InputError(f"{tracker}: expected an iteration, found {text[:40]!a}")
         if not (root / name).is_dir():
             raise UsageError(f"{tracker}: names {name}, which is missing; {_choices(root)}")
         return root / name
-    present = _present(root)
+    present = [f"iter_{number:07d}" for number in _present(root)]
+    present += [RELEASE] * (root / RELEASE).is_dir()
     if len(present) == 1:
-        return root / f"iter_{present[0]:07d}"
+        return root / present[0]
     if not present:
         raise InputError(f"{root}: not a Megatron checkpoint: no {TRACKER}, no iter_* directory")
     raise UsageError(f"{root}: no {TRACKER}; {_choices(root)}")
@@ -65,6 +68,9 @@ def _present(root: Path) -> list[int]:
 
 def _choices(root: Path) -> str:
     present = _present(root)
+    if (root / RELEASE).is_dir():
+        numbers = f"choose --iteration {' or '.join(map(str, present))}, or " if present else ""
+        return f"{numbers}pass {root / RELEASE}"
     if not present:
         return "no iteration is present"
     return f"choose --iteration {' or '.join(map(str, present))}"

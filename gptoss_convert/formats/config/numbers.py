@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from gptoss_convert.errors import InputError
 
 _SIZES = {20: (24, 32), 120: (36, 128)}
-_LARGEST = {"num_hidden_layers": 1 << 10, "num_local_experts": 1 << 12, "num_experts": 1 << 12}
+LARGEST = {"num_hidden_layers": 1 << 10, "num_local_experts": 1 << 12, "num_experts": 1 << 12}
 """Limits of what is counted out, so that no number makes a plan of endless length."""
 
 
@@ -98,7 +98,7 @@ def number(where: str, content: Mapping[str, Any], key: str, kind: type) -> Any:
         raise InputError(
             f"{where}: {key} is {value!r:.80}, expects {'a whole' if kind is int else 'a'} number"
         )
-    limit = _LARGEST.get(key, 1 << 40)
+    limit = LARGEST.get(key, 1 << 40)
     if not 0 < value <= limit:
         raise InputError(f"{where}: {key} is {value!r}, expects more than 0 and at most {limit}")
     return value
@@ -110,3 +110,11 @@ def made(where: str, **numbers: Any) -> Config:
         return Config(**numbers)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def kind_of(name: str) -> type[int] | type[float]:
+    """Whether a number of `Config` is whole."""
+    return int if name in _WHOLE else float
+
+
+_WHOLE = frozenset(field.name for field in fields(Config) if field.type == "int")

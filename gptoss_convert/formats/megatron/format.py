@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from gptoss_convert.containers import Image, torch_dist
+from gptoss_convert.containers.torch_dist import RELEASE
 from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.formats import carried, shards
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats.checkpoint import CONFIG, Checkpoint, Choices, Format
 from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.megatron import state
-from gptoss_convert.formats.megatron.fields import HF_FOLDER, ITERATION, RUN_CONFIG, TRACKER
+from gptoss_convert.formats.megatron.files import HF_FOLDER, ITERATION, RUN_CONFIG, TRACKER
 from gptoss_convert.formats.megatron.launch import LAUNCH, launch_page, launch_words
 from gptoss_convert.formats.megatron.opening import open_megatron
 from gptoss_convert.formats.options import ImageOptions
@@ -30,7 +31,7 @@ _MIN_BYTES = 2_000_000_000
 
 def _recognise(path: Path) -> Path | None:
     marked = any((path / name).exists() for name in _MARKERS) or any(path.glob("iter_*"))
-    return path if marked else None
+    return path if marked or (path / RELEASE / ".metadata").exists() else None
 
 
 def _listed(names: Set[str]) -> Set[str]:

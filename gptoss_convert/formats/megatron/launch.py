@@ -9,7 +9,8 @@ from __future__ import annotations
 import textwrap
 
 from gptoss_convert.formats.config import Config
-from gptoss_convert.formats.megatron.fields import HF_FOLDER, model_fields
+from gptoss_convert.formats.megatron.fields import model_fields
+from gptoss_convert.formats.megatron.files import HF_FOLDER
 
 LAUNCH = "megatron-launch.md"
 """Written into every Megatron TARGET."""

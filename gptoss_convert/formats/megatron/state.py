@@ -9,7 +9,8 @@ from argparse import Namespace
 from typing import Any
 
 from gptoss_convert.formats.config import Config
-from gptoss_convert.formats.megatron.fields import ITERATION, PARALLEL, model_fields
+from gptoss_convert.formats.megatron.fields import PARALLEL, model_fields
+from gptoss_convert.formats.megatron.files import ITERATION
 
 _BRIDGE = {
     "modern": "megatron.bridge.models.gpt_provider.GPTModelProvider",

@@ -1,0 +1,64 @@
+"""The files of a Megatron checkpoint besides those of torch_dist, and where they may lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert.containers.paths import read_text
+from gptoss_convert.containers.plain_yaml import parse_yaml
+from gptoss_convert.containers.torch_dist import RELEASE
+from gptoss_convert.errors import InputError
+from gptoss_convert.formats.carried import carried_files
+from gptoss_convert.formats.checkpoint import CONFIG
+
+RUN_CONFIG = "run_config.yaml"
+ITERATION = 1
+"""Megatron-LM and Megatron-Bridge refuse iteration 0."""
+TRACKER = "latest_checkpointed_iteration.txt"
+HF_FOLDER = "hf"
+"""Where a Megatron checkpoint carries config.json, tokenizer and template for the way back.
+
+In the root it is ours; in an iteration it is Megatron-Bridge's, with also_save_hf_checkpoint."""
+TOKENIZER_FOLDER = "tokenizer"
+"""Where Megatron-Bridge saves the tokenizer, in an iteration."""
+_MAX_YAML = 1 << 20
+
+
+def root_of(iteration: Path) -> Path:
+    """The directory that holds an iteration: its parent, or itself under another name."""
+    named = iteration.name.startswith("iter_") or iteration.name == RELEASE
+    return iteration.parent if named else iteration
+
+
+def hf_folders(iteration: Path) -> list[Path]:
+    """The Hugging Face folders of a checkpoint; that of the iteration itself first."""
+    places = dict.fromkeys((iteration, root_of(iteration)))
+    return [place / HF_FOLDER for place in places if (place / HF_FOLDER).is_dir()]
+
+
+def hf_config(iteration: Path) -> Path | None:
+    """The config.json that a checkpoint carries."""
+    found = (folder / CONFIG for folder in hf_folders(iteration))
+    return next((path for path in found if path.is_file()), None)
+
+
+def carried(iteration: Path) -> tuple[Path, ...]:
+    """The files of the Hugging Face side that a checkpoint carries, one of each name."""
+    files: dict[str, Path] = {}
+    for folder in (*hf_folders(iteration), iteration / TOKENIZER_FOLDER):
+        for path in carried_files(folder):
+            files.setdefault(path.name, path)
+    return tuple(files[name] for name in sorted(files))
+
+
+def read_run_config(iteration: Path) -> dict[str, Any] | None:
+    """The `model` section of Megatron-Bridge's run_config.yaml as plain data, None without one."""
+    path = iteration / RUN_CONFIG
+    if not path.exists():
+        return None
+    content = parse_yaml(str(path), read_text(iteration, RUN_CONFIG, _MAX_YAML))
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        raise InputError(f"{path}: no 'model' section")
+    return model

@@ -1,0 +1,207 @@
+"""What Megatron-Bridge and Megatron-LM save comes back, as it lies, to the bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from gptoss_convert import Options, convert, inspect, plan
+from gptoss_convert.cli.main import cli
+from gptoss_convert.errors import CodecError, InputError
+from tests.megatron_witness import assert_same
+from tests.recorded import unpack
+
+BRIDGE = ("bridge-0.4.2", "bridge-0.5.1", "bridge-0.6.0")
+MEGATRON_LM = ("megatron-lm-0.18.2", "megatron-lm-0.19.0")
+REFUSED = {
+    "bridge-0.3.1": "window_size is [128, 0], a window of 129 tokens, as Megatron-Bridge up to",
+    "megatron-lm-0.16.1": "position_embedding_type is 'rope', GPT-OSS here has 'yarn'",
+}
+TO_BF16 = Options(to="hf", dtype="bf16")
+FORMATS = {
+    "hf-bf16": TO_BF16,
+    "hf-mxfp4": Options(to="hf", dtype="mxfp4"),
+    "openai": Options(to="openai", dtype="mxfp4"),
+    "megatron": Options(to="megatron"),
+}
+"""The weights of the saves of Megatron-LM are no MXFP4 values, and must be rounded to it."""
+
+
+@pytest.fixture(scope="module")
+def saves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack("megatron-saves.tar.xz", tmp_path_factory.mktemp("recorded"))
+
+
+def source_of(saves: Path, name: str) -> Path:
+    """The Hugging Face directory whose weights a save holds."""
+    return saves / f"hf-bf16-of-{name.rpartition('-')[0]}"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def numbers(config: Path) -> dict[str, Any]:
+    """What config.json says of the model, whatever form it says it in."""
+    content = json.loads(config.read_text())
+    names = ("sliding_window", "rope_theta", "rms_norm_eps", "num_experts_per_tok", "vocab_size")
+    names += ("num_local_experts", "swiglu_limit", "max_position_embeddings", "rope_scaling")
+    return {name: content[name] for name in names}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", [*BRIDGE, *MEGATRON_LM])
+def test_a_save_converts_to_every_format_without_options(
+    saves: Path, tmp_path: Path, name: str, form: str
+) -> None:
+    options = replace(FORMATS[form], lossy=name in MEGATRON_LM and "mxfp4" in FORMATS[form].dtype)
+    report = convert(saves / name, tmp_path / "t", options)
+    assert not [note for note in report.conversion.notes if "released" in note]
+    source = source_of(saves, name)
+    if options.lossy:
+        convert(source, tmp_path / "s", options)
+        assert_same(weights(tmp_path / "t"), weights(tmp_path / "s"))
+        return
+    back = tmp_path / "t"
+    if form != "hf-bf16":
+        back = tmp_path / "back"
+        convert(tmp_path / "t", back, TO_BF16)
+    assert_same(weights(back), weights(source))
+    assert numbers(back / "config.json") == numbers(source / "config.json")
+
+
+@pytest.mark.parametrize("name", MEGATRON_LM)
+def test_to_mxfp4_only_what_is_no_mxfp4_value_needs_an_option(
+    saves: Path, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(CodecError, match="not exact in MXFP4"):
+        convert(saves / name, tmp_path / "t", FORMATS["hf-mxfp4"])
+
+
+@pytest.mark.parametrize("name", ["bridge-0.6.0", "megatron-lm-0.19.0"])
+def test_verify_finds_a_save_to_be_its_source(saves: Path, name: str) -> None:
+    words = ["verify", str(source_of(saves, name)), str(saves / name), "--sample", "100"]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("same: max |Δlogit| 0 ")
+
+
+@pytest.mark.parametrize("name", [*BRIDGE, *MEGATRON_LM])
+def test_inspect_tells_what_a_save_is(saves: Path, name: str) -> None:
+    found = inspect(saves / name).summary()
+    config = found["config"]
+    assert (config["num_hidden_layers"], config["num_local_experts"]) == (4, 8)
+    assert (config["sliding_window"], config["vocab_size"]) == (8, 160)
+    assert (config["rope_factor"], config["original_max_position_embeddings"]) == (32.0, 4096)
+    assert (config["rope_theta"], config["max_position_embeddings"]) == (150000.0, 131072)
+    by = "Megatron-Bridge" if name in BRIDGE else "Megatron-LM"
+    assert found["details"]["saved_by"] == by
+    assert found["details"]["skipped"] == {"extra_state": 81}
+    assert found["notes"] == []
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_save_of_another_model_is_refused_for_that_alone(
+    saves: Path, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        plan(saves / name, tmp_path / "t", TO_BF16)
+    (problem,) = re.findall(r": (\w+ is .*); if the weights are right", str(caught.value))
+    assert problem.startswith(REFUSED[name]) and " is " not in problem[len(REFUSED[name]) :]
+    source = source_of(saves, name)
+    given = replace(TO_BF16, config=source / "config.json")
+    report = convert(saves / name, tmp_path / "t", given)
+    field = REFUSED[name].partition(",")[0]
+    (note,) = (note for note in report.conversion.notes if "going by" in note)
+    assert field in note and ";" not in note.partition("; going by")[0]
+    assert_same(weights(tmp_path / "t"), weights(source))
+
+
+def change_run_config(root: Path, **changes: Any) -> None:
+    (path,) = root.glob("iter_*/run_config.yaml")
+    content = yaml.safe_load(path.read_text())
+    content["model"] |= changes
+    path.write_text(yaml.safe_dump(content))
+
+
+def change_args(root: Path, **changes: Any) -> None:
+    """Put changed arguments into common.pt, where every version of Megatron looks first."""
+    (iteration,) = root.glob("iter_*")
+    found = inspect(root).checkpoint
+    assert found.root == iteration
+    state = io.BytesIO()
+    args = {**stored_args(iteration), **changes}
+    torch.save({"args": Namespace(**args), "iteration": 7}, state)
+    (iteration / "common.pt").write_bytes(state.getvalue())
+
+
+def stored_args(iteration: Path) -> dict[str, Any]:
+    from gptoss_convert.containers import torch_dist
+
+    args = torch_dist.read(iteration).common["args"]
+    assert isinstance(args, dict)
+    return args
+
+
+WRONG = {
+    "window": ({"window_size": [127, 0]}, "window_size is [127, 0], GPT-OSS here has [7, 0]"),
+    "base": ({"rotary_base": 10000}, "rotary_base is 10000, GPT-OSS here has 150000"),
+    "YaRN length": (
+        {"yarn_original_max_position_embeddings": 131072},
+        "yarn_original_max_position_embeddings is 131072, GPT-OSS here has 4096",
+    ),
+    "top-k": ({"moe_router_topk": 2}, "moe_router_topk is 2, GPT-OSS here has 4"),
+}
+CHANGES: dict[str, Callable[..., None]] = {
+    "bridge-0.6.0": change_run_config,
+    "megatron-lm-0.19.0": change_args,
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_wrong_field_is_refused_where_a_configuration_is_carried(
+    saves: Path, tmp_path: Path, name: str, what: str
+) -> None:
+    changes, message = WRONG[what]
+    root = shutil.copytree(saves / name, tmp_path / name)
+    (root / "hf").mkdir(exist_ok=True)
+    shutil.copy(source_of(saves, name) / "config.json", root / "hf" / "config.json")
+    CHANGES[name](root, **changes)
+    with pytest.raises(InputError) as caught:
+        plan(root, tmp_path / "t", TO_BF16)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_wrong_field_is_taken_at_its_word_or_refused_and_verify_finds_it(
+    saves: Path, tmp_path: Path, name: str, what: str
+) -> None:
+    """Without any Hugging Face configuration a save is what it says it is: another model."""
+    changes, _ = WRONG[what]
+    root = shutil.copytree(saves / name, tmp_path / name)
+    CHANGES[name](root, **changes)
+    shutil.rmtree(root / "hf", ignore_errors=True)
+    words = ["verify", str(source_of(saves, name)), str(root), "--level", "header"]
+    done = CliRunner().invoke(cli, words)
+    if what == "YaRN length":
+        assert isinstance(done.exception, InputError)
+        assert "as Megatron-LM's --enable-gpt-oss" in str(done.exception)
+    else:
+        assert done.exit_code == 1, done.output
+        assert "different: " in done.output
