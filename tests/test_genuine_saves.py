@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from gptoss_convert import Options, convert, inspect, plan
 from gptoss_convert.cli.main import cli
-from gptoss_convert.errors import CodecError, InputError
+from gptoss_convert.errors import CodecError, InputError, UsageError
 from tests.megatron_witness import assert_same
 from tests.recorded import unpack
 
@@ -205,3 +205,71 @@ def test_a_wrong_field_is_taken_at_its_word_or_refused_and_verify_finds_it(
     else:
         assert done.exit_code == 1, done.output
         assert "different: " in done.output
+
+
+def interleaved(root: Path, run: int) -> None:
+    """Rewrite the rows of fc1 as core's grouped experts hold them: gate and up in turn."""
+    from gptoss_convert.containers import torch_dist
+
+    (iteration,) = root.glob("iter_*")
+    for suffix, width in (("weight", 96), ("bias", 1)):
+        name = f"decoder.layers.mlp.experts.experts.linear_fc1.{suffix}"
+        chunks = [chunk for chunk in torch_dist.read(iteration).chunks if chunk.tensor == name]
+        whole = torch.empty(4, 8, 128, width, dtype=torch.bfloat16)
+        places = {}
+        for chunk in chunks:
+            nbytes = 2 * width * chunk.extent[2]
+            content = (iteration / chunk.file).read_bytes()[chunk.offset : chunk.offset + nbytes]
+            rows = torch.frombuffer(bytearray(content), dtype=torch.bfloat16).view(-1, width)
+            layer, expert, first = chunk.start[:3]
+            whole[layer, expert, first : first + len(rows)] = rows
+            places[layer, expert, first, len(rows)] = (chunk.file, chunk.offset)
+        turned = whole.unflatten(2, (2, 64 // run, run)).transpose(2, 3).flatten(2, 4)
+        for (layer, expert, first, count), (file, offset) in places.items():
+            rows = turned[layer, expert, first : first + count].contiguous()
+            with (iteration / file).open("r+b") as stream:
+                stream.seek(offset)
+                stream.write(rows.view(torch.int16).numpy().tobytes())
+
+
+@pytest.mark.parametrize("run", [8, 32])
+@pytest.mark.parametrize("name", CHANGES)
+def test_interleaved_rows_of_fc1_are_put_in_order(
+    saves: Path, tmp_path: Path, name: str, run: int
+) -> None:
+    root = shutil.copytree(saves / name, tmp_path / name)
+    CHANGES[name](root, moe_mlp_glu_interleave_size=run)
+    interleaved(root, run)
+    options = TO_BF16
+    if name.startswith("bridge"):
+        with pytest.raises(UsageError, match=f"pass --glu-interleave {run} if they alternate"):
+            plan(root, tmp_path / "t", TO_BF16)
+        with pytest.raises(UsageError, match="--glu-interleave is 5"):
+            plan(root, tmp_path / "t", replace(TO_BF16, glu_interleave=5))
+        options = replace(TO_BF16, glu_interleave=run)
+    convert(root, tmp_path / "t", options)
+    assert_same(weights(tmp_path / "t"), weights(source_of(saves, name)))
+    words = ["verify", str(source_of(saves, name)), str(root), "--level", "values"]
+    words += ["--glu-interleave-target", str(run)] if name.startswith("bridge") else []
+    assert CliRunner().invoke(cli, words).exit_code == 0
+
+
+def test_rows_that_bridge_put_in_order_stay_so(saves: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(saves / "bridge-0.6.0", tmp_path / "m")
+    change_run_config(root, moe_mlp_glu_interleave_size=32)
+    convert(root, tmp_path / "t", replace(TO_BF16, glu_interleave=0))
+    assert_same(weights(tmp_path / "t"), weights(source_of(saves, "bridge-0.6.0")))
+
+
+def test_experts_one_by_one_do_not_interleave(saves: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(saves / "megatron-lm-0.19.0", tmp_path / "m")
+    change_args(root, moe_mlp_glu_interleave_size=32, moe_grouped_gemm=False)
+    convert(root, tmp_path / "t", TO_BF16)
+    assert_same(weights(tmp_path / "t"), weights(source_of(saves, "megatron-lm-0.19.0")))
+
+
+def test_runs_that_do_not_divide_the_rows_are_refused(saves: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(saves / "megatron-lm-0.19.0", tmp_path / "m")
+    change_args(root, moe_mlp_glu_interleave_size=24)
+    with pytest.raises(InputError, match="64 rows of gate are no multiple of 24"):
+        plan(root, tmp_path / "t", TO_BF16)

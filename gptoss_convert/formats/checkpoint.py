@@ -129,6 +129,12 @@ class Choices:
         "Megatron SOURCE: rows of the vocabulary without padding, where nothing says so.",
         least=1,
     )
+    glu_interleave: int | None = option(
+        None,
+        "Megatron SOURCE: rows of gate and of up in expert fc1 that alternate by so many, 0 for "
+        "none, where only Megatron-Bridge's run_config.yaml tells.",
+        least=0,
+    )
     strict: bool = option(False, "Refuse what is only remarked on: files that nothing names.")
     cast: bool = option(False, "Round a float32 or float16 SOURCE to BF16.")
     follow_links: bool = option(

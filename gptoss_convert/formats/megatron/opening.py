@@ -20,7 +20,7 @@ from gptoss_convert.formats.checkpoint import (
 )
 from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.config.numbers import made
-from gptoss_convert.formats.megatron import fields, files, stated, vocabulary
+from gptoss_convert.formats.megatron import fields, files, interleave, stated, vocabulary
 from gptoss_convert.formats.megatron.stated import Stated
 
 
@@ -32,6 +32,9 @@ def open_megatron(kind: Format, root: Path, choices: Choices) -> Checkpoint:
     said = _stated(directory, stored)
     config, text, stated_by = _configuration(directory, stored, said, choices)
     chunks, padding = vocabulary.without_padding(stored.chunks, config.vocab_size)
+    run = interleave.run_length(said, choices.glu_interleave)
+    interleave.check_parallel(said, run)
+    chunks = interleave.contiguous(chunks, run)
     skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(stored.skipped.items()))
     notes = [*config.notes]
     if set(stored.skipped) - {"extra_state"}:
@@ -45,6 +48,7 @@ def open_megatron(kind: Format, root: Path, choices: Choices) -> Checkpoint:
         "naming": variant,
         "saved_by": "gptoss-convert" if (base / MANIFEST).exists() else stored.saved_by,
         "parallel": fields.parallel_layout(said[0].raw if said else {}),
+        "glu_interleave": run,
         "chunks": len(stored.chunks),
         "skipped": dict(stored.skipped),
         "optimizer": bool(stored.skipped.get("optimizer")),
