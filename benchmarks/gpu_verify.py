@@ -324,6 +324,65 @@ def grouped(bench: Bench) -> None:
         bench.note(f"grouped {tokens}", ", ".join(f"{n} {ms:.2f} ms" for n, ms in spent.items()))
 
 
+def verified(bench: Bench, label: str, name: str, *more: str) -> None:
+    """The whole command with `--report`, as a user runs it: seconds in all, by level, memory."""
+    folder = bench.target_folder / "report"
+    file = (bench.out or bench.target_folder) / f"{label.replace(' ', '-')}.json"
+    words = ["verify", str(bench.place("mxfp4")), str(bench.place(name)), "--json", str(file)]
+    line = [sys.executable, "-m", "gptoss_convert", *words, "--report", str(folder), *more]
+    began = time.perf_counter()
+    done = subprocess.run([*line, "--quiet"], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began
+    if not file.exists():
+        raise RuntimeError(f"status {done.returncode}: {done.stderr[-600:]}")
+    levels = {level["name"]: level for level in json.loads(file.read_text())["levels"]}
+    logits = levels["logits"]["numbers"]
+    once = sum(layer["computed_once"] for layer in logits["layers"])
+    bench.note(
+        label,
+        f"status {done.returncode}  max|d| {logits['overall']['max_delta']:.4g}  "
+        f"{logits['overall']['positions']} positions  {once} of {len(logits['layers'])} once  "
+        f"{seconds:.1f} s (values {levels['values']['seconds']:.1f}, "
+        f"logits {levels['logits']['seconds']:.1f})  "
+        f"GPU {logits['gpu_memory_bytes'] / 2**30:.1f} GiB",
+    )
+
+
+def different(bench: Bench, name: str) -> None:
+    """The same with one bit of one sink of layer 0 flipped, so that both sides are computed."""
+    checkpoint = open_checkpoint(bench.place(name))
+    sinks = next(c for c in checkpoint.chunks if "sinks" in c.tensor and ".0." in c.tensor)
+    path = checkpoint.root / sinks.file
+    with path.open("r+b") as file:
+        file.seek(sinks.offset)
+        byte = file.read(1)[0]
+        for value in (byte ^ 1, byte):
+            file.seek(sinks.offset)
+            file.write(bytes([value]))
+            file.flush()
+            if value != byte:
+                verified(bench, f"verify {name} different", name)
+
+
+def clean(bench: Bench) -> None:
+    """Every format in both dtypes, both sides computed, five times: how many false alarms."""
+    alarms, runs, where = 0, 0, []
+    for dtype in (torch.float32, torch.bfloat16):
+        for name in ("mxfp4", "bf16", "openai", "megatron"):
+            for _ in range(5):
+                source, target = bench.reader("mxfp4", 4), bench.reader(name, 4)
+                tokens = token_set(source.config, 4097, 0, sample=5000)
+                limits, numerics = load_limits("lossless"), Numerics.on(DEVICE, dtype)
+                found = compare(
+                    source, target, tokens, limits, DEVICE, numerics, extra_rounds=0, both=True
+                )
+                runs += 1
+                if not found.passed:
+                    alarms += 1
+                    where.append(f"{name} {dtype}: {found.violations[0]}")
+    bench.note("clean", f"{alarms} false alarms of {runs} {where[:3]}")
+
+
 def kernels(bench: Bench) -> None:
     found = table(measured(5))
     print(found, flush=True)
@@ -337,6 +396,16 @@ STEPS: dict[str, Callable[[Bench], None]] = {
     "grouped": grouped,
     "workers": workers,
     "kernels": kernels,
+    "clean": clean,
+    **{
+        f"verify-{n}": lambda b, n=n: verified(b, f"verify {n}", n)
+        for n in ("bf16", "megatron", "openai")
+    },
+    **{
+        f"both-{n}": lambda b, n=n: verified(b, f"verify {n} both", n, "--both")
+        for n in ("bf16", "megatron", "openai")
+    },
+    "different-openai": lambda b: different(b, "openai"),
     **{f"convert-{n}": lambda b, n=n: convert(b, n) for n in ("bf16", "megatron", "openai")},
     **{f"parity-{n}": lambda b, n=n: parity(b, n) for n in ("bf16", "megatron", "openai")},
     **{f"short-{n}": lambda b, n=n: short(b, n) for n in ("bf16", "megatron")},

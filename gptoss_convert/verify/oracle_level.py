@@ -204,7 +204,7 @@ def distances(
                 margins.append(_margin(state.values[0], reader.config.experts_per_token))
             else:
                 output_TD = state.values[0]
-        unembedding_VD, norm_D = forward.dense(reader.unembedding(), numerics.dtype), reader.norm()
+        unembedding_VD, norm_D = forward.operand(reader.unembedding(), numerics), reader.norm()
         deltas = [
             (forward.logits(x, norm_D, unembedding_VD, reader.config) - y.to(device)).abs().amax(1)
             for x, y in zip(output_TD.split(256), oracle_TV.split(256), strict=True)

@@ -12,14 +12,15 @@ h half of head_dim, E experts, A experts per token, F inter, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gptoss_convert.witness import products
 from gptoss_convert.witness.first_calls import settle_kernels
 from gptoss_convert.witness.fp4 import Packed
 from gptoss_convert.witness.fp8 import rounded
@@ -28,16 +29,19 @@ from gptoss_convert.witness.model import ExpertMatrices, LayerWeights, ModelConf
 
 @dataclass(frozen=True)
 class Numerics:
-    """How to compute: the dtype of activations and products, and the memory attention may take."""
+    """How to compute: the dtype of activations, how products, the memory attention may take."""
 
     dtype: torch.dtype = torch.float32
     score_elements: int = 1 << 24
     """Attention scores held at once, in elements; bounds memory, changes only rounding."""
+    split: bool = False
+    """Products with weights that BF16 holds exactly are sums of BF16 products (`products`)."""
 
     @classmethod
     def on(cls, device: torch.device, dtype: torch.dtype = torch.float32) -> Numerics:
-        """What suits a device: 64 MiB of scores on a CPU, 2 GiB on a GPU."""
-        return cls(dtype, 1 << 24 if device.type == "cpu" else 1 << 29)
+        """What suits a device: 64 MiB of scores on a CPU, 2 GiB and split products on a GPU."""
+        scores = 1 << 24 if device.type == "cpu" else 1 << 29
+        return cls(dtype, scores, products.usable(device))
 
 
 @contextmanager
@@ -64,9 +68,9 @@ def embed(tokens_T: Tensor, embedding_VD: Tensor, numerics: Numerics) -> Tensor:
 def logits(x_TD: Tensor, norm_D: Tensor, unembedding_VD: Tensor, config: ModelConfig) -> Tensor:
     """Logits `[T, V]` of the residual stream that leaves the last layer.
 
-    `unembedding_VD` comes from `dense`, once for all calls, in the dtype of `x_TD`.
+    `unembedding_VD` comes from `operand`, once for all calls.
     """
-    return functional.linear(rms_norm(x_TD, norm_D, config.norm_eps), unembedding_VD)
+    return linear(rms_norm(x_TD, norm_D, config.norm_eps), unembedding_VD, None)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -76,13 +80,21 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (x * weight_D.float()).to(x_TD.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`x @ weight.T + bias`, all of one dtype."""
-    return functional.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias`, in the dtype of x; the weight is an `operand`."""
+    if weight.dtype == x.dtype:
+        return functional.linear(x, weight, bias)
+    return products.linear(x, weight, bias)
+
+
+def operand(matrix: ExpertMatrices, numerics: Numerics) -> Tensor:
+    """A weight as products take it: in BF16 where they are split and it is exact, else `dense`."""
+    held = isinstance(matrix, Packed) or (numerics.split and products.exact(matrix))
+    return dense(matrix, torch.bfloat16 if numerics.split and held else numerics.dtype)
 
 
 def dense(matrix: ExpertMatrices, dtype: torch.dtype) -> Tensor:
-    """The values in `dtype`, fresh, whatever they were stored as: the operand of a product."""
+    """The values in `dtype`, fresh, whatever they were stored as."""
     return fresh(matrix.decode(dtype) if isinstance(matrix, Packed) else matrix.to(dtype))
 
 
@@ -95,7 +107,7 @@ def attention(
 ) -> Tensor:
     """Causal grouped-query attention with learnable sinks over one sequence, `[S, D]`.
 
-    Matrices and biases of `weights` come from `dense`.
+    Matrices of `weights` are operands, biases `dense`.
     """
     q = linear(x_SD, weights.q_weight, weights.q_bias).unflatten(-1, (-1, config.head_dim))
     k = linear(x_SD, weights.k_weight, weights.k_bias).unflatten(-1, (-1, config.head_dim))
@@ -103,7 +115,13 @@ def attention(
     cos_Sh, sin_Sh = rotary_tables(config, len(x_SD), x_SD.device)
     turned = rotate_interleaved if config.rope_interleaved else rotate
     q_SNH, k_SKH = turned(q, cos_Sh, sin_Sh), turned(k, cos_Sh, sin_Sh)
-    mixed_SNH = attend(q_SNH, k_SKH, v, weights.sinks, window, numerics.score_elements)
+    if numerics.split and q.is_cuda:
+        from gptoss_convert.witness import kernels
+
+        k, v = products.split(k_SKH), products.split(v)
+        mixed_SNH = kernels.attend(q_SNH, k, v, weights.sinks, window)
+    else:
+        mixed_SNH = attend(q_SNH, k_SKH, v, weights.sinks, window, numerics.score_elements)
     return linear(mixed_SNH.flatten(1), weights.o_weight, weights.o_bias)
 
 
@@ -253,7 +271,7 @@ class Routing:
 
 
 def router(x_TD: Tensor, weights: LayerWeights, config: ModelConfig) -> Routing:
-    """The routing of a residual stream that comes from attention; matrix, bias are from `dense`."""
+    """The routing of a residual stream that comes from attention; its matrix is an operand."""
     normed_TD = rms_norm(x_TD, weights.mlp_norm, config.norm_eps)
     router_TE = linear(normed_TD, weights.router_weight, weights.router_bias)
     return Routing(router_TE, *route(router_TE, config))
@@ -275,16 +293,54 @@ def swiglu(gate: Tensor, up: Tensor, config: ModelConfig) -> Tensor:
 
 
 def experts(
+    batches: Iterable[Tensor],
+    routings: Sequence[Routing],
+    weights: LayerWeights,
+    config: ModelConfig,
+    numerics: Numerics,
+) -> Iterator[Tensor]:
+    """Sum over each token's experts, `[T, D]` by batch; its share multiplies after down's bias.
+
+    The order of each sum is fixed and there are no atomics: it is deterministic on every device.
+    """
+    # Engines that round an expert's inputs are followed expert by expert.
+    if numerics.split and config.expert_inputs is None:
+        matrices = (weights.gate_weight, weights.up_weight, weights.down_weight)
+        gate, up, down = (operand(one, numerics) for one in matrices)
+        if gate.dtype == up.dtype == down.dtype == torch.bfloat16:
+            ready = replace(weights, gate_weight=gate, up_weight=up, down_weight=down)
+            for x_TD, routing in zip(batches, routings, strict=True):
+                yield _all_experts(x_TD, routing, ready, config)
+            return
+    yield from _expert_by_expert([*batches], routings, weights, config)
+
+
+def _all_experts(
+    x_TD: Tensor, routing: Routing, weights: LayerWeights, config: ModelConfig
+) -> Tensor:
+    """All experts of a batch in one product, a bounded number of tokens at a time."""
+    down: list[Tensor] = []
+    chunks = (x.split(products.TOKENS) for x in (x_TD, routing.chosen, routing.shares))
+    gate, up = (weights.gate_weight, weights.gate_bias), (weights.up_weight, weights.up_bias)
+    for x, chosen_TA, shares_TA in zip(*chunks, strict=True):
+        rows, choice_R = products.Rows.of_choices(chosen_TA, config.experts)
+        tokens_R = choice_R // config.experts_per_token
+        inner_PRF = products.gated(x, tokens_R, rows, gate, up, config)
+        shares_R = shares_TA.flatten()[choice_R]
+        added_RD = products.down(inner_PRF, rows, weights.down_weight, weights.down_bias, shares_R)
+        row_R = torch.empty_like(choice_R)
+        row_R[choice_R] = torch.arange(len(choice_R), device=x.device)
+        down.append(added_RD[row_R].unflatten(0, chosen_TA.shape).sum(1))
+    return torch.cat(down)
+
+
+def _expert_by_expert(
     batches: Sequence[Tensor],
     routings: Sequence[Routing],
     weights: LayerWeights,
     config: ModelConfig,
 ) -> list[Tensor]:
-    """Sum over each token's experts, `[T, D]` by batch; its share multiplies after down's bias.
-
-    An expert meets a token at most once, so adding expert by expert has one fixed order and no
-    atomics: the sum is deterministic on every device.
-    """
+    """One expert's weights decoded at a time, for all batches; a token meets each at most once."""
     sums = [torch.zeros_like(x_TD) for x_TD in batches]
     rows = [rows_by_expert(routing.chosen, config.experts) for routing in routings]
     for e in range(config.experts):

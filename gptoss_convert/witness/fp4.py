@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,6 +17,10 @@ MAX_SCALE = 252
 """Largest E8M0 byte at which all E2M1 codes are finite in BF16."""
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """E2M1 without its sign bit, by code 0..7; code bit 3 is the sign."""
+
+
+_AT_ONCE = 1 << 25
+"""Bytes of blocks that are decoded at once, in some passes over memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +42,15 @@ class Packed:
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """Values `[..., K]`, exact in bfloat16 and float32 for the scales `checked` accepts."""
-        device = self.blocks.device
-        pairs = _byte_values(device)[self.blocks.int()]
-        factor = _scale_values(device)[self.scales.int()]
-        values = pairs.flatten(-2) * factor.unsqueeze(-1)
-        return values.flatten(-2).to(dtype)
+        values = torch.empty(self.shape, dtype=dtype, device=self.blocks.device)
+        pairs, factors = _tables(self.blocks.device, dtype)
+        blocks, scales = self.blocks.flatten(0, -3), self.scales.flatten(0, -2)
+        rows = max(1, _AT_ONCE // max(1, blocks[0].numel())) if len(blocks) else 1
+        parts = (one.split(rows) for one in (values.view(*blocks.shape[:2], BLOCK), blocks, scales))
+        for out, codes, exponents in zip(*parts, strict=True):
+            # Both values of a byte are one word of the table.
+            out.copy_(pairs[codes.int()].view(dtype)).mul_(factors[exponents.int()].unsqueeze(-1))
+        return values
 
 
 def checked(packed: Packed, tensor: str) -> Packed:
@@ -63,15 +72,14 @@ def checked(packed: Packed, tensor: str) -> Packed:
 
 
 @cache
-def _byte_values(device: torch.device) -> Tensor:
-    """Both values of each byte, float32 `[256, 2]`: the low nibble comes first."""
+def _tables(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both values of each byte, low nibble first, as one word `[256]`; 2^(byte - 127) `[256]`.
+
+    The factors are exact, subnormal at 0; 255 is NaN (OCP MX 1.0, 5.4).
+    """
     signed = MAGNITUDES + tuple(-m for m in MAGNITUDES)
-    pairs = [(signed[byte & 15], signed[byte >> 4]) for byte in range(256)]
-    return torch.tensor(pairs, dtype=torch.float32, device=device)
-
-
-@cache
-def _scale_values(device: torch.device) -> Tensor:
-    """2^(byte - 127), float32 `[256]`; exact, subnormal at 0. 255 is NaN (OCP MX 1.0, 5.4)."""
-    powers = [2.0 ** (byte - 127) for byte in range(255)]
-    return torch.tensor([*powers, float("nan")], dtype=torch.float32, device=device)
+    values = [(signed[byte & 15], signed[byte >> 4]) for byte in range(256)]
+    pairs = torch.tensor(values, dtype=torch.float32).to(dtype)
+    powers = torch.tensor([*(2.0 ** (byte - 127) for byte in range(255)), math.nan])
+    word = torch.int32 if dtype.itemsize == 2 else torch.int64
+    return pairs.view(word).flatten().to(device), powers.to(dtype).to(device)

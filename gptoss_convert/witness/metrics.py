@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gptoss_convert.witness import products
+
 VOCAB_CHUNK = 16384
 """Logits widened to float64 at once, per position."""
 POSITIONS_CHUNK = 8192
@@ -40,6 +42,29 @@ class TokenScores:
 
 def score(source_TV: Tensor, target_TV: Tensor, next_T: Tensor) -> TokenScores:
     """Compare logits by position; `next_T` holds the next token, -1 where there is none."""
+    kl, largest, mean_delta, source_lse, target_lse = _compared(source_TV, target_TV)
+    source_top = source_TV.topk(5, dim=1)
+    target_top = source_top if target_TV is source_TV else target_TV.topk(5, dim=1)
+    shared = (source_top.indices.unsqueeze(2) == target_top.indices.unsqueeze(1)).any(2)
+    columns = {
+        "kl": kl.clamp(min=0),  # nats cannot be negative; the sum's rounding can
+        "max_delta": largest,
+        "mean_delta": mean_delta,
+        "top1": source_top.indices[:, 0] == target_top.indices[:, 0],
+        "top5": shared.sum(1).double() / 5,
+        "margin": source_top.values[:, 0] - source_top.values[:, 1],
+        "source_nll": _nll(source_TV, source_lse, next_T),
+        "target_nll": _nll(target_TV, target_lse, next_T),
+    }
+    return TokenScores(**{name: column.double().cpu() for name, column in columns.items()})
+
+
+def _compared(source_TV: Tensor, target_TV: Tensor) -> Sequence[Tensor]:
+    """KL, largest and mean |Δlogit|, both log-sum-exps of each position, float64 `[T]`."""
+    if products.usable(source_TV.device):
+        from gptoss_convert.witness import kernels
+
+        return kernels.score(source_TV, target_TV).unbind()
     source_lse, target_lse = log_sum_exp(source_TV), log_sum_exp(target_TV)
     kl, largest, total = (torch.zeros_like(source_lse) for _ in range(3))
     for source, target in zip(
@@ -51,19 +76,7 @@ def score(source_TV: Tensor, target_TV: Tensor, next_T: Tensor) -> TokenScores:
         delta = (source.double() - target.double()).abs()
         largest = torch.maximum(largest, delta.amax(1))
         total += delta.sum(1)
-    source_top, target_top = source_TV.topk(5, dim=1), target_TV.topk(5, dim=1)
-    shared = (source_top.indices.unsqueeze(2) == target_top.indices.unsqueeze(1)).any(2)
-    columns = {
-        "kl": kl.clamp(min=0),  # nats cannot be negative; the sum's rounding can
-        "max_delta": largest,
-        "mean_delta": total / source_TV.shape[1],
-        "top1": source_top.indices[:, 0] == target_top.indices[:, 0],
-        "top5": shared.sum(1).double() / 5,
-        "margin": source_top.values[:, 0] - source_top.values[:, 1],
-        "source_nll": _nll(source_TV, source_lse, next_T),
-        "target_nll": _nll(target_TV, target_lse, next_T),
-    }
-    return TokenScores(**{name: column.double().cpu() for name, column in columns.items()})
+    return kl, largest, total / source_TV.shape[1], source_lse, target_lse
 
 
 def log_sum_exp(logits_TV: Tensor) -> Tensor:

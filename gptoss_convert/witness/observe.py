@@ -116,7 +116,7 @@ class Pass:
 
     def _heads(self) -> tuple[_Head, _Head]:
         """The ends of both models; of equal ones only the first."""
-        source, target = (_Head(one, self.numerics.dtype) for one in (self.source, self.target))
+        source, target = (_Head(one, self.numerics) for one in (self.source, self.target))
         return (source, source) if not self.both and source.same_as(target) else (source, target)
 
 
@@ -142,8 +142,7 @@ class _Batch:
         if ours.block == "router":
             chosen = ours.chosen[n], theirs.chosen[n]
             self.same_choices.append(metrics.same_choices(*chosen))
-            counts = [side.flatten().bincount(minlength=experts) for side in chosen]
-            self.hits.append(torch.stack(counts))
+            self.hits.append(torch.stack([_counts(side, experts) for side in chosen]))
             self.once.append(ours.values[n] is theirs.values[n])
 
     def _errors(self) -> Iterator[SubBlockError]:
@@ -202,9 +201,9 @@ class _Batch:
 class _Head:
     """The end of a model: final norm and unembedding, on the device once."""
 
-    def __init__(self, reader: Reader, dtype: torch.dtype):
+    def __init__(self, reader: Reader, numerics: Numerics):
         self.config, self.norm = reader.config, reader.norm()
-        self.unembedding = forward.dense(reader.unembedding(), dtype)
+        self.unembedding = forward.operand(reader.unembedding(), numerics)
 
     def same_as(self, other: _Head) -> bool:
         """Whether both make the same logits of the same stream."""
@@ -220,6 +219,12 @@ class _Head:
         """The five most likely next tokens and their probabilities."""
         best = self.logits(x_1D)[0].double().softmax(0).topk(5)
         return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def _counts(chosen_TA: Tensor, experts: int) -> Tensor:
+    """How many positions chose each expert, int64 `[E]`; `bincount` would wait for the device."""
+    found = chosen_TA.flatten()
+    return found.new_zeros(experts).index_add_(0, found, torch.ones_like(found))
 
 
 def _scored(

@@ -75,7 +75,7 @@ def layer_states(
     numerics: Numerics,
 ) -> Iterator[State]:
     """Take the residual stream of each batch through one layer, in place of the one before."""
-    weights = _with_operands(weights, numerics.dtype)
+    weights = _with_operands(weights, numerics)
     window = config.window if config.sliding[layer] else None
     for n, x_TD in enumerate(streams):
         normed_TD = forward.rms_norm(x_TD, weights.attention_norm, config.norm_eps)
@@ -88,14 +88,14 @@ def layer_states(
     yield State(layer, "attention", streams)
     routings = [forward.router(x_TD, weights, config) for x_TD in streams]
     yield State(layer, "router", [r.logits for r in routings], [r.chosen for r in routings])
-    normed = [forward.rms_norm(x_TD, weights.mlp_norm, config.norm_eps) for x_TD in streams]
-    for n, sum_TD in enumerate(forward.experts(normed, routings, weights, config)):
+    normed = (forward.rms_norm(x_TD, weights.mlp_norm, config.norm_eps) for x_TD in streams)
+    for n, sum_TD in enumerate(forward.experts(normed, routings, weights, config, numerics)):
         streams[n] = sum_TD.add_(streams[n])
     del normed, routings
     yield State(layer, "experts", streams)
 
 
-def _with_operands(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+def _with_operands(weights: LayerWeights, numerics: Numerics) -> LayerWeights:
     """The weights with every operand of a product dense, but for the matrices of the experts.
 
     Whole biases, before one expert's is taken: all its rows are aligned as whatever they were
@@ -103,7 +103,8 @@ def _with_operands(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     """
     matrices = [f"{name}_weight" for name in ("q", "k", "v", "o", "router")]
     biases = [f"{name}_bias" for name in ("q", "k", "v", "o", "router", "gate", "up", "down")]
-    named = {name: forward.dense(getattr(weights, name), dtype) for name in matrices + biases}
+    named = {name: forward.operand(getattr(weights, name), numerics) for name in matrices}
+    named |= {name: forward.dense(getattr(weights, name), numerics.dtype) for name in biases}
     return replace(weights, **named)
 
 
@@ -111,5 +112,5 @@ def all_logits(reader: Reader, prompts: Prompts, numerics: Numerics) -> Tensor:
     """Logits `[T, V]` of every position at once: for models and prompts that are small."""
     with forward.exact_products():
         *_, last = walk(reader, [prompts], numerics)
-        unembedding_VD = forward.dense(reader.unembedding(), numerics.dtype)
+        unembedding_VD = forward.operand(reader.unembedding(), numerics)
         return forward.logits(last.values[0], reader.norm(), unembedding_VD, reader.config)
