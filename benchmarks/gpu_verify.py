@@ -24,7 +24,7 @@ from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.machine.ranks import ALONE
 from gptoss_convert.verify.oracle_level import distances, oracle_logits
 from gptoss_convert.verify.sides import open_reader
-from gptoss_convert.witness import forward
+from gptoss_convert.witness import forward, products
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.limits import load_limits
@@ -297,31 +297,43 @@ def agreement(bench: Bench, name: str) -> None:
             torch.cuda.empty_cache()
 
 
-def grouped(bench: Bench) -> None:
-    """Experts' products in bfloat16: one call for all of them against one call each."""
+def multiplied(bench: Bench) -> None:
+    """Split products at the widths of the 20b: relative error against float64, TFLOP/s."""
     gen = torch.Generator(DEVICE).manual_seed(0)
-    options = {"generator": gen, "device": DEVICE, "dtype": torch.bfloat16}
-    weights = torch.randn(32, 2880, 5760, **options) * 0.02
-    for tokens in (512, 65536):
-        x = torch.randn(tokens * 4, 2880, **options)
-        ends = torch.arange(1, 33, device=DEVICE, dtype=torch.int32) * (tokens * 4 // 32)
-        parts = [0, *ends.tolist()]
+    tokens, e, d = 8192, 32, 2880
+    x = torch.randn(tokens, d, generator=gen, device=DEVICE)
+    matrices = [
+        (torch.randn(e, d, d, generator=gen, device=DEVICE) * d**-0.5).bfloat16() for _ in range(3)
+    ]
+    gate, up, down = ((m, torch.randn(e, d, generator=gen, device=DEVICE)) for m in matrices)
+    chosen = torch.randn(tokens, e, generator=gen, device=DEVICE).topk(4).indices
+    rows, choice = products.Rows.of_choices(chosen, e)
+    shares, held = torch.ones(len(choice), device=DEVICE), choice // 4
+    config = bench.reader("mxfp4").config
+    inner = products.gated(x, held, rows, gate, up, config)
+    whole = matrices[0][0].float()
+    truth = x[:500].double() @ whole.double().t()
 
-        def each(x: torch.Tensor = x, parts: Sequence[int] = parts) -> torch.Tensor:
-            pairs = zip(parts[:-1], parts[1:], weights, strict=True)
-            return torch.cat([x[low:high] @ weight for low, high, weight in pairs])
-
-        def all_at_once(x: torch.Tensor = x, ends: torch.Tensor = ends) -> torch.Tensor:
-            return torch._grouped_mm(x, weights, offs=ends)  # pyright: ignore[reportPrivateImportUsage]
-
-        spent = {}
-        for call in (each, all_at_once) * 4:
-            torch.cuda.synchronize()
-            began = time.perf_counter()
+    def run(name: str, multiplications: int, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        found = call()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(5):
             call()
-            torch.cuda.synchronize()
-            spent[call.__name__] = (time.perf_counter() - began) * 1e3
-        bench.note(f"grouped {tokens}", ", ".join(f"{n} {ms:.2f} ms" for n, ms in spent.items()))
+        torch.cuda.synchronize()
+        seconds = (time.perf_counter() - began) / 5
+        bench.note(f"product {name}", f"{2 * multiplications / seconds / 1e12:.0f} TFLOP/s")
+        return found
+
+    one, all_rows = tokens * d * d, len(choice) * d * d
+    for name, times, call in (
+        ("float32", 1, lambda: x @ whole.t()),
+        ("split", 3, lambda: products.linear(x, matrices[0][0], None)),
+    ):
+        found = run(name, times * one, call)[:500].double()
+        bench.note(f"error {name}", f"{float((found - truth).norm() / truth.norm()):.2g}")
+    run("gate, up", 6 * all_rows, lambda: products.gated(x, held, rows, gate, up, config))
+    run("down", 3 * all_rows, lambda: products.down(inner, rows, *down, shares))
 
 
 def verified(bench: Bench, label: str, name: str, *more: str) -> None:
@@ -393,7 +405,7 @@ STEPS: dict[str, Callable[[Bench], None]] = {
     "attention": attention,
     "synth": synth,
     "mutants": mutants,
-    "grouped": grouped,
+    "products": multiplied,
     "workers": workers,
     "kernels": kernels,
     "clean": clean,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.containers.torch_dist import read
-from gptoss_convert.witness import forward
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.run import convert
+from gptoss_convert.formats.registry import open_checkpoint
+from gptoss_convert.synth.synth import synth
+from gptoss_convert.verify.sides import open_reader
+from gptoss_convert.witness import forward, metrics, products
+from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.fp4 import Packed
 from gptoss_convert.witness.hf import HfReader
@@ -29,6 +36,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+if torch.cuda.is_available():
+    from gptoss_convert.witness import kernels
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -147,12 +157,16 @@ def test_packed_and_transposed_weights_give_the_same_bits_every_time() -> None:
 def test_the_gpu_agrees_with_the_cpu_so_tf32_is_off() -> None:
     config = replace(RELEASED_20B, experts=8)
     weights, x_TD = random_layer(config, GPU), residual(300, config)
+    split = Numerics.on(GPU)
+    plain = replace(split, split=False)
     torch.set_float32_matmul_precision("high")
     try:
         with forward.exact_products():
-            found = run_layers(weights, config, x_TD, Numerics.on(GPU))["attention"].cpu()
+            found, by_cublas = (
+                run_layers(weights, config, x_TD, one)["attention"].cpu() for one in (split, plain)
+            )
         with torch.inference_mode():
-            tf32 = run_layers(weights, config, x_TD, Numerics.on(GPU))["attention"].cpu()
+            tf32 = run_layers(weights, config, x_TD, plain)["attention"].cpu()
     finally:
         torch.set_float32_matmul_precision("highest")
     on_cpu = {
@@ -162,12 +176,109 @@ def test_the_gpu_agrees_with_the_cpu_so_tf32_is_off() -> None:
     weights = replace(weights, **on_cpu)
     with forward.exact_products():
         expected = run_layers(weights, config, x_TD.cpu(), Numerics.on(CPU))["attention"]
-    exact, rounded = (
-        float(((x - expected).norm(dim=1) / expected.norm(dim=1)).max()) for x in (found, tf32)
+    exact, float32, rounded = (
+        float(((x - expected).norm(dim=1) / expected.norm(dim=1)).max())
+        for x in (found, by_cublas, tf32)
     )
-    print(f"largest relative error, GPU against CPU: float32 {exact:.3g}, TF32 {rounded:.3g}")
-    assert exact < 1e-5
+    print(f"GPU against CPU: split {exact:.3g}, float32 {float32:.3g}, TF32 {rounded:.3g}")
+    assert split.split
+    assert exact < 1e-5 and float32 < 1e-5
     assert rounded > 1e-4
+
+
+def off(found: Tensor, truth: Tensor) -> float:
+    """Relative error against float64."""
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+def test_split_products_are_as_exact_as_float32_and_rows_stand_alone() -> None:
+    gen = torch.Generator(GPU).manual_seed(3)
+    config, tokens, e, d = RELEASED_20B, 3000, 32, 2880
+    x = torch.randn(tokens, d, generator=gen, device=GPU)
+    shape = e, d, d
+    weights = [
+        (torch.randn(shape, generator=gen, device=GPU) * d**-0.5).bfloat16() for _ in range(3)
+    ]
+    biases = [torch.randn(e, d, generator=gen, device=GPU) for _ in range(3)]
+    gate, up, down = zip(weights, biases, strict=True)
+    chosen = torch.randn(tokens, e, generator=gen, device=GPU).topk(4).indices
+    rows, choice = products.Rows.of_choices(chosen, e)
+    shares, held = torch.rand(len(choice), generator=gen, device=GPU), choice // 4
+    inner = products.gated(x, held, rows, gate, up, config)
+    added = products.down(inner, rows, *down, shares)
+    some = torch.arange(0, len(choice), 97, device=GPU)
+    expert, x_some = chosen.flatten()[choice[some]], x[held[some]].double()
+    sides = (
+        torch.einsum("rd,rfd->rf", x_some, w[expert].double()) + b[expert] for w, b in (gate, up)
+    )
+    truth = forward.swiglu(*sides, config)  # pyright: ignore[reportCallIssue]
+    error = off(inner[:, some].double().sum(0), truth)
+    truth = torch.einsum("rf,rdf->rd", truth, down[0][expert].double()) + down[1][expert]
+    errors = error, off(added[some], truth * shares[some, None])
+    whole = products.linear(x, weights[0][0], None)
+    errors += (off(whole, x.double() @ weights[0][0].double().t()),)
+    print("relative errors: gated {:.2g}, down {:.2g}, linear {:.2g}".format(*errors))
+    assert max(errors) < 1e-6
+    for part in (slice(0, 1), slice(77, 1000), slice(2999, 3000)):
+        assert torch.equal(products.linear(x[part], weights[0][0], None), whole[part])
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_attention_with_split_products_is_as_exact_as_float32(window: int | None) -> None:
+    gen = torch.Generator(GPU).manual_seed(4)
+    sizes = ((1500, 64, 64), (1500, 8, 64), (1500, 8, 64), (64,))
+    q, k, v, sinks = (torch.randn(size, generator=gen, device=GPU) for size in sizes)
+    for one in (sinks, torch.full_like(sinks, -math.inf)):
+        found = kernels.attend(q * 2, products.split(k), products.split(v), one, window)
+        double = [x.double().cpu() for x in (q * 2, k, v, one)]
+        truth = forward.attend(double[0], double[1], double[2], double[3], window, 1 << 24)
+        assert off(found.cpu(), truth) < 1e-6
+
+
+def test_scores_on_the_gpu_are_those_of_the_cpu_and_nan_is_a_difference() -> None:
+    gen = torch.Generator(GPU).manual_seed(5)
+    ours = torch.randn(20, 201088, generator=gen, device=GPU) * 3
+    theirs = ours + 1e-3 * torch.randn(20, 201088, generator=gen, device=GPU)
+    following = torch.arange(20, device=GPU) - 1
+    found, expected = (metrics.score(ours.to(d), theirs.to(d), following.to(d)) for d in (GPU, CPU))
+    for name, column in vars(found).items():
+        torch.testing.assert_close(
+            column, vars(expected)[name], rtol=1e-9, atol=1e-12, equal_nan=True
+        )
+    same = metrics.score(ours, ours.clone(), following)
+    assert not same.kl.any() and not same.max_delta.any()
+    theirs[3, 100] = math.nan
+    assert metrics.score(ours, theirs, following).max_delta[3].isnan()
+
+
+@pytest.fixture(scope="module")
+def full_width(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of the 20b in every format."""
+    folder = tmp_path_factory.mktemp("full")
+    synth(folder / "mxfp4", model="20b", layers=2)
+    for name, options in (
+        ("bf16", Options(to="hf", dtype="bf16")),
+        ("openai", Options(to="openai")),
+        ("megatron", Options(to="megatron")),
+    ):
+        convert(folder / "mxfp4", folder / name, options)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", ["mxfp4", "bf16", "openai", "megatron"])
+def test_no_format_raises_a_false_alarm_at_full_width(
+    full_width: Path, name: str, dtype: torch.dtype
+) -> None:
+    source, target = (
+        open_reader(open_checkpoint(full_width / one), Fetcher(GPU), None)
+        for one in ("mxfp4", name)
+    )
+    tokens = token_set(source.config, 1024, 0)
+    limits, numerics = load_limits("lossless"), Numerics.on(GPU, dtype)
+    report = compare(source, target, tokens, limits, GPU, numerics, extra_rounds=0, both=True)
+    assert report.passed, report.violations
+    assert not any(layer.computed_once for layer in report.layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
