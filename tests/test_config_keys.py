@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import fields
+from logging import CRITICAL
 from typing import Any
 
 import pytest
@@ -108,7 +109,7 @@ quick = settings(
 @pytest.fixture(autouse=True, scope="module")
 def silent() -> Any:
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     yield
     logging.set_verbosity(before)
 

@@ -6,6 +6,7 @@ import inspect
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -74,7 +75,8 @@ def test_every_number_of_the_model_is_read_once_and_written() -> None:
     read = [field.number for field in NUMBERS]
     numbers = {field.name for field in fields(Config) if field.name != "notes"}
     assert sorted(map(str, read)) == sorted(numbers - NOT_READ)
-    config = Config(4, 8, 2, *[4] * 9, *map(float, range(2, 8)))
+    given: list[Any] = [4, 8, 2, *[4] * 9, *map(float, range(2, 8))]
+    config = Config(*given)
     assert {field.name for field in NUMBERS} == model_numbers(config).keys()
     assert model_fields(config).keys() <= READ
 
