@@ -96,7 +96,9 @@ def applied(content: dict[str, Any], odd: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in {**content, **odd}.items() if value is not ABSENT}
 
 
-CONFIGS = objects(ODD).map(lambda odd: applied(HF, odd))
+SECTION_OF_5 = {**HF["rope_scaling"], "rope_theta": HF["rope_theta"]}
+NEWER = applied(HF, {"rope_scaling": ABSENT, "rope_theta": ABSENT, "rope_parameters": SECTION_OF_5})
+CONFIGS = st.tuples(st.sampled_from([HF, NEWER]), objects(ODD)).map(lambda both: applied(*both))
 quick = settings(
     max_examples=300,
     deadline=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +285,41 @@ def test_verify_reads_what_transformers_mis_saved(tmp_path: Path):
     save_file(tensors, file, {"format": "pt"})
     repaired = VerifyOptions("oracle", device="cpu", source=Choices(repair=True))
     assert verify_checkpoints(source, target, repaired).verdict.startswith("same")
+
+
+def test_the_longest_position_survives_openai_s_layout(tmp_path: Path):
+    first = tmp_path / "first"
+    synth(first)
+    source = odd_models.edit(first, max_position_embeddings=8192, a_key_of_mine="kept")
+    conversion = plan(source, tmp_path / "openai", Options("openai", workers=1))
+    run(conversion)
+    assert any("max_position_embeddings is 8192: OpenAI's config" in n for n in conversion.notes)
+    target = convert(tmp_path / "openai", tmp_path / "target")
+    written = json.loads((target / "config.json").read_text())
+    assert (written["max_position_embeddings"], written["a_key_of_mine"]) == (8192, "kept")
+    assert verdict(source, tmp_path / "openai", "header").startswith("same")
+    assert verdict(source, target, "header").startswith("same")
+    other = json.loads((tmp_path / "openai/hf/config.json").read_text())
+    other["swiglu_limit"] = 6.0
+    (tmp_path / "openai/hf/config.json").write_text(json.dumps(other))
+    with pytest.raises(IntegrityError, match=r"describes another model than config\.json"):
+        plan(tmp_path / "openai", tmp_path / "again", Options("hf"))
+
+
+def test_nothing_is_added_to_openai_s_layout_where_it_says_all(tmp_path: Path):
+    synth(tmp_path / "source")
+    target = convert(tmp_path / "source", tmp_path / "target", "openai")
+    assert not (target / "hf").exists()
+
+
+def test_the_longest_position_survives_megatron_without_its_hf_folder(tmp_path: Path):
+    # The numbers that Megatron's fields do not state are taken as released.
+    released = rope(
+        factor=32.0, beta_fast=32.0, original_max_position_embeddings=4096, rope_theta=150000.0
+    )
+    changes = {**released, "sliding_window": 128, "max_position_embeddings": 8192}
+    source = odd_models.edit(odd_models.save(tmp_path / "source"), **changes)
+    megatron = convert(source, tmp_path / "megatron", "megatron")
+    shutil.rmtree(megatron / "hf")
+    conversion = plan(megatron, tmp_path / "target", Options("hf", vocab_size=40, workers=1))
+    assert conversion.source.config.max_position_embeddings == 8192

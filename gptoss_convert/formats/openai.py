@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Set
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import load_table
 
 _FOLDER = "original"
+_HF = f"hf/{CONFIG}"
+"""What OpenAI's keys cannot say, for the way back; only where there is such a thing."""
 _PUBLISHED_BYTES = 10 << 30
 _TAGS = {"blocks": "FP4", "scales": "UE8"}
 
@@ -45,13 +48,31 @@ def _open(root: Path, choices: Choices) -> Checkpoint:
             f"{root}: holds two models: OpenAI's code reads every *.safetensors, also "
             f"{', '.join(others)}, which {safetensors.INDEX} does not name; move them away"
         )
-    notes = tuple(safetensors.remarks(root, chunks))
-    return Checkpoint(FORMAT, "mxfp4", root, config, None, chunks, headers, notes=notes)
+    config, text = _with_hf(root, config)
+    notes = (*config.notes, *safetensors.remarks(root, chunks))
+    return Checkpoint(FORMAT, "mxfp4", root, config, text, chunks, headers, notes=notes)
+
+
+def _with_hf(root: Path, config: Config) -> tuple[Config, str | None]:
+    """The configuration with what only the config.json in hf/ can say, and that one's text.
+
+    Raises IntegrityError where the two describe different models.
+    """
+    if not (root / _HF).exists():
+        return config, None
+    text, content = read_config(root, _HF)
+    found = configs.from_hf(str(root / _HF), content)
+    kept = replace(config, max_position_embeddings=found.max_position_embeddings)
+    if kept != replace(found, notes=()):
+        raise IntegrityError(
+            f"{root / _HF}: describes another model than {CONFIG} beside it; remove the wrong one"
+        )
+    return kept, text
 
 
 def _listed(names: Set[str]) -> Set[str]:
     inside = {name for name in names if name.startswith(f"{_FOLDER}/")}
-    beside = {name for name in names if "/" not in name}
+    beside = {name for name in names if "/" not in name or name == _HF}
     if f"{_FOLDER}/{CONFIG}" in inside:
         return inside
     return beside if CONFIG in beside else frozenset()
@@ -69,7 +90,22 @@ def _image(source: Checkpoint, variant: str, options: ImageOptions) -> tuple[Ima
         (CONFIG, configs.openai_json(source.config)),
         ("dtypes.json", _dtypes_json(source)),
     )
-    return Image(weights.files, weights.chunks, (*closing, *weights.closing)), []
+    hidden, notes = _unsaid(source)
+    return Image(weights.files, weights.chunks, (*hidden, *closing, *weights.closing)), notes
+
+
+def _unsaid(source: Checkpoint) -> tuple[list[tuple[str, bytes]], list[str]]:
+    """Hugging Face's config.json in hf/, where OpenAI's keys cannot say the longest position."""
+    config = source.config
+    implied = int(config.original_max_position_embeddings * config.rope_factor)
+    if config.max_position_embeddings == implied:
+        return [], []
+    base = json.loads(source.hf_config) if source.hf_config else None
+    text = configs.hf_json(config, base, mxfp4=True)
+    return [(_HF, text)], [
+        f"max_position_embeddings is {config.max_position_embeddings}: OpenAI's config.json has no "
+        f"key for it, its code implies {implied}; {_HF} keeps it for the way back"
+    ]
 
 
 def _dtypes_json(source: Checkpoint) -> bytes:

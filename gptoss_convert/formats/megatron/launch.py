@@ -63,7 +63,7 @@ def arguments(config: Config) -> list[str]:
         f"{fields['yarn_original_max_position_embeddings']}",
         f"--yarn-beta-fast {fields['yarn_beta_fast']}",
         f"--yarn-beta-slow {fields['yarn_beta_slow']}",
-        "--no-yarn-correction-range-round-to-int",
+        f"--{'' if config.rope_truncate else 'no-'}yarn-correction-range-round-to-int",
         "--no-rope-fusion",
         "--no-bias-dropout-fusion",
         "--attention-dropout 0.0",

@@ -108,7 +108,26 @@ def _configuration(
     first, *others = said
     numbers = fields.take(first)
     rows = vocabulary.rows(first, stored.chunks, choices.vocab_size)
+    longest, remark = _longest(directory, said, numbers["max_position_embeddings"])
+    numbers = {**numbers, "max_position_embeddings": longest}
     config = made(first.where, **numbers, vocab_size=rows)
     for one in others:
         fields.check_fields(one, config)
-    return replace(config, notes=fields.unusual(config)), None, first.where
+    return replace(config, notes=(*fields.unusual(config), *remark)), None, first.where
+
+
+def _longest(directory: Path, said: list[Stated], implied: int) -> tuple[int, tuple[str, ...]]:
+    """`max_position_embeddings`, and a remark where Megatron's fields leave it open.
+
+    A trainer's argument of that name is the length that it trained with, and changes no output of
+    a model with YaRN; in what this program wrote it is the model's.
+    """
+    name = "max_position_embeddings"
+    stated = next((one.raw[name] for one in said if type(one.raw.get(name)) is int), None)
+    if stated == implied:
+        return implied, ()
+    if stated is not None and stated > 0 and (files.root_of(directory) / MANIFEST).exists():
+        return stated, ()
+    found = "not stated" if stated is None else f"{stated} in args, which may be training's"
+    taken = f"taken as {implied}, YaRN's original length times its factor"
+    return implied, (f"{name} is {found}: {taken}; --config CONFIG_JSON says otherwise",)
