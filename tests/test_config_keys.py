@@ -96,7 +96,7 @@ def applied(content: dict[str, Any], odd: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in {**content, **odd}.items() if value is not ABSENT}
 
 
-SECTION_OF_5 = {**HF["rope_scaling"], "rope_theta": HF["rope_theta"]}
+SECTION_OF_5 = {**HF["rope_scaling"], "rope_theta": 1000.0}
 NEWER = applied(HF, {"rope_scaling": ABSENT, "rope_theta": ABSENT, "rope_parameters": SECTION_OF_5})
 CONFIGS = st.tuples(st.sampled_from([HF, NEWER]), objects(ODD)).map(lambda both: applied(*both))
 quick = settings(

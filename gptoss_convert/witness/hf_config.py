@@ -146,12 +146,8 @@ def _yarn(config: Section, section: Section) -> dict[str, Any]:
     longest = _whole(config, "max_position_embeddings")
     stated = {key: value for key, value in content.items() if value is not None}
     theta = config.content.get("rope_theta", 150000.0)
-    if theta is not None:
-        _same(
-            Section({"rope_theta": theta}, config.where),
-            "rope_theta",
-            stated.get("rope_theta", theta),
-        )
+    if config.content.get("rope_theta") is not None:
+        _same(config, "rope_theta", stated.get("rope_theta", theta))
     defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "rope_theta": theta}
     defaults["original_max_position_embeddings"] = content.get(
         "original_max_position_embeddings", longest
