@@ -14,12 +14,16 @@ import pytest
 from numpy.typing import NDArray
 
 from gptoss_convert import convert
+from gptoss_convert.compare.pairs import judge_steps
 from gptoss_convert.compare.values import compare_values
 from gptoss_convert.compare.values_report import Difference, ValuesReport
 from gptoss_convert.conversion.manifest import NAME
 from gptoss_convert.conversion.options import Options
+from gptoss_convert.engine.steps import make_plan
 from gptoss_convert.errors import InputError, ResourceError
 from gptoss_convert.formats.registry import open_checkpoint
+from gptoss_convert.layouts.model import load_model
+from gptoss_convert.machine.progress import SILENT
 from gptoss_convert.machine.resources import peak_memory
 from gptoss_convert.synth.synth import synth
 from gptoss_convert.verify.values_level import describe
@@ -63,6 +67,44 @@ def edited(source: Path, copy: Path, edits: dict[str, Callable[[Any], Any]]) -> 
             bits[...] = edits[chunk.tensor](bits.copy())
             bits.flush()  # pyright: ignore[reportAttributeAccessIssue]
     return copy
+
+
+def test_equal_blocks_are_decoded_once_and_any_other_byte_is_seen(
+    tiny: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny / "openai", tmp_path / "wrong")
+    wrong = open_checkpoint(tmp_path / "wrong")
+    flipped = next(c for c in wrong.chunks if c.tensor == "block.1.mlp.mlp2_weight.blocks")
+    with (wrong.root / flipped.file).open("r+b") as file:
+        file.seek(flipped.offset + 5)
+        byte = file.read(1)[0]
+        file.seek(flipped.offset + 5)
+        file.write(bytes([byte ^ 1]))
+    source = open_checkpoint(tiny / "mxfp4")
+    shared: dict[str, list[tuple[str, int, bool]]] = {}
+    for name in ("openai", "bf16", "wrong"):
+        target = wrong if name == "wrong" else open_checkpoint(tiny / name)
+        plan = make_plan(
+            load_model(),
+            load_model().sizes(source.config.numbers),
+            source.extents(),
+            [one for one in target.extents() if name != "bf16" or "scales" not in one.param],
+        )
+        shared[name] = judge_steps(
+            plan,
+            range(len(plan.steps)),
+            lambda number, step, a, b: (step.family.weight, step.layer, a.values is b.values),
+            workers=1,
+            max_memory=1 << 30,
+            progress=SILENT,
+        )
+    packed = {"gate_up.weight", "down.weight"}
+    assert all(once == (weight in packed) for weight, _, once in shared["openai"])
+    assert not any(once for _, _, once in shared["bf16"])
+    apart = {(weight, layer) for weight, layer, once in shared["wrong"] if not once}
+    assert ("down.weight", 1) in apart and ("down.weight", 0) not in apart
+    found = only(compare_values(source, wrong))
+    assert (found.parameter, found.layer, found.differing) == ("down.weight", 1, 1)
 
 
 def only(report: ValuesReport) -> Difference:

@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+import numpy as np
+
 from gptoss_convert.compare.diagnosis import Bits
 from gptoss_convert.engine.buffers import Parts, StepReader, scratch
 from gptoss_convert.engine.derivations import Recipe, choose
@@ -33,7 +35,8 @@ class Side:
     """What one side holds of a step."""
 
     values: Bits
-    """The weight as BF16 bits, contiguous, in the order of its axes."""
+    """The weight as BF16 bits, contiguous, in the order of its axes; one array for both sides
+    where they hold the same blocks and scales."""
     parts: Parts
     """The same as it was read: BF16, or blocks and scales."""
 
@@ -90,13 +93,12 @@ class _Worker(Generic[T]):
     def run(self, number: int) -> tuple[T, int]:
         step = self._plan.steps[number]
         self._reader.begin()
-        nbytes = 0
-        sides: list[Side] = []
-        for extents, recipes in zip((step.sources, step.targets), self._recipes, strict=True):
-            held, read = self._reader.read(step, extents)
-            nbytes += read
-            sides.append(Side(self._values(step, held, recipes[step.family.weight]), held))
-        return self._judge(number, step, *sides), nbytes
+        ours, read = self._reader.read(step, step.sources)
+        theirs, more = self._reader.read(step, step.targets)
+        source, target = (recipes[step.family.weight] for recipes in self._recipes)
+        values = self._values(step, ours, source)
+        others = values if _same_blocks(step, ours, theirs) else self._values(step, theirs, target)
+        return self._judge(number, step, Side(values, ours), Side(others, theirs)), read + more
 
     def _values(self, step: Step, held: Parts, recipe: Recipe) -> Bits:
         """The step's weight as BF16 bits, contiguous, in the order of its axes."""
@@ -111,6 +113,17 @@ class _Worker(Generic[T]):
         work.places = {weight: [values]}
         work.run(recipe.by_piece)
         return values.array
+
+
+def _same_blocks(step: Step, ours: Parts, theirs: Parts) -> bool:
+    """Whether both sides hold the weight encoded, in the same boxes, byte by byte the same."""
+    if step.family.weight in ours or ours.keys() != theirs.keys():
+        return False
+    return all(
+        [part.box for part in parts] == [part.box for part in theirs[name]]
+        and all(np.array_equal(a.array, b.array) for a, b in zip(parts, theirs[name], strict=True))
+        for name, parts in ours.items()
+    )
 
 
 def _recipes(steps: Iterable[Step], side: Literal["sources", "targets"]) -> Recipes:

@@ -97,6 +97,8 @@ def _stored(checkpoint: Checkpoint) -> list[Extent]:
 def _compare(number: int, step: Step, ours: Bits, theirs: Bits) -> Compared:
     a, b = ours.reshape(-1), theirs.reshape(-1)
     share = fingerprint(ours, step.box, step.lengths, step.layer_axis)
+    if ours is theirs:
+        return Compared(number, 0, None, None, None, (), share, share)
     differing = 0
     first: Element | None = None
     worst: Element | None = None
