@@ -15,9 +15,13 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gptoss_convert import Options, convert, verify_checkpoints
 from gptoss_convert.containers import Chunk
 from gptoss_convert.containers.torch_dist import read
 from gptoss_convert.errors import CodecError, GptossError, InputError, IntegrityError
+from gptoss_convert.formats.config import Config
+from gptoss_convert.formats.megatron import fields
+from gptoss_convert.verify.result import VerifyOptions
 from gptoss_convert.verify.sides import FewerLayers
 from gptoss_convert.witness.configs import Section, megatron_config
 from gptoss_convert.witness.forward import Numerics
@@ -309,15 +313,46 @@ def test_configs_of_all_ecosystems_agree(tmp_path: Path) -> None:
     hf = HfReader(write_hf_mxfp4(tmp_path / "hf", DISTINCT, weights), CPU).config
     openai = OpenAiReader(write_openai(tmp_path / "original", DISTINCT, weights), CPU).config
     assert openai == hf
-    assert megatron_config(megatron_options()) == hf
+    numbers = {"window": 1, "rope_theta": 2.0, "rope_factor": 3.0, "rope_original_length": 4}
+    numbers |= {"rope_beta_fast": 5.0, "rope_beta_slow": 6.0, "rope_truncate": True}
+    numbers |= {"swiglu_limit": 8.0, "norm_eps": 9.0, "experts_per_token": 1}
+    other = replace(hf, **numbers, sliding=(True,) * 4)
+    assert megatron_config(megatron_options(), other) == hf
     listed = megatron_options(window_attn_skip_freq=[1, 0, 1, 0])
-    assert megatron_config(listed) == hf
+    assert megatron_config(listed, other) == hf
 
 
 def test_a_window_of_one_key_too_many_is_seen(tmp_path: Path) -> None:
-    assert megatron_config(megatron_options(window_size=[16, 0])).window == 17
+    weights = random_weights(DISTINCT)
+    base = HfReader(write_hf_mxfp4(tmp_path / "hf", DISTINCT, weights), CPU).config
+    assert megatron_config(megatron_options(window_size=[16, 0]), base).window == 17
     with pytest.raises(InputError, match="softmax_type expects 'learnable', found 'vanilla'"):
-        megatron_config(megatron_options(softmax_type="vanilla"))
+        megatron_config(megatron_options(softmax_type="vanilla"), base)
+
+
+MUTANTS = {
+    "rotary_base": 10000,
+    "yarn_beta_fast": 2.0,
+    "yarn_original_max_position_embeddings": 256,
+    "activation_func_clamp_value": 3.0,
+}
+
+
+@pytest.mark.parametrize("field", MUTANTS)
+def test_a_wrong_field_that_the_converter_writes_and_believes_fails_the_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    """The same function writes a field and holds it against the model: only a witness can tell."""
+    right = fields.model_numbers
+
+    def wrong(config: Config) -> dict[str, Any]:
+        return {**right(config), field: MUTANTS[field]}
+
+    monkeypatch.setattr(fields, "model_numbers", wrong)
+    hf = write_hf_mxfp4(tmp_path / "hf", DISTINCT, random_weights(DISTINCT))
+    convert(hf, tmp_path / "megatron", Options(to="megatron"))
+    found = verify_checkpoints(hf, tmp_path / "megatron", VerifyOptions(sample=300))
+    assert [level.same for level in found.levels] == [True, True, False]
 
 
 def test_all_codes_decode_exactly_at_all_scales() -> None:

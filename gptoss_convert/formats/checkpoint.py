@@ -45,6 +45,10 @@ class Checkpoint:
     carried: tuple[Path, ...] = ()
     """Files of the Hugging Face side that travel byte for byte: tokenizer, template, licence."""
     notes: tuple[str, ...] = ()
+    words: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    """What files other than config.json say of the model, as found, each with its place.
+
+    Empty where --config overrules them."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What only this format can tell, for people."""
     repository: Repository | None = None

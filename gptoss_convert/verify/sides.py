@@ -30,6 +30,7 @@ def given(checkpoint: Checkpoint) -> Given:
         layers,
         checkpoint.chunks,
         json.loads(text),
+        checkpoint.words,
         packed=checkpoint.encoding == "mxfp4",
         mis_saved=checkpoint.variant == "mis-saved",
         rounded=checkpoint.cast,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,54 +97,63 @@ def openai_config(config: Section) -> ModelConfig:
 MEGATRON_FIXED: Mapping[str, object] = {
     "softmax_type": "learnable",
     "glu_linear_offset": 1.0,
-    "gated_linear_unit": True,
     "normalization": "RMSNorm",
     "add_bias_linear": True,
-    "add_qkv_bias": True,
     "moe_router_pre_softmax": False,
     "moe_router_score_function": "softmax",
     "position_embedding_type": "yarn",
-    "share_embeddings_and_output_weights": False,
-    "yarn_mscale": None,
-    "yarn_mscale_all_dim": None,
 }
 """Options of Megatron's model that GPT-OSS leaves no choice about."""
 
+_MEGATRON_NUMBERS = {
+    "rope_theta": ("rotary_base",),
+    "rope_factor": ("yarn_rotary_scaling_factor",),
+    "rope_original_length": ("yarn_original_max_position_embeddings",),
+    "rope_beta_fast": ("yarn_beta_fast",),
+    "rope_beta_slow": ("yarn_beta_slow",),
+    "swiglu_limit": ("activation_func_clamp_value",),
+    "norm_eps": ("layernorm_epsilon", "norm_epsilon"),
+    "experts_per_token": ("moe_router_topk",),
+}
+"""Each number of the arithmetic, and what TransformerConfig or the arguments call it."""
 
-def megatron_config(model: Section) -> ModelConfig:
-    """The numbers of Megatron's model options (the `model` section of run_config.yaml)."""
+
+def megatron_config(words: Section, base: ModelConfig) -> ModelConfig:
+    """A model of the sizes of `base`, its arithmetic as Megatron's own words have it.
+
+    They are Megatron-LM's arguments or Megatron-Bridge's `model` section; what they leave out, or
+    have as None, stays that of `base`. Raises InputError for what no GPT-OSS has.
+    """
     for key, expected in MEGATRON_FIXED.items():
-        model.require(key, expected)
-    behind, ahead = model.value("window_size")
-    if ahead != 0:
-        raise InputError(f"{model.where}: window_size expects 0 keys ahead, found {ahead!r}")
-    return ModelConfig(
-        hidden=model.integer("hidden_size"),
-        inter=model.integer("moe_ffn_hidden_size"),
-        heads=model.integer("num_attention_heads"),
-        kv_heads=model.integer("num_query_groups"),
-        head_dim=model.integer("kv_channels"),
-        experts=model.integer("num_moe_experts"),
-        experts_per_token=model.integer("moe_router_topk"),
-        vocab=model.integer("vocab_size"),
-        sliding=_megatron_sliding(model),
-        window=behind + 1,
-        rope_theta=model.number("rotary_base"),
-        rope_factor=model.number("yarn_rotary_scaling_factor"),
-        rope_original_length=model.integer("yarn_original_max_position_embeddings"),
-        rope_beta_fast=model.number("yarn_beta_fast"),
-        rope_beta_slow=model.number("yarn_beta_slow"),
-        rope_truncate=bool(model.value("yarn_correction_range_round_to_int")),
-        swiglu_alpha=QUICK_GELU_ALPHA,
-        swiglu_limit=model.number("activation_func_clamp_value"),
-        norm_eps=model.number("layernorm_epsilon"),
-    )
+        if key in words.content:
+            words.require(key, expected)
+    said = {key: value for key, value in words.content.items() if value is not None}
+    if "yarn_beta_fast" in words.content and "yarn_rotary_scaling_factor" not in said:
+        # Megatron-LM's argument for YaRN's factor, from core 0.19 on.
+        said["yarn_rotary_scaling_factor"] = said.get("rotary_scaling_factor", 1.0)
+    stated = Section(said, words.where)
+    changes: dict[str, Any] = {}
+    for number, names in _MEGATRON_NUMBERS.items():
+        for name in names:
+            if name in said:
+                changes[number] = type(getattr(base, number))(stated.number(name))
+    if "yarn_correction_range_round_to_int" in said:
+        changes["rope_truncate"] = bool(said["yarn_correction_range_round_to_int"])
+    if "window_size" in said:
+        behind, ahead = said["window_size"]
+        if ahead != 0:
+            raise InputError(f"{words.where}: window_size expects 0 keys ahead, found {ahead!r}")
+        changes["window"] = behind + 1
+        changes["sliding"] = _megatron_sliding(stated, len(base.sliding))
+    return replace(base, **changes)
 
 
-def _megatron_sliding(model: Section) -> tuple[bool, ...]:
+def _megatron_sliding(words: Section, layers: int) -> tuple[bool, ...]:
     """Layers count from 1; every `skip`-th attends to all, or a list says 1 for a window."""
-    skip, layers = model.value("window_attn_skip_freq"), model.integer("num_layers")
+    skip = words.content.get("window_attn_skip_freq")
     if isinstance(skip, list) and len(skip) == layers:
         return tuple(bool(windowed) for windowed in skip)
-    every = model.integer("window_attn_skip_freq")
+    if skip is None:
+        return (True,) * layers
+    every = words.integer("window_attn_skip_freq")
     return tuple(number % every != 0 for number in range(1, layers + 1))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptoss_convert.containers import Chunk
 from gptoss_convert.errors import InputError
-from gptoss_convert.witness.configs import Section
+from gptoss_convert.witness.configs import Section, megatron_config
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.hf_config import hf_config
 from gptoss_convert.witness.model import LayerWeights, ModelConfig
@@ -174,7 +174,13 @@ class MegatronReader(Reader):
 
 
 def _reader(given: Given, fetcher: Fetcher) -> MegatronReader:
+    """The arithmetic is what Megatron's own words say; sizes and vocabulary are config.json's."""
     config = hf_config(Section(given.config, f"{given.root}: config.json"))
+    said = [megatron_config(Section(words, where), config) for where, words in given.words]
+    if any(one != said[0] for one in said):
+        places = " and ".join(where for where, _ in given.words)
+        raise InputError(f"{places}: state different models")
+    config = said[0] if said else config
     return MegatronReader(given.root, given.chunks, config, fetcher.device, fetcher, given.rounded)
 
 
@@ -183,6 +189,8 @@ def _oracle(
 ) -> list[Tensor] | str:
     if len(config.sliding) < given.layers:
         return "(megatron-core loads all layers or none)"
+    if any(words.get("moe_mlp_glu_interleave_size") for _, words in given.words):
+        return "(megatron-core's local spec does not read interleaved rows)"
     from gptoss_convert.witness.megatron_oracle import megatron_logits
 
     return megatron_logits(given.root, config, sequences, device)

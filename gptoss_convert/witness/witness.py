@@ -33,6 +33,8 @@ class Given:
     """Where the tensors lie, for a container that its reader does not open by itself."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The content of a config.json in Hugging Face's words."""
+    words: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    """What the ecosystem's own files say of the model, as found, each with its place."""
     packed: bool | None = None
     """Whether the experts are MXFP4, whatever config.json says; None is as it says."""
     mis_saved: bool = False

@@ -122,10 +122,14 @@ Use megatron-core 0.19 or later, or Megatron-Bridge.
 from megatron.bridge import AutoBridge
 
 checkpoint = "/path/to/this/directory"
-bridge = AutoBridge.from_hf_pretrained("/path/to/the/same/model/for/hugging-face")
+bridge = AutoBridge.from_hf_pretrained("/path/to/the/same/model/in-bf16")
 model = bridge.load_megatron_model(checkpoint, wrap_with_ddp=False)
 bridge.export_ckpt(checkpoint, "exported-to-hugging-face")
 ```
+
+Give `from_hf_pretrained` BF16 files (`gptoss-convert convert MODEL DIR --to hf --dtype bf16`);
+with an MXFP4 one, `export_ckpt` of every version from 0.2.2 on writes no expert weights.
+It is not needed: `gptoss-convert convert` itself turns this directory, or a run's save, back.
 
 What Bridge makes from a Hugging Face directory has, up to 0.3.1, a window of {window},0:
 one token too many; this model has {window - 1},0.

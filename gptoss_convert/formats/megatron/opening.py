@@ -65,6 +65,7 @@ def open_megatron(kind: Format, root: Path, choices: Choices) -> Checkpoint:
         beside=base,
         carried=files.carried(directory),
         notes=tuple(notes),
+        words=() if choices.config else tuple((one.where, one.raw) for one in said),
         details=details,
     )
 

@@ -61,7 +61,7 @@ def _args(config: Config) -> dict[str, Any]:
         "window_size": (config.sliding_window - 1, 0),
         "max_position_embeddings": config.max_position_embeddings,
         "group_query_attention": True,
-        "add_position_embedding": False,
+        "add_position_embedding": True,
         "use_rotary_position_embeddings": False,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
