@@ -15,6 +15,7 @@ import torch
 from gptoss_convert import convert
 from gptoss_convert.compare.value_statistics import Energy, StepStatistics
 from gptoss_convert.compare.values_report import Compared, Element, Piece
+from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.machine.deal import deal
 from gptoss_convert.synth.synth import synth
@@ -200,4 +201,4 @@ def test_what_a_rank_compared_arrives_whole() -> None:
         Compared(4, 9, element, element, "transposed", (piece,), 2**64 - 1, 1, statistics),
         Compared(5, 0, None, None, None, (), 0, 0),
     ):
-        assert Compared.of(json.loads(json.dumps(one.plain()))) == one
+        assert from_json(Compared, json.loads(json.dumps(to_json(one)))) == one

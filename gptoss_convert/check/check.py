@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.check.options import HEADERS, Reading
-from gptoss_convert.check.scrub import Seen, layers_of, reading_plan, reread
+from gptoss_convert.check.scrub import Seen, reading_plan, reread
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.manifest import (
     NAME,
     Manifest,
-    fingerprints,
     joined_crc,
     read_manifest,
 )
 from gptoss_convert.engine.anomalies import is_vector, tensors_of, zero_matrices
+from gptoss_convert.engine.fingerprint import by_layer, in_words
 from gptoss_convert.engine.records import Region
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import IntegrityError
@@ -115,7 +115,7 @@ def check(
             max_memory=reading.max_memory,
             progress=progress,
         )
-        layers = layers_of(plan, seen)
+        layers = by_layer(plan, ((result.step, result.fingerprint) for result in seen))
         parameters = _whole(plan, layers)
         problems += _judge(opened, base, manifest, plan, seen, layers, reading.share >= 1)
     release, more = _release(opened, reading.share >= 1)
@@ -190,7 +190,7 @@ def _whole(plan: Plan, layers: Mapping[str, Mapping[int, int]]) -> dict[str, Map
     for step in plan.steps:
         expected[step.family.weight].add(step.layer)
     return {
-        weight: fingerprints(found)
+        weight: in_words(found)
         for weight, found in layers.items()
         if found.keys() == expected[weight]
     }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from isal import isal_zlib
 from gptoss_convert.codecs.stats import EncodeStats
 from gptoss_convert.engine.anomalies import examine
 from gptoss_convert.engine.buffers import Part, StepReader
-from gptoss_convert.engine.fingerprint import MASK
 from gptoss_convert.engine.records import Anomalies, Digest, Region
 from gptoss_convert.engine.steps import Plan, make_plan
 from gptoss_convert.engine.work import Work
@@ -105,13 +103,3 @@ class _Worker:
             crc = isal_zlib.crc32(memory[position : position + length])
             place = part.extent.file.path.relative_to(self._base).as_posix()
             yield Region(place, offset, length, crc)
-
-
-def layers_of(plan: Plan, seen: Iterable[Seen]) -> Mapping[str, Mapping[int, int]]:
-    """The fingerprint of every layer that was read, by weight."""
-    found: dict[str, dict[int, int]] = defaultdict(dict)
-    for result in seen:
-        step = plan.steps[result.step]
-        layers = found[step.family.weight]
-        layers[step.layer] = (layers.get(step.layer, 0) + result.fingerprint) & MASK
-    return found

@@ -15,6 +15,7 @@ from gptoss_convert.compare.diagnosis import Bits, looks, pieces
 from gptoss_convert.compare.pairs import Side, judge_steps
 from gptoss_convert.compare.value_statistics import step_statistics
 from gptoss_convert.compare.values_report import Compared, Element, ValuesReport, summed_up
+from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.engine.fingerprint import fingerprint
 from gptoss_convert.engine.steps import Step, make_plan
 from gptoss_convert.errors import InputError
@@ -75,8 +76,8 @@ def compare_values(
         processes=ranks.local_size,
     )
     if ranks.size > 1:
-        told = ranks.gather([one.plain() for one in compared])
-        compared = [Compared.of(one) for part in told for one in part]
+        told = ranks.gather([to_json(one) for one in compared])
+        compared = [from_json(Compared, one) for part in told for one in part]
     return summed_up(plan, sorted(compared, key=lambda result: result.step))
 
 

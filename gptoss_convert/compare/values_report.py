@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gptoss_convert.compare.diagnosis import Homes, Piece, homes, misplaced
 from gptoss_convert.compare.value_statistics import (
-    Energy,
     StepStatistics,
     ValueStatistics,
     gathered,
     sqnr,
 )
-from gptoss_convert.conversion.manifest import fingerprints
+from gptoss_convert.engine.fingerprint import by_layer, in_words
 from gptoss_convert.engine.steps import Plan, Step
 from gptoss_convert.layouts.extents import volume
-
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -88,43 +85,6 @@ class Compared:
     target_fingerprint: int
     statistics: StepStatistics | None = None
 
-    def plain(self) -> list[Any]:
-        """The same as JSON values."""
-        pieces = [
-            [one.layer, one.expert, one.rest, one.source.hex(), one.target.hex()]
-            for one in self.pieces
-        ]
-        ends = [one and astuple(one) for one in (self.first, self.worst)]
-        statistics = self.statistics and [
-            [[expert, *astuple(energy)] for expert, energy in self.statistics.energies.items()],
-            self.statistics.source_scales,
-            self.statistics.target_scales,
-        ]
-        rest = [self.fingerprint, self.target_fingerprint, statistics]
-        return [self.step, self.differing, ends, self.looks, pieces, *rest]
-
-    @classmethod
-    def of(cls, plain: Sequence[Any]) -> Compared:
-        """What another process made plain."""
-        step, differing, ends, looks, pieces, share, other, statistics = plain
-        first, worst = (one and Element(tuple(one[0]), *one[1:]) for one in ends)
-        found = (
-            Piece(
-                layer,
-                expert,
-                tuple((low, high) for low, high in rest),
-                bytes.fromhex(source),
-                bytes.fromhex(target),
-            )
-            for layer, expert, rest, source, target in pieces
-        )
-        if statistics:
-            energies, *scales = statistics
-            statistics = StepStatistics(
-                {expert: Energy(*sums) for expert, *sums in energies}, *map(tuple, scales)
-            )
-        return cls(step, differing, first, worst, looks, tuple(found), share, other, statistics)
-
 
 def summed_up(plan: Plan, compared: Sequence[Compared]) -> ValuesReport:
     """The report of all steps, in the order of the plan."""
@@ -134,9 +94,10 @@ def summed_up(plan: Plan, compared: Sequence[Compared]) -> ValuesReport:
         step = plan.steps[result.step]
         layer = step.layer if step.layer_axis >= 0 else None
         groups[step.family.weight, layer].append(result)
-    ours = ((plan.steps[one.step], one.fingerprint) for one in compared)
-    theirs = ((plan.steps[one.step], one.target_fingerprint) for one in compared)
-    report.parameters, report.target_parameters = _fingerprints(ours), _fingerprints(theirs)
+    ours = by_layer(plan, ((one.step, one.fingerprint) for one in compared))
+    theirs = by_layer(plan, ((one.step, one.target_fingerprint) for one in compared))
+    report.parameters = {weight: in_words(layers) for weight, layers in ours.items()}
+    report.target_parameters = {weight: in_words(layers) for weight, layers in theirs.items()}
     told = [(plan.steps[one.step], one.statistics) for one in compared if one.statistics]
     report.statistics = gathered(told) if told else None
     known = {weight: homes(_pieces(compared, plan, weight)) for weight in report.parameters}
@@ -147,15 +108,6 @@ def summed_up(plan: Plan, compared: Sequence[Compared]) -> ValuesReport:
             report.differences.append(_difference(weight, layer, steps, results, known[weight]))
     report.differing = sum(difference.differing for difference in report.differences)
     return report
-
-
-def _fingerprints(found: Iterable[tuple[Step, int]]) -> dict[str, dict[str, Any]]:
-    """By parameter, from the shares of its steps."""
-    shares: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    for step, share in found:
-        layers = shares[step.family.weight]
-        layers[step.layer] = (layers[step.layer] + share) & _MASK
-    return {weight: fingerprints(layers) for weight, layers in shares.items()}
 
 
 def _pieces(compared: Sequence[Compared], plan: Plan, weight: str) -> Iterator[Piece]:

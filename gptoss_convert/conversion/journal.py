@@ -10,18 +10,16 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from gptoss_convert.codecs.stats import EncodeStats, ScaleStatistics
-from gptoss_convert.engine.records import Anomalies, Done, Region
+from gptoss_convert.containers.json_records import from_json, to_json
+from gptoss_convert.engine.records import Done
 from gptoss_convert.errors import DiskError, UsageError
 from gptoss_convert.machine.files import disk_error
 
 SCHEMA = 3
 _MAX_BYTES = 1 << 30
-Part = TypeVar("Part", Region, ScaleStatistics, EncodeStats, Anomalies)
 
 
 class Journal:
@@ -49,7 +47,7 @@ class Journal:
     def append(self, batch: Iterable[Done]) -> None:
         """Record finished steps; what they wrote must be on the disk already."""
         batch = list(batch)
-        self._write([astuple(done) for done in batch])
+        self._write([to_json(done) for done in batch])
         self.done.update((done.step, done) for done in batch)
 
     def take_over(self, descriptor: int) -> None:
@@ -129,31 +127,9 @@ def _lines(descriptor: int) -> tuple[list[Any], int]:
 def _done(record: Any) -> Done | None:
     """A finished step; None if the record is no such thing: the step is then done again."""
     try:
-        step, regions, fingerprint, scales, encoded, cast_values, anomalies = record
-        odd = _part(Anomalies, anomalies)
-        done = Done(
-            step,
-            tuple(_part(Region, region) for region in regions),
-            fingerprint,
-            _part(ScaleStatistics, scales),
-            _part(EncodeStats, encoded),
-            cast_values,
-            Anomalies(odd.nonfinite, odd.first, tuple(odd.zeros)),
-        )
-    except (TypeError, ValueError):
+        return from_json(Done, record)
+    except ValueError:
         return None
-    numbers = (step, cast_values, 0 if fingerprint is None else fingerprint)
-    return done if all(type(number) is int for number in numbers) else None
-
-
-def _part(kind: type[Part], values: Any) -> Part:
-    """A record's part, each field of the kind that the class has; raises TypeError."""
-    expected = {"int": int, "float": float, "str": str}
-    for field, value in zip(fields(kind), values, strict=True):
-        wanted = expected.get(str(field.type), list)
-        if type(value) is not wanted or (wanted is int and not -1 <= value < 1 << 64):
-            raise TypeError
-    return kind(*values)
 
 
 def _require_same(where: str, before: Any, now: Mapping[str, Any]) -> None:

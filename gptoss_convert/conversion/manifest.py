@@ -17,7 +17,7 @@ from gptoss_convert.containers import FileImage, Image, content_size
 from gptoss_convert.containers.paths import read_text, safe_name
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.engine import anomalies
-from gptoss_convert.engine.fingerprint import combine
+from gptoss_convert.engine.fingerprint import by_layer, in_words
 from gptoss_convert.engine.records import Done, Region
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import InputError, IntegrityError
@@ -107,11 +107,12 @@ def manifest(
     }
     for name, content in image.closing:
         files[name] = {"bytes": content_size(content), "crc32": f"{small[name]:08x}"}
+    layers = by_layer(plan, ((result.step, result.fingerprint) for result in done.values()))
     content = {
         "schema": SCHEMA,
         **header,
         "files": files,
-        "parameters": _parameters(plan, done.values()),
+        "parameters": {weight: in_words(found) for weight, found in layers.items()},
         "mxfp4": _scales(plan, done.values()),
         "oddities": anomalies.summary(plan, {n: result.anomalies for n, result in done.items()}),
     }
@@ -138,26 +139,6 @@ def joined_crc(
         crc = isal_zlib.crc32_combine(crc, part, length) if length else crc
         end = offset + length
     return crc
-
-
-def _parameters(plan: Plan, done: Iterable[Done]) -> dict[str, dict[str, Any]]:
-    """Fingerprints by weight: of the whole parameter and of each layer."""
-    shares: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    for result in done:
-        step = plan.steps[result.step]
-        if result.fingerprint is not None:
-            layers = shares[step.family.weight]
-            layers[step.layer] = (layers[step.layer] + result.fingerprint) & ((1 << 64) - 1)
-    return {weight: fingerprints(layers) for weight, layers in shares.items()}
-
-
-def fingerprints(layers: Mapping[int, int]) -> dict[str, Any]:
-    """The fingerprint of a parameter and of its layers, as text."""
-    ordered = [layers[layer] for layer in sorted(layers)]
-    return {
-        "fingerprint": f"{combine(ordered):016x}",
-        "layers": [f"{part:016x}" for part in ordered],
-    }
 
 
 def _scales(plan: Plan, done: Iterable[Done]) -> dict[str, dict[str, Any]]:

@@ -7,11 +7,11 @@ import secrets
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.conversion.publish import journal_path, locked_journal, work_path
 from gptoss_convert.conversion.resume import same_bytes
@@ -143,9 +143,9 @@ def require_kept(
     """
     if ranks.local_size == ranks.size:
         return
-    mine = [astuple(region) for region in seams(conversion.plan, shares, ranks.rank, done)]
+    mine = [to_json(region) for region in seams(conversion.plan, shares, ranks.rank, done)]
     other = (ranks.rank + ranks.local_size) % ranks.size
-    theirs = [Region(*region) for region in ranks.gather(mine)[other]]
+    theirs = [from_json(Region, region) for region in ranks.gather(mine)[other]]
     arena = Arena(conversion.plan.buffer_bytes)
     with SourceFiles() as files:
         for region in theirs:

@@ -10,7 +10,8 @@ docs/decisions/0006-fingerprints.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, reduce
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from gptoss_convert.codecs.codec import Codec
 from gptoss_convert.codecs.mxfp4 import jit
+from gptoss_convert.engine.steps import Plan
 from gptoss_convert.layouts.layout import Box
 
 Array = npt.NDArray[Any]
@@ -141,7 +143,20 @@ def _weighted_sum(
     return total & MASK, found
 
 
-def combine(layers: Sequence[int]) -> int:
-    """The fingerprint of a whole parameter from those of its layers, in order."""
-    weights = axis_weights(0, len(layers)).tolist()
-    return sum(part * weight for part, weight in zip(layers, weights, strict=True)) & MASK
+def by_layer(plan: Plan, parts: Iterable[tuple[int, int | None]]) -> dict[str, dict[int, int]]:
+    """The fingerprint of each layer of each weight, from steps' numbers and their parts of it."""
+    found: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for number, part in parts:
+        if part is not None:
+            step = plan.steps[number]
+            layers = found[step.family.weight]
+            layers[step.layer] = (layers[step.layer] + part) & MASK
+    return {weight: dict(layers) for weight, layers in found.items()}
+
+
+def in_words(layers: Mapping[int, int]) -> dict[str, Any]:
+    """The fingerprint of a whole parameter and of its layers, in order, as text."""
+    parts = [layers[layer] for layer in sorted(layers)]
+    weights = axis_weights(0, len(parts)).tolist()
+    whole = sum(part * weight for part, weight in zip(parts, weights, strict=True)) & MASK
+    return {"fingerprint": f"{whole:016x}", "layers": [f"{part:016x}" for part in parts]}

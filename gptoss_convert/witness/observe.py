@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.machine.deal import deal
 from gptoss_convert.machine.ranks import Ranks
 from gptoss_convert.witness import forward, metrics
@@ -45,12 +46,12 @@ class Observed:
     def plain(self) -> dict[str, Any]:
         """All but the sequences as JSON values; no bit is lost."""
         return {
-            "errors": [astuple(error) for error in self.errors],
+            "errors": to_json(self.errors),
             "same_choices": self.same_choices,
             "hits": [layer.tolist() for layer in self.hits],
             "once": self.once,
             "scores": [getattr(self.scores, one.name).tolist() for one in fields(TokenScores)],
-            "next_tokens": [astuple(one) for one in self.next_tokens],
+            "next_tokens": to_json(self.next_tokens),
         }
 
     @classmethod
@@ -59,15 +60,12 @@ class Observed:
         columns = [torch.tensor(column, dtype=torch.float64) for column in plain["scores"]]
         return cls(
             sequences,
-            tuple(SubBlockError(*error) for error in plain["errors"]),
+            from_json(tuple[SubBlockError, ...], plain["errors"]),
             tuple(plain["same_choices"]),
             tuple(torch.tensor(layer) for layer in plain["hits"]),
             tuple(plain["once"]),
             TokenScores(*columns),
-            tuple(
-                NextTokens(name, *(tuple(map(tuple, side)) for side in sides))
-                for name, *sides in plain["next_tokens"]
-            ),
+            from_json(tuple[NextTokens, ...], plain["next_tokens"]),
         )
 
 
