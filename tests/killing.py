@@ -83,7 +83,7 @@ class Countdown:
 
 def one_by_one(
     numbers: Iterable[int],
-    new_worker: Callable[[], workers.Work[Any]],
+    new_worker: Callable[[], workers.Task[Any]],
     *,
     workers: int,
     finished: Callable[[list[Any]], None],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gptoss_convert.containers.refs import FileRef
-from gptoss_convert.engine.buffers import Part, joined, runs
+from gptoss_convert.engine.buffers import Part, byte_ranges, joined
 from gptoss_convert.layouts.extents import Extent
 from gptoss_convert.layouts.layout import Box
 
@@ -86,9 +86,9 @@ def test_parts_outside_the_arena_stay_apart() -> None:
 
 def test_runs_cover_a_strided_box_once_and_are_as_long_as_possible() -> None:
     extent = Extent("w", ((0, 4), (0, 3), (0, 5)), FILE, 0, (30, 10, 2), "BF16", "tensor")
-    assert list(runs(extent, ((0, 4), (0, 3), (0, 5)))) == [(0, 120)]
+    assert list(byte_ranges(extent, ((0, 4), (0, 3), (0, 5)))) == [(0, 120)]
     box = ((0, 4), (1, 3), (0, 5))
-    found = list(runs(extent, box))
+    found = list(byte_ranges(extent, box))
     assert found == [(30 * row, 20) for row in range(4)]
     assert all(a + length <= b for (a, length), (b, _) in pairwise(found))
 
@@ -96,8 +96,8 @@ def test_runs_cover_a_strided_box_once_and_are_as_long_as_possible() -> None:
 def test_runs_that_lie_close_are_joined_with_the_gaps_between_them() -> None:
     extent = Extent("w", ((0, 4), (0, 3), (0, 5)), FILE, 0, (3000, 10, 2), "BF16", "tensor")
     box = ((0, 4), (0, 3), (1, 3))
-    assert list(runs(extent, box, gap=5)) == [
+    assert list(byte_ranges(extent, box, gap=5)) == [
         (3000 * n + 10 * m, 4) for n in range(4) for m in range(3)
     ]
-    assert list(runs(extent, box, gap=6)) == [(3000 * n, 24) for n in range(4)]
-    assert list(runs(extent, box, gap=2976)) == [(0, 9024)]
+    assert list(byte_ranges(extent, box, gap=6)) == [(3000 * n, 24) for n in range(4)]
+    assert list(byte_ranges(extent, box, gap=2976)) == [(0, 9024)]

@@ -347,8 +347,8 @@ class Ceiling:
 
     def run(self, work: Work) -> Effect:
         for param in self.makes:
-            for place in work.places[param]:
-                place.array[...] = 0
+            for output in work.outputs[param]:
+                output.array[...] = 0
         work.made(*self.makes)
         return Effect(encoded=EncodeStats(blocks=1, inexact_blocks=1))
 

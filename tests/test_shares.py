@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from gptoss_convert.conversion.options import Options
-from gptoss_convert.conversion.partition import deal, runs, spread
+from gptoss_convert.conversion.partition import shares_of, spread
 from gptoss_convert.conversion.plan import plan
+from gptoss_convert.machine.partition import contiguous
 from tests.test_golden import LABELS, SIZES, inventory, published_config, write_header_only
 
 RANKS = (2, 3, 8, 31, 48, 63, 64)
@@ -62,17 +63,17 @@ def test_no_rank_of_64_moves_much_more_than_the_mean(
     sizes = [step.moved_bytes() for step in made.steps]
     assert sum(sizes) == made.read_bytes + made.write_bytes
     for count in RANKS:
-        shares = runs(sizes, count)
+        shares = contiguous(sizes, count)
         assert [*chain(*shares)] == [*range(len(sizes))]
         assert len(shares) == count
         moved = [sum(sizes[share.start : share.stop]) for share in shares]
         assert max(moved) <= 1.05 * sum(sizes) / count
     some = [*range(5, len(sizes), 2)]
-    assert [*chain(*deal(made, some, 8))] == some
+    assert [*chain(*shares_of(made, some, 8))] == some
 
 
 def ends(sizes: list[int], count: int) -> list[int]:
-    return [share.stop for share in runs(sizes, count)]
+    return [share.stop for share in contiguous(sizes, count)]
 
 
 def test_the_largest_run_is_as_small_as_can_be() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gptoss_convert.containers import Chunk
 from gptoss_convert.containers.refs import FileRef
-from gptoss_convert.engine.execute import execute, places
+from gptoss_convert.engine.execute import execute, written_ranges
 from gptoss_convert.engine.records import Done
 from gptoss_convert.engine.steps import Plan, make_plan
 from gptoss_convert.errors import InputError, IntegrityError
@@ -275,7 +275,7 @@ def run_plan(plan: Plan, source: MemorySource, chunks: Sequence[Chunk]) -> dict[
     )
     for done in results:
         described = {(region.file, region.offset, region.length) for region in done.regions}
-        assert described == places(plan.steps[done.step])
+        assert described == written_ranges(plan.steps[done.step])
         for region in done.regions:
             written = target.content[region.offset : region.offset + region.length]
             assert region.crc == zlib.crc32(written)
@@ -562,8 +562,7 @@ def test_steps_follow_the_order_of_the_target():
     taken = extents_of(MXFP4[1], cut_chunks(model(MXFP4[1], 0), "target", 9))
     plan = make_plan(load_model(), SIZES, held, taken, 1 << 12)
     firsts = [
-        min(e.at(part) for name in step.family.members for e, part in step.of(step.targets, name))
-        for step in plan.steps
+        min(extent.at(part) for extent, part in step.parts(step.targets)) for step in plan.steps
     ]
     assert len(firsts) > 200
     assert sum(a > b for a, b in pairwise(firsts)) < len(firsts) // 3

@@ -14,10 +14,10 @@ import torch
 
 from gptoss_convert import convert
 from gptoss_convert.compare.value_statistics import Energy, StepStatistics
-from gptoss_convert.compare.values_report import Compared, Element, Piece
+from gptoss_convert.compare.values_report import Compared, Element, ExpertDigests
 from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.conversion.options import Options
-from gptoss_convert.machine.deal import deal
+from gptoss_convert.machine.partition import balanced
 from gptoss_convert.synth.synth import synth
 from gptoss_convert.witness.metrics import TokenScores
 from gptoss_convert.witness.observe import Observed
@@ -163,7 +163,7 @@ def test_the_others_end_with_a_rank_that(tiny: Path, ends: str, reason: str, lin
 def test_work_is_dealt_evenly_and_to_all() -> None:
     for ranks, count in product((1, 2, 3, 8), (0, 1, 7, 100)):
         costs = [float((n * 7919) % 101 + 1) for n in range(count)]
-        dealt = deal(costs, ranks)
+        dealt = balanced(costs, ranks)
         held = [
             sum(c for c, rank in zip(costs, dealt, strict=True) if rank == r) for r in range(ranks)
         ]
@@ -194,7 +194,7 @@ def test_what_a_rank_saw_arrives_without_a_bit_lost() -> None:
 
 def test_what_a_rank_compared_arrives_whole() -> None:
     element = Element((3, 1), 0.1, -float("inf"), 7)
-    piece = Piece(2, 5, ((0, 4), (1, 3)), b"\x00" * 16, b"\xff" * 16)
+    piece = ExpertDigests(2, 5, ((0, 4), (1, 3)), b"\x00" * 16, b"\xff" * 16)
     energies = {-1: Energy(0.1, 1e300), 3: Energy(1 / 3, 0.0, 2)}
     statistics = StepStatistics(energies, (0, 7), ())
     for one in (

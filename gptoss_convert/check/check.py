@@ -22,7 +22,7 @@ from gptoss_convert.conversion.manifest import (
     read_manifest,
 )
 from gptoss_convert.engine.anomalies import is_vector, tensors_of, zero_matrices
-from gptoss_convert.engine.fingerprint import by_layer, in_words
+from gptoss_convert.engine.fingerprint import by_layer, listing
 from gptoss_convert.engine.records import Region
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import IntegrityError
@@ -190,7 +190,7 @@ def _whole(plan: Plan, layers: Mapping[str, Mapping[int, int]]) -> dict[str, Map
     for step in plan.steps:
         expected[step.family.weight].add(step.layer)
     return {
-        weight: in_words(found)
+        weight: listing(found)
         for weight, found in layers.items()
         if found.keys() == expected[weight]
     }

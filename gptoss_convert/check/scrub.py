@@ -99,7 +99,7 @@ class _Worker:
 
     def _regions(self, part: Part) -> Iterator[Region]:
         memory = memoryview(self._reader.arena.memory)
-        for offset, position, length in part.runs():
+        for offset, position, length in part.byte_ranges():
             crc = isal_zlib.crc32(memory[position : position + length])
             place = part.extent.file.path.relative_to(self._base).as_posix()
             yield Region(place, offset, length, crc)

@@ -15,7 +15,7 @@ Bits = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ExpertDigests:
     """What one expert (0 where there is none) of a tile that differs holds on either side."""
 
     layer: int
@@ -26,7 +26,7 @@ class Piece:
     target: bytes
 
 
-def pieces(step: Step, ours: Bits, theirs: Bits) -> tuple[Piece, ...]:
+def expert_digests(step: Step, ours: Bits, theirs: Bits) -> tuple[ExpertDigests, ...]:
     """The tile expert by expert, as digests."""
     axes = step.family.axes
     axis = axes.index("expert") if "expert" in axes else -1
@@ -34,11 +34,11 @@ def pieces(step: Step, ours: Bits, theirs: Bits) -> tuple[Piece, ...]:
         span for name, span in zip(axes, step.box, strict=True) if name not in {"layer", "expert"}
     )
     if axis < 0:
-        return (Piece(step.layer, 0, rest, _digest(ours), _digest(theirs)),)
+        return (ExpertDigests(step.layer, 0, rest, _digest(ours), _digest(theirs)),)
     first = step.box[axis][0]
     pairs = zip(np.moveaxis(ours, axis, 0), np.moveaxis(theirs, axis, 0), strict=True)
     return tuple(
-        Piece(step.layer, first + index, rest, _digest(a), _digest(b))
+        ExpertDigests(step.layer, first + index, rest, _digest(a), _digest(b))
         for index, (a, b) in enumerate(pairs)
     )
 
@@ -47,24 +47,24 @@ def _digest(bits: Bits) -> bytes:
     return blake2b(np.ascontiguousarray(bits).data, digest_size=16).digest()
 
 
-Homes = Mapping[tuple[tuple[tuple[int, int], ...], bytes], Piece]
+Homes = Mapping[tuple[tuple[tuple[int, int], ...], bytes], ExpertDigests]
 """By place and content: where SOURCE holds it."""
 
 
-def homes(found: Iterable[Piece]) -> Homes:
-    """Where SOURCE holds each piece."""
-    return {(piece.rest, piece.source): piece for piece in found}
+def homes(found: Iterable[ExpertDigests]) -> Homes:
+    """Where SOURCE holds each expert's part of a tile."""
+    return {(one.rest, one.source): one for one in found}
 
 
-def misplaced(found: Iterable[Piece], known: Homes) -> str | None:
-    """`exchanged: expert 3 holds expert 5 of SOURCE`, if the first moved piece has such a home."""
-    for piece in found:
-        home = known.get((piece.rest, piece.target))
-        if home is None or home is piece or piece.source == piece.target:
+def misplaced(found: Iterable[ExpertDigests], known: Homes) -> str | None:
+    """`exchanged: expert 3 holds expert 5 of SOURCE`, if the first that differs has such a home."""
+    for one in found:
+        home = known.get((one.rest, one.target))
+        if home is None or home is one or one.source == one.target:
             continue
-        if home.layer != piece.layer:
+        if home.layer != one.layer:
             return f"exchanged: it holds layer {home.layer} of SOURCE"
-        return f"exchanged: expert {piece.expert} holds expert {home.expert} of SOURCE"
+        return f"exchanged: expert {one.expert} holds expert {home.expert} of SOURCE"
     return None
 
 

@@ -18,7 +18,13 @@ from gptoss_convert.compare.config_diff import (
     keys_that_differ,
     numbers_that_differ,
 )
-from gptoss_convert.compare.inventory import Contents, Place, contents_of, encoding_of, in_words
+from gptoss_convert.compare.inventory import (
+    Contents,
+    WeightLayer,
+    contents_of,
+    encoding_of,
+    in_words,
+)
 from gptoss_convert.compare.pairs import Side, judge_steps
 from gptoss_convert.engine.steps import Plan, Step, make_plan
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices
@@ -181,7 +187,7 @@ def _comparable(name: str, a: Sequence[int], b: Sequence[int]) -> Box | None:
     return None
 
 
-def _cut(at: Contents, common: set[Place], limits: Mapping[str, Box | None]) -> list[Extent]:
+def _cut(at: Contents, common: set[WeightLayer], limits: Mapping[str, Box | None]) -> list[Extent]:
     """The extents of what both sides have, cut to what can be compared."""
     result: list[Extent] = []
     for (weight, layer), held in at.items():

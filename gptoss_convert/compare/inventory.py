@@ -11,9 +11,9 @@ from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.folding import ranges
 from gptoss_convert.layouts.model import load_model
 
-Place = tuple[str, int | None]
+WeightLayer = tuple[str, int | None]
 """A weight, and its layer if it has layers."""
-Contents = Mapping[Place, Sequence[Extent]]
+Contents = Mapping[WeightLayer, Sequence[Extent]]
 """Where each weight of each layer lies: its own extents, or those of an encoding."""
 
 
@@ -29,7 +29,7 @@ def contents_of(checkpoint: Checkpoint) -> tuple[Contents, list[str]]:
         casts(True),
         checkpoint.root,
     )
-    by_member: dict[Place, list[Extent]] = defaultdict(list)
+    by_member: dict[WeightLayer, list[Extent]] = defaultdict(list)
     for extent in found:
         if not extent.alias:
             for layer, part in _by_layer(extent):
@@ -48,7 +48,9 @@ def _by_layer(extent: Extent) -> Iterator[tuple[int | None, Extent]]:
         yield layer, replace(extent, box=span)
 
 
-def _weights(held: Mapping[Place, list[Extent]]) -> Iterator[tuple[Place, list[Extent]]]:
+def _weights(
+    held: Mapping[WeightLayer, list[Extent]],
+) -> Iterator[tuple[WeightLayer, list[Extent]]]:
     """By weight: its own extents, else those of an encoding that is all there."""
     layers = {layer for _, layer in held}
     for family in load_model().families.values():
@@ -69,7 +71,7 @@ def encoding_of(weight: str, contents: Contents) -> str:
     return ", ".join(sorted({extent.dtype for extent in held}))
 
 
-def in_words(places: Iterable[Place]) -> list[str]:
+def in_words(places: Iterable[WeightLayer]) -> list[str]:
     """`down.weight of layers 3..5`."""
     layers: dict[str, list[int]] = defaultdict(list)
     for weight, layer in places:

@@ -110,7 +110,7 @@ class _Worker(Generic[T]):
                 return part.array
         like = next(iter(held.values()))[0]
         values = scratch(like, step.box, self._reader.arena)
-        work.places = {weight: [values]}
+        work.outputs = {weight: [values]}
         work.run(recipe.by_piece)
         return values.array
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from gptoss_convert.compare.diagnosis import Bits, looks, pieces
+from gptoss_convert.compare.diagnosis import Bits, expert_digests, looks
 from gptoss_convert.compare.pairs import Side, judge_steps
 from gptoss_convert.compare.value_statistics import step_statistics
 from gptoss_convert.compare.values_report import Compared, Element, ValuesReport, summed_up
@@ -22,7 +22,7 @@ from gptoss_convert.errors import InputError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.layouts.extents import Extent, volume
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.machine.deal import deal
+from gptoss_convert.machine.partition import balanced
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
 
@@ -54,7 +54,7 @@ def compare_values(
     model = load_model()
     plan = make_plan(model, model.sizes(ours), _stored(source), _stored(target))
     numbers = [n for n, step in enumerate(plan.steps) if layers is None or step.layer < layers]
-    dealt = deal([volume(plan.steps[n].box) for n in numbers], ranks.size)
+    dealt = balanced([volume(plan.steps[n].box) for n in numbers], ranks.size)
 
     def judge(number: int, step: Step, ours: Side, theirs: Side) -> Compared:
         ranks.check()
@@ -118,7 +118,7 @@ def _compare(number: int, step: Step, ours: Bits, theirs: Bits) -> Compared:
     if not differing:
         return Compared(number, 0, None, None, None, (), share, share)
     explained = looks(step, ours, theirs)
-    found = pieces(step, ours, theirs)
+    found = expert_digests(step, ours, theirs)
     other = fingerprint(theirs, step.box, step.lengths, step.layer_axis)
     return Compared(number, differing, first, worst, explained, found, share, other)
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from gptoss_convert.compare.diagnosis import Homes, Piece, homes, misplaced
+from gptoss_convert.compare.diagnosis import ExpertDigests, Homes, homes, misplaced
 from gptoss_convert.compare.value_statistics import (
     StepStatistics,
     ValueStatistics,
     gathered,
     sqnr,
 )
-from gptoss_convert.engine.fingerprint import by_layer, in_words
+from gptoss_convert.engine.fingerprint import by_layer, listing
 from gptoss_convert.engine.steps import Plan, Step
 from gptoss_convert.layouts.extents import volume
 
@@ -80,7 +80,7 @@ class Compared:
     first: Element | None
     worst: Element | None
     looks: str | None
-    pieces: tuple[Piece, ...]
+    experts: tuple[ExpertDigests, ...]
     fingerprint: int
     target_fingerprint: int
     statistics: StepStatistics | None = None
@@ -96,11 +96,11 @@ def summed_up(plan: Plan, compared: Sequence[Compared]) -> ValuesReport:
         groups[step.family.weight, layer].append(result)
     ours = by_layer(plan, ((one.step, one.fingerprint) for one in compared))
     theirs = by_layer(plan, ((one.step, one.target_fingerprint) for one in compared))
-    report.parameters = {weight: in_words(layers) for weight, layers in ours.items()}
-    report.target_parameters = {weight: in_words(layers) for weight, layers in theirs.items()}
+    report.parameters = {weight: listing(layers) for weight, layers in ours.items()}
+    report.target_parameters = {weight: listing(layers) for weight, layers in theirs.items()}
     told = [(plan.steps[one.step], one.statistics) for one in compared if one.statistics]
     report.statistics = gathered(told) if told else None
-    known = {weight: homes(_pieces(compared, plan, weight)) for weight in report.parameters}
+    known = {weight: homes(_digests(compared, plan, weight)) for weight in report.parameters}
     for (weight, layer), results in groups.items():
         steps = [plan.steps[result.step] for result in results]
         report.elements += sum(volume(step.box) for step in steps)
@@ -110,10 +110,10 @@ def summed_up(plan: Plan, compared: Sequence[Compared]) -> ValuesReport:
     return report
 
 
-def _pieces(compared: Sequence[Compared], plan: Plan, weight: str) -> Iterator[Piece]:
+def _digests(compared: Sequence[Compared], plan: Plan, weight: str) -> Iterator[ExpertDigests]:
     for result in compared:
         if plan.steps[result.step].family.weight == weight:
-            yield from result.pieces
+            yield from result.experts
 
 
 def _difference(
@@ -123,7 +123,7 @@ def _difference(
     results: Sequence[Compared],
     known: Homes,
 ) -> Difference:
-    moved = misplaced((piece for result in results for piece in result.pieces), known)
+    moved = misplaced((one for result in results for one in result.experts), known)
     firsts = [result.first for result in results if result.first]
     worsts = [result.worst for result in results if result.worst]
     return Difference(

@@ -17,7 +17,7 @@ from gptoss_convert.containers import FileImage, Image, content_size
 from gptoss_convert.containers.paths import read_text, safe_name
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.engine import anomalies
-from gptoss_convert.engine.fingerprint import by_layer, in_words
+from gptoss_convert.engine.fingerprint import by_layer, listing
 from gptoss_convert.engine.records import Done, Region
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import InputError, IntegrityError
@@ -112,7 +112,7 @@ def manifest(
         "schema": SCHEMA,
         **header,
         "files": files,
-        "parameters": {weight: in_words(found) for weight, found in layers.items()},
+        "parameters": {weight: listing(found) for weight, found in layers.items()},
         "mxfp4": _scales(plan, done.values()),
         "oddities": anomalies.summary(plan, {n: result.anomalies for n, result in done.items()}),
     }

@@ -7,7 +7,6 @@ import secrets
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,19 @@ from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.conversion.publish import journal_path, locked_journal, work_path
 from gptoss_convert.conversion.resume import same_bytes
-from gptoss_convert.engine.execute import places
+from gptoss_convert.engine.execute import written_ranges
 from gptoss_convert.engine.records import Done, Region
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import DiskError, UsageError
 from gptoss_convert.machine.files import PAGE, Arena, SourceFiles
+from gptoss_convert.machine.partition import contiguous
 from gptoss_convert.machine.ranks import Ranks
 
 
-def deal(plan: Plan, numbers: Sequence[int], ranks: int) -> list[Sequence[int]]:
-    """The steps of these numbers, in the order of the target's bytes, in one run a rank."""
+def shares_of(plan: Plan, numbers: Sequence[int], ranks: int) -> list[Sequence[int]]:
+    """For each rank its share of the steps of these numbers, in the order of the target's bytes."""
     sizes = [plan.steps[number].moved_bytes() for number in numbers]
-    return [numbers[run.start : run.stop] for run in runs(sizes, ranks)]
+    return [numbers[part.start : part.stop] for part in contiguous(sizes, ranks)]
 
 
 def spread(plan: Plan, numbers: Sequence[int]) -> list[int]:
@@ -48,32 +48,6 @@ def spread(plan: Plan, numbers: Sequence[int]) -> list[int]:
     ]
 
 
-def runs(sizes: Sequence[int], count: int) -> list[range]:
-    """So many runs of indexes; the largest sum of sizes of a run is as small as can be."""
-    low, high = max([-(-sum(sizes) // count), *sizes]), sum(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        if len(_ends(sizes, middle)) <= count:
-            high = middle
-        else:
-            low = middle + 1
-    ends = _ends(sizes, low)
-    ends += [len(sizes)] * (count - len(ends))
-    return [range(start, end) for start, end in pairwise([0, *ends])]
-
-
-def _ends(sizes: Sequence[int], limit: int) -> list[int]:
-    """Where runs end that are as long as `limit` bytes allow."""
-    ends: list[int] = []
-    total = 0
-    for index, size in enumerate(sizes):
-        if total + size > limit:
-            ends.append(index)
-            total = 0
-        total += size
-    return [*ends, len(sizes)]
-
-
 def seams(
     plan: Plan, shares: Sequence[Sequence[int]], mine: int, done: Mapping[int, Done]
 ) -> Iterator[Region]:
@@ -81,7 +55,7 @@ def seams(
     ranks: dict[tuple[str, int], set[int]] = defaultdict(set)
     for rank, numbers in enumerate(shares):
         for number in numbers:
-            for file, offset, length in places(plan.steps[number]):
+            for file, offset, length in written_ranges(plan.steps[number]):
                 for page in _ragged(offset, length):
                     ranks[file, page].add(rank)
     for number in shares[mine]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.conversion.publish import work_path
-from gptoss_convert.engine.execute import places
+from gptoss_convert.engine.execute import written_ranges
 from gptoss_convert.engine.records import Done, Region
 from gptoss_convert.errors import DiskError, IntegrityError
 from gptoss_convert.machine.files import Arena, SourceFiles
@@ -24,7 +24,7 @@ def intact(
     known = {
         number: done
         for number, done in recorded.items()
-        if number < len(steps) and _places(done) == places(steps[number])
+        if number < len(steps) and _places(done) == written_ranges(steps[number])
     }
     if not known or conversion.options.trust_journal:
         return known

@@ -21,10 +21,10 @@ from gptoss_convert.conversion.outcome import (
     state_losses,
 )
 from gptoss_convert.conversion.partition import (
-    deal,
     require_kept,
     require_same_plan,
     require_shared,
+    shares_of,
     spread,
 )
 from gptoss_convert.conversion.plan import Conversion, plan
@@ -239,7 +239,7 @@ def _execute(
     conversion, ranks, plan = job.conversion, job.ranks, job.conversion.plan
     before = intact(conversion, known, job.progress, ranks)
     left = [number for number in range(len(plan.steps)) if number not in before]
-    shares = deal(plan, left, ranks.size)
+    shares = shares_of(plan, left, ranks.size)
     mine = shares[ranks.rank]
     if ranks.rank:
         _open(conversion, files, mine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,13 +48,13 @@ class Part:
             if common := overlap(source.box, self.box):
                 relayout.copy(source.view(common), self.view(common))
 
-    def runs(self, gap: int = 0) -> Iterator[tuple[int, int, int]]:
-        """The contiguous runs of this part, as (byte of the file, position in the arena, length).
+    def byte_ranges(self, gap: int = 0) -> Iterator[tuple[int, int, int]]:
+        """Its contiguous ranges of bytes, as (byte of the file, position in the arena, length).
 
-        See `runs` for `gap`.
+        See `byte_ranges` for `gap`.
         """
         first = self.extent.at(self.box)
-        for skip, length in runs(self.extent, self.box, gap):
+        for skip, length in byte_ranges(self.extent, self.box, gap):
             yield first + skip, self.position + skip, length
 
 
@@ -87,16 +88,14 @@ class StepReader:
 
 def lay_out(step: Step, extents: Sequence[Extent], arena: Arena) -> dict[str, list[Part]]:
     """By parameter, a place in the arena for each part of the step's box that the extents hold."""
-    places: dict[str, list[Part]] = {}
-    for param in dict.fromkeys(extent.param for extent in extents):
-        places[param] = []
-        for extent, box in step.of(extents, param):
-            position = arena.take(extent.span(box), extent.at(box) % PAGE)
-            shape = tuple(hi - lo for lo, hi in box)
-            dtype = _FLOATS.get(extent.dtype) or _BITS[DTYPE_BYTES[extent.dtype]]
-            array = np.ndarray(shape, dtype, arena.memory, position, extent.strides)
-            places[param].append(Part(extent, box, position, array))
-    return places
+    laid_out: dict[str, list[Part]] = defaultdict(list)
+    for extent, box in step.parts(extents):
+        position = arena.take(extent.span(box), extent.at(box) % PAGE)
+        shape = tuple(hi - lo for lo, hi in box)
+        dtype = _FLOATS.get(extent.dtype) or _BITS[DTYPE_BYTES[extent.dtype]]
+        array = np.ndarray(shape, dtype, arena.memory, position, extent.strides)
+        laid_out[extent.param].append(Part(extent, box, position, array))
+    return laid_out
 
 
 def scratch(like: Part, box: Box, arena: Arena) -> Part:
@@ -163,27 +162,27 @@ def read(part: Part, sources: ByteSource, arena: Arena) -> int:
     if 2 * useful >= span:
         sources.read(extent.file, first, span, arena, part.position)
     else:
-        for offset, position, length in part.runs(gap=PAGE):
+        for offset, position, length in part.byte_ranges(gap=PAGE):
             sources.read(extent.file, offset, length, arena, position)
     return useful
 
 
-def runs(extent: Extent, box: Box, gap: int = 0) -> Iterator[tuple[int, int]]:
-    """The contiguous byte runs of a box, as (distance from its first element, length).
+def byte_ranges(extent: Extent, box: Box, gap: int = 0) -> Iterator[tuple[int, int]]:
+    """The contiguous ranges of bytes of a box, as (distance from its first element, length).
 
-    Runs that are at most `gap` bytes apart are joined, with what lies between them.
+    Ranges that are at most `gap` bytes apart are joined, with what lies between them.
     """
-    run = DTYPE_BYTES[extent.dtype]
+    length = DTYPE_BYTES[extent.dtype]
     outer: list[range] = []
     axes = sorted(
         (stride, hi - lo)
         for (lo, hi), stride in zip(box, extent.strides, strict=True)
         if hi - lo > 1
     )
-    for stride, length in axes:
-        if stride <= run + gap and not outer:
-            run += stride * (length - 1)
+    for stride, count in axes:
+        if stride <= length + gap and not outer:
+            length += stride * (count - 1)
         else:
-            outer.append(range(0, stride * length, stride))
+            outer.append(range(0, stride * count, stride))
     for skips in itertools.product(*reversed(outer)):
-        yield sum(skips), run
+        yield sum(skips), length

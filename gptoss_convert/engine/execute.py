@@ -12,7 +12,7 @@ from isal import isal_zlib
 from gptoss_convert.codecs.mxfp4 import jit
 from gptoss_convert.codecs.stats import EncodeStats
 from gptoss_convert.engine.anomalies import examine
-from gptoss_convert.engine.buffers import Parts, StepReader, lay_out, runs, scratch
+from gptoss_convert.engine.buffers import Parts, StepReader, byte_ranges, lay_out, scratch
 from gptoss_convert.engine.fingerprint import MASK
 from gptoss_convert.engine.records import Digest, Done, Effect, Region
 from gptoss_convert.engine.steps import Plan, Step
@@ -68,14 +68,14 @@ class _Worker:
         self._reader.begin()
         held, nbytes = self._reader.read(step, step.sources)
         weight, beside = step.split_targets()
-        places = lay_out(step, beside, self._arena)
-        work = Work(step, held, {**places, **self._scratch(step, held)})
+        outputs = lay_out(step, beside, self._arena)
+        work = Work(step, held, {**outputs, **self._scratch(step, held)})
         effect = work.run(step.recipe.first)
         held = dict(work.held)
         effect += work.run(step.recipe.whole)
         scales = work.statistics()
         written = _Written()
-        self._write(places, written)
+        self._write(outputs, written)
         if weight:
             digests, more = self._make_weight(step, held, weight, written)
             effect += more
@@ -98,11 +98,11 @@ class _Worker:
         mark = self._arena.mark()
         for piece in step.pieces():
             self._arena.rewind(mark)
-            places = lay_out(piece, weight, self._arena)
-            part = Work(piece, held, places)
+            outputs = lay_out(piece, weight, self._arena)
+            part = Work(piece, held, outputs)
             effect += part.run(piece.recipe.by_piece)
             digests.append(part.digest(EncodeStats()))
-            self._write(places, written)
+            self._write(outputs, written)
         return digests, effect
 
     def _scratch(self, step: Step, held: Parts) -> Parts:
@@ -112,10 +112,10 @@ class _Worker:
         like = next(iter(held.values()))[0]
         return {step.family.weight: [scratch(like, step.box, self._arena)]}
 
-    def _write(self, places: Parts, written: _Written) -> None:
+    def _write(self, outputs: Parts, written: _Written) -> None:
         memory = memoryview(self._arena.memory)
-        for part in itertools.chain(*places.values()):
-            for offset, position, length in part.runs():
+        for part in itertools.chain(*outputs.values()):
+            for offset, position, length in part.byte_ranges():
                 written.add(part.extent, offset, memory[position : position + length])
                 self._targets.write(part.extent.file.name, offset, length, self._arena, position)
 
@@ -141,11 +141,10 @@ class _Written:
         return tuple(itertools.chain(*self._regions.values()))
 
 
-def places(step: Step) -> set[tuple[str, int, int]]:
+def written_ranges(step: Step) -> set[tuple[str, int, int]]:
     """Every run of bytes that a step writes: file, offset, length."""
     return {
         (extent.file.name, extent.at(box) + skip, length)
-        for param in step.recipe.makes
-        for extent, box in step.of(step.targets, param)
-        for skip, length in runs(extent, box)
+        for extent, box in step.parts(step.targets)
+        for skip, length in byte_ranges(extent, box)
     }

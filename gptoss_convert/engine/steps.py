@@ -61,11 +61,14 @@ class Step:
         """The step's box in the axes of a parameter that its recipe knows."""
         return self.recipe.boxes[param](self.box)
 
-    def of(self, extents: Iterable[Extent], param: str) -> Iterator[tuple[Extent, Box]]:
-        """The extents that hold `param`, each with its part of the step's box."""
-        box = self.box_of(param)
+    def parts(self, extents: Iterable[Extent]) -> Iterator[tuple[Extent, Box]]:
+        """The extents, in their order, that hold a part of the step's box, and that part."""
+        boxes: dict[str, Box] = {}
         for extent in extents:
-            if extent.param == param and (part := overlap(extent.box, box)):
+            box = boxes.get(extent.param)
+            if box is None:
+                boxes[extent.param] = box = self.box_of(extent.param)
+            if part := overlap(extent.box, box):
                 yield extent, part
 
     def moved_bytes(self) -> int:
@@ -215,10 +218,13 @@ def _cells(
 
 
 def _check_cover(side: str, step: Step, extents: Sequence[Extent], params: Iterable[str]) -> None:
+    found: dict[tuple[str, bool], list[Box]] = defaultdict(list)
+    for extent, part in step.parts(extents):
+        found[extent.param, extent.alias].append(part)
     for param in params:
         whole = step.box_of(param)
         for alias in {extent.alias for extent in extents}:
-            parts = [part for extent, part in step.of(extents, param) if extent.alias == alias]
+            parts = found[param, alias]
             if parts == [whole] or (alias and not parts):
                 continue
             twice = not disjoint(parts)
@@ -273,11 +279,7 @@ def _slowest(extent: Extent, box: Box) -> int:
 
 
 def _span(step: Step, extents: Sequence[Extent]) -> int:
-    total = 0
-    for member in {extent.param for extent in extents}:
-        for extent, part in step.of(extents, member):
-            total += extent.span(part) + 2 * PAGE
-    return total
+    return sum(extent.span(part) + 2 * PAGE for extent, part in step.parts(extents))
 
 
 def _totals(steps: Sequence[Step]) -> tuple[int, int, int]:
@@ -288,6 +290,5 @@ def _totals(steps: Sequence[Step]) -> tuple[int, int, int]:
 
 
 def _payload(step: Step, extents: Sequence[Extent]) -> int:
-    members = {extent.param for extent in extents}
-    parts = (part for member in members for part in step.of(extents, member))
+    parts = step.parts(extents)
     return sum(volume(box) * DTYPE_BYTES[extent.dtype] for extent, box in parts)

@@ -22,12 +22,12 @@ from gptoss_convert.layouts.model import Encoding
 
 
 class Work:
-    """A step's box at work: `held` is what is known, `places` are for what is to be made."""
+    """A step's box at work: `held` is what is known, `outputs` are to be filled."""
 
-    def __init__(self, step: Step, held: Parts, places: Parts) -> None:
+    def __init__(self, step: Step, held: Parts, outputs: Parts) -> None:
         self.step = step
         self.held = dict(held)
-        self.places = places
+        self.outputs = outputs
 
     def run(self, chain: Iterable[Derivation]) -> Effect:
         """Run derivations in order."""
@@ -37,18 +37,18 @@ class Work:
         return effect
 
     def made(self, *params: str) -> None:
-        """The places of these parameters are filled: hold them for the derivations that follow."""
-        self.held |= {param: self.places[param] for param in params}
+        """The outputs of these parameters are filled: hold them for the derivations that follow."""
+        self.held |= {param: self.outputs[param] for param in params}
 
     def gather(self, param: str) -> Array:
         """What is held of a parameter for the step's box, as one view."""
         return gather(joined(self.held[param]), self.step.box_of(param))
 
     def copy(self, param: str) -> None:
-        """Fill the places of a parameter with what is held of it."""
+        """Fill the outputs of a parameter with what is held of it."""
         held = joined(self.held[param])
-        for place in joined(self.places[param]):
-            place.fill(held)
+        for output in joined(self.outputs[param]):
+            output.fill(held)
         self.made(param)
 
     def cast(self, weight: str) -> int:
@@ -65,38 +65,38 @@ class Work:
         return changed
 
     def decode(self, weight: str, encoding: Encoding) -> None:
-        """Fill the places of a weight; raises IntegrityError for what has no finite value."""
+        """Fill the outputs of a weight; raises IntegrityError for what has no finite value."""
         block = encoding.codec.block
-        for place in joined(self.places[weight]):
-            (lo, hi) = place.box[-1]
+        for output in joined(self.outputs[weight]):
+            (lo, hi) = output.box[-1]
             first, last = lo // block * block, -(-hi // block) * block
             whole = (first, last) == (lo, hi)
-            values = place.array
+            values = output.array
             if not whole:
-                values = np.empty((*place.array.shape[:-1], last - first), np.uint16)
-            step = self.step.part(place.box)
+                values = np.empty((*output.array.shape[:-1], last - first), np.uint16)
+            step = self.step.part(output.box)
             try:
                 encoding.codec.decode(self._members(step, encoding), values)
             except CodecError as error:
                 param = encoding.params[-1]
                 raise self._refused(param, step.box_of(param), error) from None
             if not whole:
-                relayout.copy(values[..., lo - first : hi - first], place.array)
+                relayout.copy(values[..., lo - first : hi - first], output.array)
         self.made(weight)
 
     def encode(self, weight: str, encoding: Encoding, guides: Sequence[str]) -> EncodeStats:
-        """Fill the places of an encoding; raises IntegrityError for infinities and NaN."""
-        places = {param: joined(self.places[param]) for param in encoding.params}
-        rooms = {param: self._room(param, places[param]) for param in encoding.params}
+        """Fill the outputs of an encoding; raises IntegrityError for infinities and NaN."""
+        outputs = {param: joined(self.outputs[param]) for param in encoding.params}
+        rooms = {param: self._room(param, outputs[param]) for param in encoding.params}
         stats = encoding.codec.encode(
             self.gather(weight),
             {member: rooms[param].array for member, param in encoding.by_member()},
             {m: self.gather(param) for m, param in encoding.by_member() if param in guides},
         )
         for param, room in rooms.items():
-            for place in places[param]:
-                if place is not room:
-                    place.fill([room])
+            for output in outputs[param]:
+                if output is not room:
+                    output.fill([room])
         self.made(*encoding.params)
         if stats.nonfinite:
             what = f"{stats.nonfinite} values are infinite or NaN"
@@ -134,10 +134,10 @@ class Work:
             for member, param in encoding.by_member()
         }
 
-    def _room(self, param: str, places: Sequence[Part]) -> Part:
-        """Where a parameter is made: the target's place if it is in one piece, else one to copy."""
+    def _room(self, param: str, outputs: Sequence[Part]) -> Part:
+        """Where a parameter is made: the output if it is in one piece, else to be copied there."""
         box = self.step.box_of(param)
-        return places[0] if len(places) == 1 and places[0].box == box else loose(places[0], box)
+        return outputs[0] if len(outputs) == 1 and outputs[0].box == box else loose(outputs[0], box)
 
     def _refused(self, param: str, box: Box, why: object) -> IntegrityError:
         return IntegrityError(f"{self.held[param][0].extent.tensor}: box {_show(box)}: {why}")

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 Result = TypeVar("Result")
-Work = Callable[[int], tuple[Result, int]]
+Task = Callable[[int], tuple[Result, int]]
 """Does the step of a number; returns its result and the bytes it moved."""
 
 
 def run_all(
     numbers: Iterable[int],
-    new_worker: Callable[[], Work[Result]],
+    new_worker: Callable[[], Task[Result]],
     *,
     workers: int,
     finished: Callable[[list[Result]], None],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.containers.json_records import from_json, to_json
-from gptoss_convert.machine.deal import deal
+from gptoss_convert.machine.partition import balanced
 from gptoss_convert.machine.ranks import Ranks
 from gptoss_convert.witness import forward, metrics
 from gptoss_convert.witness.forward import Numerics
@@ -87,7 +87,7 @@ class Pass:
 
     def observe(self, batches: Sequence[tuple[TokenSequence, ...]]) -> list[Observed]:
         """What every batch shows, in their order; each is computed by one of the ranks."""
-        dealt = deal([_cost(batch) for batch in batches], self.ranks.size)
+        dealt = balanced([_cost(batch) for batch in batches], self.ranks.size)
         pairs = [*zip(batches, dealt, strict=True)]
         found = self._walk([batch for batch, rank in pairs if rank == self.ranks.rank])
         if self.ranks.size == 1:

@@ -30,6 +30,9 @@ NO_HINT = 255
 def bf16_bits(values: NDArray[np.float32]) -> U16:
     """BF16 bits of `values`, rounded to nearest even; NaN stays NaN, overflow is an infinity."""
     bits = values.view(np.uint32)
+    # BF16 is the upper half of float32. Adding just under half of its last place, and one more if
+    # that place is odd, carries into it exactly where nearest-even rounds up; the same carry makes
+    # an infinity of what overflows. A NaN could carry too: it is cut off, and kept a NaN by 0x40.
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
@@ -66,6 +69,7 @@ def encode_blocks(values: U16, hints: U8) -> tuple[U8, U8, EncodeStats]:
     magnitude[~finite] = np.inf
     amax = np.max(np.where(finite, magnitude, 0.0), axis=-1)
     zero = (amax == 0) & finite.all(axis=-1)
+    # frexp counts from 1/2, so its exponent is floor(log2 amax) + 1; then - 2, and E8M0's bias 127.
     rule = np.where(amax == 0, 0, np.clip(np.frexp(amax)[1] + 124, 0, MAX_SCALE)).astype(np.uint8)
     hinted = (hints != rule) & (hints <= np.where(zero, MAX_SCALE, NO_HINT - 1))
     if hinted.any():
@@ -75,6 +79,7 @@ def encode_blocks(values: U16, hints: U8) -> tuple[U8, U8, EncodeStats]:
     codes = _nearest(ratio)
     error = np.where(finite, np.abs(GRID[codes] - ratio), np.inf)
     stats = _stats(magnitude, scales, ratio, codes, error, zero)
+    # The sign goes from bit 15 of BF16 to bit 3 of a code; the first of two codes is the low nibble.
     signed: U8 = codes | ((values >> 12) & 8).astype(np.uint8)
     blocks: U8 = (signed[..., 0::2] | (signed[..., 1::2] << 4)).astype(np.uint8)
     return blocks, scales, stats + EncodeStats(hinted_blocks=int(np.count_nonzero(hinted)))
