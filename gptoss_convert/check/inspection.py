@@ -81,7 +81,11 @@ def _inspected(checkpoint: Checkpoint) -> Inspection:
     return Inspection(
         checkpoint,
         {name: (checkpoint.root / name).stat().st_size for name in names},
-        dict(Counter(dtype for _, dtype in {(c.tensor, c.dtype) for c in checkpoint.chunks})),
+        dict(
+            Counter(
+                dtype for _, dtype in dict.fromkeys((c.tensor, c.dtype) for c in checkpoint.chunks)
+            )
+        ),
         tuple(fold_tensors(checkpoint.chunks, (tensor.name for tensor in order))),
         parameters,
         sum(chunk.nbytes for chunk in checkpoint.chunks),

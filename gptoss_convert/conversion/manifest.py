@@ -22,6 +22,7 @@ from gptoss_convert.engine.records import Done, Region
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.formats.checkpoint import MANIFEST
+from gptoss_convert.layouts.model import load_model
 
 NAME = MANIFEST
 SCHEMA = 1
@@ -113,7 +114,7 @@ def manifest(
         **header,
         "files": files,
         "parameters": {weight: listing(found) for weight, found in layers.items()},
-        "mxfp4": _scales(plan, done.values()),
+        **_scales(plan, done.values()),
         "oddities": anomalies.summary(plan, {n: result.anomalies for n, result in done.items()}),
     }
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
@@ -141,19 +142,24 @@ def joined_crc(
     return crc
 
 
-def _scales(plan: Plan, done: Iterable[Done]) -> dict[str, dict[str, Any]]:
-    """Statistics of the MXFP4 scales, by weight."""
-    found: dict[str, ScaleStatistics] = defaultdict(ScaleStatistics)
+def _scales(plan: Plan, done: Iterable[Done]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Statistics of blocks and scales that are read or written, by codec and weight."""
+    found: dict[str, dict[str, ScaleStatistics]] = {name: {} for name in load_model().codecs}
     for result in done:
-        if result.scales.blocks:
-            found[plan.steps[result.step].family.weight] += result.scales
+        recipe = plan.steps[result.step].recipe
+        if recipe.measured is not None and result.scales.blocks:
+            weights, weight = found[recipe.measured.codec.name], recipe.family.weight
+            weights[weight] = weights.get(weight, ScaleStatistics()) + result.scales
     return {
-        weight: {
-            "blocks": scales.blocks,
-            "zero_blocks": scales.zero_blocks,
-            "ambiguous_blocks": scales.low_blocks,
-            "min_scale": scales.min_scale,
-            "max_scale": scales.max_scale,
+        codec: {
+            weight: {
+                "blocks": scales.blocks,
+                "zero_blocks": scales.zero_blocks,
+                "ambiguous_blocks": scales.low_blocks,
+                "min_scale": scales.min_scale,
+                "max_scale": scales.max_scale,
+            }
+            for weight, scales in weights.items()
         }
-        for weight, scales in found.items()
+        for codec, weights in found.items()
     }

@@ -5,34 +5,21 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
-from gptoss_convert.codecs.stats import EncodeStats, ScaleStatistics
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.engine.anomalies import is_vector, tensors_of, zero_matrices
-from gptoss_convert.engine.records import Done
+from gptoss_convert.engine.records import Done, Effect
 from gptoss_convert.errors import CodecError, IntegrityError
 from gptoss_convert.layouts.folding import fold
 from gptoss_convert.machine.progress import Progress
 
 
-@dataclass
-class Outcome:
-    """What the steps of one weight did beyond moving bits."""
-
-    encoded: EncodeStats = field(default_factory=EncodeStats)
-    scales: ScaleStatistics = field(default_factory=ScaleStatistics)
-    cast_values: int = 0
-
-
-def outcomes_of(conversion: Conversion, done: Iterable[Done]) -> dict[str, Outcome]:
+def outcomes_of(conversion: Conversion, done: Iterable[Done]) -> dict[str, Effect]:
     """What the steps did, by weight."""
-    outcomes: dict[str, Outcome] = defaultdict(Outcome)
+    outcomes: dict[str, Effect] = defaultdict(Effect)
     for result in done:
-        outcome = outcomes[conversion.plan.steps[result.step].family.weight]
-        outcome.encoded += result.encoded
-        outcome.scales += result.scales
-        outcome.cast_values += result.cast_values
+        weight = conversion.plan.steps[result.step].family.weight
+        outcomes[weight] += Effect(result.encoded, result.cast_values)
     return dict(outcomes)
 
 
@@ -60,22 +47,23 @@ def refuse_zeros(conversion: Conversion, done: Mapping[int, Done]) -> None:
 
 
 def state_losses(
-    conversion: Conversion, outcomes: Mapping[str, Outcome], progress: Progress
+    conversion: Conversion, outcomes: Mapping[str, Effect], progress: Progress
 ) -> None:
     """Say, by weight, what rounding lost; raise CodecError unless that was asked for."""
+    encodings = {step.family.weight: step.recipe.encoding for step in conversion.plan.steps}
     lossy: list[str] = []
     for weight, outcome in outcomes.items():
         if outcome.cast_values:
             progress.note(f"{weight}: {outcome.cast_values} values rounded to BF16")
         stats = outcome.encoded
-        if stats.inexact_blocks:
-            share = stats.inexact_blocks / stats.blocks
+        if (encoding := encodings[weight]) and stats.inexact_blocks:
+            share, form = stats.inexact_blocks / stats.blocks, encoding.codec.name.upper()
             noise = (
                 10 * math.log10(stats.squares / stats.squared_error) if stats.squared_error else 0
             )
             lossy.append(
                 f"{weight}: {stats.inexact_blocks} of {stats.blocks} blocks ({share:.1%}) are not "
-                f"exact in MXFP4: {stats.inexact_values} values rounded, {stats.clipped} clipped, "
+                f"exact in {form}: {stats.inexact_values} values rounded, {stats.clipped} clipped, "
                 f"{stats.flushed} flushed to zero, SQNR {noise:.1f} dB"
             )
     if lossy and not conversion.options.lossy:

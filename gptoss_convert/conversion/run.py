@@ -14,7 +14,6 @@ from gptoss_convert.conversion import manifest
 from gptoss_convert.conversion.journal import Journal, recorded
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.outcome import (
-    Outcome,
     outcomes_of,
     refuse_nonfinite,
     refuse_zeros,
@@ -39,7 +38,7 @@ from gptoss_convert.conversion.publish import (
 )
 from gptoss_convert.conversion.resume import intact
 from gptoss_convert.engine.execute import execute
-from gptoss_convert.engine.records import Done
+from gptoss_convert.engine.records import Done, Effect
 from gptoss_convert.errors import UsageError
 from gptoss_convert.hub.stream import ShardStream
 from gptoss_convert.machine import resources
@@ -57,7 +56,7 @@ class Report:
     peak_memory: int
     resumed_steps: int
     """Steps that an interrupted run had finished before."""
-    outcomes: Mapping[str, Outcome]
+    outcomes: Mapping[str, Effect]
     """By weight."""
 
     def summary(self) -> dict[str, Any]:

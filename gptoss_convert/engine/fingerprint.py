@@ -39,8 +39,8 @@ _SHORT = 64
 @cache
 def axis_weights(axis: int, length: int) -> U64:
     """The odd weights of the first `length` indexes of a parameter's axis (splitmix64)."""
-    # splitmix64 (Steele, Lea, Flood 2014) makes unrelated words of consecutive seeds; 2^40 apart, the
-    # axes share none. An odd weight has an inverse modulo 2^64, hence a change of one element shows.
+    # splitmix64 (Steele, Lea, Flood 2014) makes unrelated words of consecutive seeds; 2^40 apart,
+    # axes share none. An odd weight has an inverse modulo 2^64, so a change of an element shows.
     with np.errstate(over="ignore"):
         x = np.arange(1, length + 1, dtype=np.uint64) + np.uint64((axis + 1) << 40)
         x *= np.uint64(0x9E3779B97F4A7C15)

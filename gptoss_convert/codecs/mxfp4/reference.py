@@ -79,7 +79,7 @@ def encode_blocks(values: U16, hints: U8) -> tuple[U8, U8, EncodeStats]:
     codes = _nearest(ratio)
     error = np.where(finite, np.abs(GRID[codes] - ratio), np.inf)
     stats = _stats(magnitude, scales, ratio, codes, error, zero)
-    # The sign goes from bit 15 of BF16 to bit 3 of a code; the first of two codes is the low nibble.
+    # The sign goes from bit 15 of BF16 to bit 3 of a code; of two codes the first is the low one.
     signed: U8 = codes | ((values >> 12) & 8).astype(np.uint8)
     blocks: U8 = (signed[..., 0::2] | (signed[..., 1::2] << 4)).astype(np.uint8)
     return blocks, scales, stats + EncodeStats(hinted_blocks=int(np.count_nonzero(hinted)))
