@@ -126,9 +126,9 @@ def test_without_torchruns_store_there_is_no_run(monkeypatch: pytest.MonkeyPatch
     run = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for name, value in (launch | store | run).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("gptoss_convert.machine.ranks._PATIENCE", 0.1)
+    monkeypatch.setattr("gptoss_convert.machine.introduction._PATIENCE", 0.1)
     child = "import sys; sys.exit(1)"
-    monkeypatch.setattr("gptoss_convert.machine.ranks._INTRODUCTION", child)
+    monkeypatch.setattr("gptoss_convert.machine.introduction._INTRODUCTION", child)
     with pytest.raises(NetworkError, match=r"rank 1 of 2: no connection: torchrun's store"):
         join()
 

@@ -2,39 +2,32 @@
 
 Every rank holds a connection to rank 0 over which plain JSON values travel, a line each. Whoever
 fails says so; whoever is killed is noticed by the end of its connection: either way rank 0 tells
-the others, whose next call raises RankError. torch only introduces the ranks to one another, in a
-process of its own that ends before the work begins (docs/decisions/0007-ranks.md).
+the others, whose next call raises RankError.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-import gptoss_convert
 from gptoss_convert.errors import EXIT_LOST, NetworkError, RankError
+from gptoss_convert.machine.introduction import accepted, connected
 from gptoss_convert.machine.terminal import printable
 
-_PATIENCE = 300.0
-"""Seconds in which all ranks must have found one another."""
 _SILENCE = 10
 """Seconds without an answer after which a machine counts as gone."""
 _GRACE = 5.0
 """Seconds in which a rank may end by itself when another one has failed."""
-_KEY = "gptoss-convert"
-_INTRODUCTION = f"from {__name__} import introduce; introduce()"
 _RUN = "TORCHELASTIC_RUN_ID"
 """What torchrun alone sets: RANK and WORLD_SIZE stand in the environment of many jobs."""
 
@@ -252,7 +245,7 @@ def join() -> Ranks:
 def _met(ranks: Ranks) -> Ranks:
     """The same, connected with the others."""
     try:
-        ranks.connect(_accepted(ranks) if ranks.rank == 0 else {0: _connected(ranks)})
+        ranks.connect(accepted(ranks.size) if ranks.rank == 0 else {0: connected(ranks.rank)})
     except (OSError, ValueError) as error:
         raise NetworkError(f"rank {ranks.rank} of {ranks.size}: no connection: {error}") from None
     ranks.name_hosts(ranks.gather(ranks.host))
@@ -268,90 +261,3 @@ def _insist(ranks: Ranks) -> None:
         print(f"error: {reason}", file=sys.stderr, flush=True)
         ranks.note(f"error: {reason}")
         os._exit(reason.exit_code)
-
-
-def _accepted(ranks: Ranks) -> dict[int, socket.socket]:
-    """A connection from every other rank; the first line on each is the run's secret and a rank."""
-    secret = secrets.token_hex(16)
-    peers: dict[int, socket.socket] = {}
-    deadline = time.monotonic() + _PATIENCE
-    with socket.create_server(("", 0), backlog=ranks.size) as server:
-        server.settimeout(1.0)
-        with _introduction(json.dumps([server.getsockname()[1], secret])) as child:
-            while len(peers) < ranks.size - 1:
-                if child.poll() is not None or time.monotonic() > deadline:
-                    raise OSError(f"{ranks.size - 1 - len(peers)} of the others did not come")
-                try:
-                    connection, _ = server.accept()
-                except TimeoutError:
-                    continue
-                connection.settimeout(_SILENCE)
-                rank = _greeting(connection, secret)
-                if rank is None or rank in peers or not 0 < rank < ranks.size:
-                    connection.close()
-                else:
-                    peers[rank] = connection
-    return dict(sorted(peers.items()))
-
-
-def _greeting(connection: socket.socket, secret: str) -> int | None:
-    """The rank that a connection says it is, None for a stranger."""
-    expected = len(secret) + 8
-    text = b""
-    with suppress(OSError):
-        while len(text) < expected and (piece := connection.recv(expected - len(text))):
-            text += piece
-    said, _, rank = text.partition(b" ")
-    known = secrets.compare_digest(said, secret.encode()) and rank.isdigit()
-    return int(rank) if known else None
-
-
-def _connected(ranks: Ranks) -> socket.socket:
-    """A connection to rank 0."""
-    with _introduction("") as child:
-        assert child.stdout is not None
-        line = child.stdout.readline()
-    if not line:
-        raise OSError("torchrun's store did not tell where rank 0 is")
-    port, secret = json.loads(line)
-    connection = socket.create_connection((os.environ["MASTER_ADDR"], port), _PATIENCE)
-    connection.sendall(f"{secret} {ranks.rank:07d}".encode())
-    return connection
-
-
-@contextmanager
-def _introduction(told: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process with torch, which hands rank 0's port and secret to the other ranks."""
-    home = str(Path(gptoss_convert.__file__).parent.parent)
-    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-c", _INTRODUCTION, told],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-    )
-    try:
-        yield child
-    except BaseException:
-        child.kill()
-        raise
-    finally:
-        child.communicate()
-
-
-def introduce() -> None:
-    """What the child does: set or get one value in torchrun's store, then wait to be let go."""
-    from datetime import timedelta
-
-    from torch.distributed.rendezvous import rendezvous
-
-    try:
-        meeting = rendezvous("env://", timeout=timedelta(seconds=_PATIENCE))
-        store, rank, _ = next(meeting)
-        if rank == 0:
-            store.set(_KEY, sys.argv[1])
-        else:
-            print(store.get(_KEY).decode(), flush=True)
-    except RuntimeError as error:
-        sys.exit(str(error).partition("\n")[0])
-    sys.stdin.read()
