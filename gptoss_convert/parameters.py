@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gptoss_convert.containers import DTYPE_BYTES
 from gptoss_convert.containers.refs import FileRef
-from gptoss_convert.engine.buffers import Part, StepReader
+from gptoss_convert.engine.buffers import Part, StepReader, array_type
 from gptoss_convert.engine.derivations import choose
 from gptoss_convert.engine.steps import TILE_BYTES, Step
 from gptoss_convert.engine.work import Work
@@ -191,8 +191,7 @@ class Parameter:
 
     def _read(self, box: Box) -> NDArray[Any]:
         """The elements of `box`; BF16 as its bits."""
-        dtype = np.uint16 if self.dtype == "BF16" else np.uint8
-        values = np.empty([hi - lo for lo, hi in box], dtype)
+        values = np.empty([hi - lo for lo, hi in box], array_type(self.dtype))
         reader = StepReader(self._files, 0)
         whole = Part(self.extents[0], box, -1, values)
         stored: dict[str, list[Extent]] = defaultdict(list)
@@ -236,7 +235,7 @@ def _held(extents: Sequence[Extent]) -> Iterator[tuple[Family, Sequence[Extent]]
         yield family, [extent for param in params for extent in held[param]]
         for param in family.members[1:]:
             if param in held:
-                yield Family(param, model.params[param]), held[param]
+                yield Family(param, model.params[param], dtype=model.dtype(param)), held[param]
 
 
 def _resolve(parameter: Parameter, index: Index) -> tuple[Box, tuple[int | slice, ...]]:

@@ -21,7 +21,11 @@ from gptoss_convert.machine.files import PAGE, Arena, ByteSource
 Array = npt.NDArray[Any]
 _FLOATS = {"F16": np.float16, "F32": np.float32}
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-"""What is not computed with is carried as bits."""
+
+
+def array_type(dtype: str) -> type[np.generic]:
+    """The numpy type of a stored dtype; what numpy does not compute with is carried as its bits."""
+    return _FLOATS.get(dtype) or _BITS[DTYPE_BYTES[dtype]]
 
 
 @dataclass(slots=True)
@@ -92,7 +96,7 @@ def lay_out(step: Step, extents: Sequence[Extent], arena: Arena) -> dict[str, li
     for extent, box in step.parts(extents):
         position = arena.take(extent.span(box), extent.at(box) % PAGE)
         shape = tuple(hi - lo for lo, hi in box)
-        dtype = _FLOATS.get(extent.dtype) or _BITS[DTYPE_BYTES[extent.dtype]]
+        dtype = array_type(extent.dtype)
         array = np.ndarray(shape, dtype, arena.memory, position, extent.strides)
         laid_out[extent.param].append(Part(extent, box, position, array))
     return laid_out

@@ -181,7 +181,7 @@ def choose(
     weight, wanted = family.weight, frozenset(wanted)
     source, target = family.stored(held), family.stored(wanted)
     edits = [change for change in changes if weight in change.makes]
-    floats = any(extent.dtype in {"F32", "F16"} for extent in held.get(weight, ()))
+    floats = any(extent.dtype != family.dtype for extent in held.get(weight, ()))
     first = (Cast(weight),) if floats else ()
     whole: list[Derivation] = []
     by_piece: list[Derivation] = []

@@ -56,7 +56,7 @@ class Work:
         changed = 0
         parts: list[Part] = []
         for part in self.held[weight]:
-            if part.extent.dtype != "BF16":
+            if part.extent.dtype != self.step.family.dtype:
                 rounded = np.empty(part.array.shape, np.uint16)
                 changed += relayout.cast(part.array, rounded)
                 part = Part(part.extent, part.box, -1, rounded)

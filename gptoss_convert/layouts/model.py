@@ -65,6 +65,8 @@ class Family:
     weight: str
     axes: tuple[str, ...]
     encodings: tuple[Encoding, ...] = ()
+    dtype: str = "BF16"
+    """Of the weight's values."""
 
     @property
     def members(self) -> tuple[str, ...]:
