@@ -68,75 +68,48 @@ class Change(Derivation, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class _Chosen:
+    needs: frozenset[str]
+    makes: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy(_Chosen):
     """Parameters that both sides store: the same bits, arranged as the target wants them."""
 
-    params: tuple[str, ...]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset(self.params)
-
-    makes = needs
-
     def run(self, work: Work) -> None:
-        for param in self.params:
+        for param in sorted(self.makes):
             work.copy(param)
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class Cast(_Chosen):
     """A weight that the source stores as float32 or float16, rounded to BF16."""
 
-    weight: str
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({self.weight})
-
-    makes = needs
-
     def run(self, work: Work) -> Effect:
-        return Effect(cast_values=work.cast(self.weight))
+        return Effect(cast_values=work.cast(work.step.family.weight))
 
 
 @dataclass(frozen=True, slots=True)
-class Decode:
+class Decode(_Chosen):
     """A weight's values from an encoding of it, exact."""
 
-    weight: str
     encoding: Encoding
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset(self.encoding.params)
-
-    @property
-    def makes(self) -> frozenset[str]:
-        return frozenset({self.weight})
-
     def run(self, work: Work) -> None:
-        work.decode(self.weight, self.encoding)
+        work.decode(work.step.family.weight, self.encoding)
 
 
 @dataclass(frozen=True, slots=True)
-class Encode:
+class Encode(_Chosen):
     """An encoding of a weight's values, led by what is known of a former one."""
 
-    weight: str
     encoding: Encoding
     guides: tuple[str, ...]
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({self.weight, *self.guides})
-
-    @property
-    def makes(self) -> frozenset[str]:
-        return frozenset(self.encoding.params)
-
     def run(self, work: Work) -> Effect:
-        return Effect(encoded=work.encode(self.weight, self.encoding, self.guides))
+        weight = work.step.family.weight
+        return Effect(encoded=work.encode(weight, self.encoding, self.guides))
 
 
 @dataclass(frozen=True)
@@ -179,28 +152,30 @@ def choose(
     Raises InputError for what the source does not hold.
     """
     weight, wanted = family.weight, frozenset(wanted)
+    own = frozenset({weight})
     source, target = family.stored(held), family.stored(wanted)
     edits = [change for change in changes if weight in change.makes]
     floats = any(extent.dtype != family.dtype for extent in held.get(weight, ()))
-    first = (Cast(weight),) if floats else ()
+    first = (Cast(own, own),) if floats else ()
     whole: list[Derivation] = []
     by_piece: list[Derivation] = []
     if weight in wanted:
-        by_piece = [Copy((weight,)) if weight in held else _decode(family, source, held), *edits]
+        by_piece = [Copy(own, own) if weight in held else _decode(family, source, held), *edits]
     elif target is not None and target is source and not edits:
-        whole = [Copy(target.params)]
+        whole = [Copy(params := frozenset(target.params), params)]
     elif target is not None:
         decode = [] if weight in held else [_decode(family, source, held)]
-        whole = [*decode, *edits, _encode(weight, target, held, changes)]
+        whole = [*decode, *edits, _encode(own, target, held, changes)]
     made = frozenset(param for one in (*whole, *by_piece) for param in one.makes)
-    if beside := tuple(param for param in family.members if param in wanted - made):
-        whole.append(Copy(beside))
+    if beside := wanted - made:
+        whole.append(Copy(beside, beside))
     needs = _needs((*first, *whole, *by_piece))
     if lacking := sorted(needs - held.keys()):
         raise InputError(f"{weight}: the source holds no {' and no '.join(lacking)}")
     inputs = [one for change in changes for one in change.inputs]
     order = (*family.members, *(one.param for one in inputs))
     scratch = weight not in held and weight in made - wanted
+    geometry = [*_geometry(family, inputs)]
     return Recipe(
         family,
         needs=tuple(param for param in order if param in needs),
@@ -212,8 +187,8 @@ def choose(
         has_values=scratch or weight in needs,
         encoding=target,
         measured=target or source,
-        boxes=dict(_boxes(family, inputs)),
-        rows={param: _shared(axes, family.axes) for param, axes in _axes(family, inputs)},
+        boxes={param: box for param, box, _ in geometry},
+        rows={param: rows for param, _, rows in geometry},
     )
 
 
@@ -223,14 +198,18 @@ def _decode(family: Family, source: Encoding | None, held: Mapping[str, object])
         source = max(family.encodings, key=lambda one: sum(param in held for param in one.params))
     if source is None:
         raise InputError(f"{family.weight}: the source holds no {family.weight}")
-    return Decode(family.weight, source)
+    return Decode(frozenset(source.params), frozenset({family.weight}), source)
 
 
 def _encode(
-    weight: str, target: Encoding, held: Mapping[str, object], changes: Iterable[Change]
+    weight: frozenset[str],
+    target: Encoding,
+    held: Mapping[str, object],
+    changes: Iterable[Change],
 ) -> Derivation:
     """The change that encodes, else the codec's own encoding."""
-    own = Encode(weight, target, tuple(param for param in target.guides if param in held))
+    guides = tuple(param for param in target.guides if param in held)
+    own = Encode(weight | {*guides}, frozenset(target.params), target, guides)
     return next((change for change in changes if own.makes <= change.makes), own)
 
 
@@ -244,21 +223,17 @@ def _needs(chain: Iterable[Derivation]) -> frozenset[str]:
     return frozenset(needs)
 
 
-def _boxes(family: Family, inputs: Iterable[Input]) -> Iterator[tuple[str, Callable[[Box], Box]]]:
-    yield family.weight, lambda box: box
+def _geometry(
+    family: Family, inputs: Iterable[Input]
+) -> Iterator[tuple[str, Callable[[Box], Box], int]]:
+    """(parameter, its box for a box of the weight, how many leading axes it shares)."""
+    yield family.weight, lambda box: box, len(family.axes) - 1
     for encoding in family.encodings:
-        for member, param in encoding.by_member():
-            yield param, partial(encoding.codec.member_box, member)
+        for (member, param), axes in zip(encoding.by_member(), encoding.axes, strict=True):
+            box = partial(encoding.codec.member_box, member)
+            yield param, box, _shared(axes, family.axes)
     for one in inputs:
-        yield one.param, partial(one.box, family.axes)
-
-
-def _axes(family: Family, inputs: Iterable[Input]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    yield family.weight, family.axes
-    for encoding in family.encodings:
-        yield from zip(encoding.params, encoding.axes, strict=True)
-    for one in inputs:
-        yield one.param, one.axes
+        yield one.param, partial(one.box, family.axes), _shared(one.axes, family.axes)
 
 
 def _shared(axes: Sequence[str], weight: Sequence[str]) -> int:
