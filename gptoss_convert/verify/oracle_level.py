@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -55,10 +56,16 @@ def oracle_level(
         for name, one in found.items()
         if (problem := _problem(one))
     ]
-    agreements = ", ".join(f"{name} {one}" for name, one in found.items())
+    agreements = ", ".join(f"{name}{_library(sides[name])} {one}" for name, one in found.items())
     text = f"own model code against the shared forward pass: {agreements}"
     seconds = time.monotonic() - began
     return Level("oracle", not findings, seconds, text, tuple(findings), told)
+
+
+def _library(side: Checkpoint) -> str:
+    """Whose model was asked, and its version, in brackets."""
+    library = witness_of(side.format).library
+    return f" ({library} {version(library)})" if library else ""
 
 
 _REFUSED = "its own model code refuses it: "

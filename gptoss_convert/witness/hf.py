@@ -162,4 +162,4 @@ def _reader(given: Given, fetcher: Fetcher) -> HfReader:
     return HfReader(given.root, fetcher.device, fetcher, given)
 
 
-WITNESS = Witness(_reader, _oracle)
+WITNESS = Witness(_reader, _oracle, "transformers")

@@ -196,4 +196,4 @@ def _oracle(
     return megatron_logits(given.root, config, sequences, device)
 
 
-WITNESS = Witness(_reader, _oracle)
+WITNESS = Witness(_reader, _oracle, "megatron-core")

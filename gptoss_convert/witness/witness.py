@@ -49,6 +49,8 @@ class Witness:
 
     reader: Callable[[Given, Fetcher], Reader]
     oracle: Oracle
+    library: str | None = None
+    """The package whose model the oracle runs, None where there is none."""
 
 
 def witness_of(format: str) -> Witness:
