@@ -525,18 +525,19 @@ BAD_TENSORS: dict[str, tuple[Callable[[Tensors], object], type[GptossError], str
     "lora": (
         rename("model.norm.weight", "model.norm.lora_A.weight"),
         InputError,
-        "LoRA weights; merge them into their base model first",
+        "LoRA weights; merge them into their base model first (model.norm.lora_A.weight)",
     ),
     "unsloth": (
         rename(DOWN, "model.layers.2.mlp.experts.down_projs.0.weight"),
         InputError,
         "unsloth's per-expert naming (mlp.experts.gate_up_projs.0); save with unsloth's "
-        "save_pretrained_merged in Hugging Face's naming first",
+        "save_pretrained_merged in Hugging Face's naming first "
+        "(model.layers.2.mlp.experts.down_projs.0.weight)",
     ),
     "gptq": (
         rename("model.norm.weight", "model.norm.qweight"),
         InputError,
-        "quantised with GPTQ or AWQ; supported: MXFP4 and BF16",
+        "quantised with GPTQ or AWQ; supported: MXFP4 and BF16 (model.norm.qweight)",
     ),
 }
 
