@@ -4,7 +4,7 @@
 
 BASE := .venv/installed-base
 DEV := .venv/installed-dev
-SETUP := pyproject.toml constraints.txt tools/setup.sh
+SETUP := pyproject.toml setup.py constraints.txt tools/setup.sh gptoss_convert/codecs/mxfp4/kernels.c
 
 .PHONY: help demo test lint format wheel bench clean
 

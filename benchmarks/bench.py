@@ -179,12 +179,16 @@ def _cases(
 
 def _start_up(checkpoint: str, target: str) -> dict[str, tuple[str, ...]]:
     """What passes before the first byte is read, on a checkpoint of full size."""
-    warm = "from gptoss_convert import execute, run; execute.warm()"
+    needed = (
+        "from gptoss_convert.codecs.mxfp4 import library\n"
+        "from gptoss_convert.conversion import run\n"
+        "library.load()"
+    )
     return {
         "--help": ("python", "-m", "gptoss_convert", "--help"),
         "inspect 120b": ("python", "-m", "gptoss_convert", "inspect", checkpoint),
         "plan 120b": ("planning", checkpoint, target),
-        "import what convert needs": ("python", "-c", warm),
+        "import what convert needs": ("python", "-c", needed),
     }
 
 

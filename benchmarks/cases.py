@@ -40,8 +40,6 @@ def convert(source: str, target: str, to: str, dtype: str, leave_out: str = "not
         execute.examine = lambda *_: Anomalies()
     if leave_out == "kernels":
         Work.run = lambda self, chain: Effect()
-    # A case of its own: the program loads its kernels while it plans.
-    execute.warm()
     began = time.monotonic()
     conversion = plan(source, target, Options(to=to, dtype=dtype))
     planned = time.monotonic() - began
@@ -57,10 +55,8 @@ def convert(source: str, target: str, to: str, dtype: str, leave_out: str = "not
 def verify(source: str, target: str, leave_out: str = "nothing") -> Result:
     """Compare all values of two checkpoints; `leave_out` the comparison to read both alone."""
     from gptoss_convert.compare import pairs, values
-    from gptoss_convert.engine.execute import warm
     from gptoss_convert.formats.registry import open_checkpoint
 
-    warm()
     if leave_out == "kernels":
         compared = values.Compared
         pairs._Worker._values = lambda *_: None  # pyright: ignore

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_convert.codecs.mxfp4 import CODEC, jit, relayout
+from gptoss_convert.codecs.mxfp4 import CODEC, relayout
 from gptoss_convert.codecs.mxfp4 import codec as mxfp4
 from gptoss_convert.engine.fingerprint import fingerprint, packed_fingerprint
 
@@ -126,7 +126,6 @@ def variants() -> dict[str, Call]:
 def measured(rounds: int) -> dict[str, list[float]]:
     """Processor seconds of each variant, one a round; a round before them warms up."""
     calls = variants()
-    jit.kernels()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name in random.sample(list(calls), len(calls)):

@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptoss_convert.codecs.mxfp4 import library
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile this checkout's kernels if they are older than their source."""
+    if library.is_stale() and not hasattr(config, "workerinput"):
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(build, cwd=Path(__file__).parent.parent, check=True)

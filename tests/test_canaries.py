@@ -177,7 +177,7 @@ def test_modules_in_the_working_directory_are_not_imported(starts: Path, tmp_pat
     """Whoever works inside a downloaded directory must not import what lies in it."""
     source, canary = tmp_path / "source", tmp_path / "canary"
     shutil.copytree(starts / "one", source)
-    for name in ("torch", "pickle", "numpy", "yaml", "numba", "sitecustomize"):
+    for name in ("torch", "pickle", "numpy", "yaml", "sitecustomize"):
         (source / f"{name}.py").write_bytes(python(canary))
     script = "from gptoss_convert.__main__ import main; main()"
     words = [sys.executable, "-P", "-c", script, "convert", ".", "../target", "--to", "megatron"]

@@ -57,8 +57,6 @@ class Int8:
         blocks = (*box[:-1], (lo // BLOCK, -(-hi // BLOCK)))
         return (*blocks, (0, BLOCK)) if member == "codes" else blocks
 
-    def warm(self) -> None: ...
-
     def decode(self, parts: Arrays, values: Values) -> None:
         found = parts["codes"].view(np.int8) * parts["steps"].view(np.float32)[..., None]
         values[...] = bits_of(found.reshape(values.shape))

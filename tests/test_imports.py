@@ -92,7 +92,7 @@ def test_only_these_layers_import_numbers_at_once():
     assert not numpy & {"containers.safetensors", "containers.paths"}
 
 
-HEAVY = ("torch", "transformers", "megatron", "numba", "safetensors", "huggingface_hub")
+HEAVY = ("torch", "transformers", "megatron", "safetensors", "huggingface_hub")
 
 
 def heavy_after(*arguments: str) -> tuple[str, list[str]]:

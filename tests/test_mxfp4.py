@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 
 from gptoss_convert.codecs.mxfp4 import codec as mxfp4
-from gptoss_convert.codecs.mxfp4 import jit, reference
+from gptoss_convert.codecs.mxfp4 import library, reference
 from gptoss_convert.codecs.stats import EncodeStats
-from gptoss_convert.errors import CodecError
+from gptoss_convert.errors import CodecError, UsageError
 
 U8 = NDArray[np.uint8]
 U16 = NDArray[np.uint16]
@@ -67,14 +68,16 @@ VIEWS = [
 ]
 
 
-@pytest.fixture(params=["compiled", "numpy"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run a test on the kernels and again on the numpy path."""
-    if request.param == "numpy":
-        monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
-        jit.kernels.cache_clear()
-    yield request.param
-    jit.kernels.cache_clear()
+@pytest.fixture(params=[*library.LEVELS, "numpy"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test on the kernels for each processor that this one can stand in for, and on numpy."""
+    monkeypatch.setenv(library.VARIABLE, request.param)
+    try:
+        if library.load() is None and request.param != "numpy":
+            pytest.skip("no compiled kernels")
+    except UsageError as error:
+        pytest.skip(str(error))
+    return request.param
 
 
 def random_blocks(rows: int, groups: int, seed: int = 0, top: int = 253) -> tuple[U8, U8]:
@@ -245,7 +248,7 @@ def test_encoding_returns_the_values_of_every_magnitude_set_under_every_scale(
     view: Callable[[int, int], U16], path: str
 ) -> None:
     subsets = [s for n in range(1, 9) for s in itertools.combinations(range(8), n)]
-    scales_of_rows = range(253) if path == "compiled" else [0, 1, 2, 3, 4, 127, 251, 252]
+    scales_of_rows = range(253) if path != "numpy" else [0, 1, 2, 3, 4, 127, 251, 252]
     codes = np.stack([np.resize(subset, 32) for subset in subsets]).astype(np.uint8)
     codes[:, 1::3] |= 8
     pairs = (codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8)
@@ -434,47 +437,68 @@ def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProce
 
 
 ROUND_TRIP = """
-import sys, numpy as np
-from gptoss_convert.codecs.mxfp4 import codec as mxfp4
-from gptoss_convert.codecs.mxfp4 import jit
-assert "numba" not in sys.modules
+import numpy as np
+from gptoss_convert.codecs.mxfp4 import codec
 blocks = np.random.default_rng(0).integers(0, 256, (9, 2, 16), dtype=np.uint8)
 scales = np.full((9, 2), 127, np.uint8)
 values = np.zeros((64, 9), np.uint16).T
-jit.kernels()
-mxfp4.decode(blocks, scales, values)
+codec.decode(blocks, scales, values)
 packed = np.zeros_like(blocks)
-mxfp4.encode(values, packed, np.zeros_like(scales), scales)
+codec.encode(values, packed, np.zeros_like(scales), scales)
 assert (packed == blocks).all()
-print("numba" in sys.modules, "torch" in sys.modules)
 """
 
 
-READ_ONLY = """
-import tempfile
-def refuse(**options):
-    raise PermissionError(options["dir"])
-tempfile.TemporaryFile = refuse
-"""
+def test_this_processor_s_own_kernels_are_used() -> None:
+    kernels = library.load()
+    if kernels is None:
+        pytest.skip("no compiled kernels")
+    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+    wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags
+    expected = "avx512" if wide else "avx2" if "avx2" in flags else "baseline"
+    assert kernels.decode.__name__ == f"decode_{expected}"
 
 
-def test_without_compilation_numba_is_never_imported() -> None:
-    done = in_a_new_process(ROUND_TRIP, NUMBA_DISABLE_JIT="1")
-    assert (done.stdout, done.stderr) == ("False False\n", "")
+def test_numpy_can_be_asked_for() -> None:
+    code = "import ctypes\nctypes.CDLL = None\n" + ROUND_TRIP
+    assert in_a_new_process(code, GPTOSS_CONVERT_KERNELS="numpy").stderr == ""
 
 
-def test_without_numba_one_line_says_so() -> None:
-    absent = "import sys\nsys.modules['numba'] = None\n"
-    code = absent + ROUND_TRIP.replace('assert "numba" not in sys.modules\n', "")
-    done = in_a_new_process(code)
-    assert done.stderr.startswith("gptoss-convert: numba cannot be imported (")
-    assert done.stderr.count("\n") == 1
-
-
-def test_a_cache_that_cannot_be_written_costs_one_line() -> None:
-    done = in_a_new_process(READ_ONLY + ROUND_TRIP)
-    assert done.stdout == "True False\n"
-    assert done.stderr == (
-        "gptoss-convert: compiled kernels cannot be cached, every run compiles them anew; "
-        "set NUMBA_CACHE_DIR to a writable directory\n"
+def test_where_there_was_no_compiler_one_line_says_so() -> None:
+    absent = (
+        "from gptoss_convert.codecs.mxfp4 import library\n"
+        "library.PATH = library.SOURCE = library.Path('missing')\n"
     )
+    assert in_a_new_process(absent + ROUND_TRIP, GPTOSS_CONVERT_KERNELS="").stderr == (
+        "gptoss-convert: no C compiler was found when this package was installed; "
+        "using the slower numpy kernels\n"
+    )
+
+
+def test_kernels_older_than_their_source_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(library, "PATH", tmp_path / "old")
+    monkeypatch.setattr(library, "SOURCE", tmp_path / "new")
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    for seconds, path in enumerate((library.PATH, library.SOURCE)):
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    assert library.load() is None
+    assert capsys.readouterr().err == (
+        "gptoss-convert: kernels.c is not compiled (python setup.py build_ext --inplace); "
+        "using the slower numpy kernels\n"
+    )
+
+
+def test_kernels_for_an_unknown_processor_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if library.load() is None:
+        pytest.skip("no compiled kernels")
+    monkeypatch.setenv(library.VARIABLE, "sse9")
+    with pytest.raises(UsageError, match=r"^GPTOSS_CONVERT_KERNELS: expected one of numpy, base.*"):
+        library.load()
+
+
+def test_what_is_called_is_what_the_source_exports() -> None:
+    source = library.SOURCE.read_text(encoding="utf-8")
+    assert re.findall(r"^KERNEL\(\w+, (\w+)", source, re.MULTILINE) == [*library._SIGNATURES]

@@ -15,7 +15,7 @@ import gptoss_convert
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-HEAVY = ("torch", "transformers", "safetensors", "megatron", "numba", "yaml", "rich")
+HEAVY = ("torch", "transformers", "safetensors", "megatron", "yaml", "rich")
 
 
 def test_every_folder_with_modules_is_a_package_of_the_wheel() -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptoss_convert.codecs.mxfp4 import jit
+from gptoss_convert.codecs.mxfp4 import library
 from gptoss_convert.compare.changes import Change, change, sum_of
 from gptoss_convert.compare.diff import Diff, ParameterDiff, diff
 from gptoss_convert.formats.checkpoint import Choices
@@ -262,7 +262,7 @@ def test_changes_of_any_length_are_those_of_float64(
     length: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(jit, "kernels", lambda: None)
+        monkeypatch.setattr(library, "load", lambda: None)
     random = np.random.default_rng(length)
     a = random.integers(0, 0x7F80, length).astype(np.uint16) ^ np.uint16(0x8000)
     b = np.where(random.random(length) < 0.3, a ^ np.uint16(1), a)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Build the wheel, install it outside the checkout, and see that it holds the checkout's tables
-# and converts.
+# Build the wheel, install it outside the checkout, and see that it holds the checkout's tables and
+# kernels, and converts.
 set -eu
 cd "$(dirname "$0")/.."
 checkout=$PWD
@@ -25,11 +25,18 @@ for table in "$checkout"/mappings/*.toml "$checkout"/mappings/*/*.toml; do
 done
 test -f "$(dirname "$tables")/py.typed"
 test -f "$(dirname "$tables")/witness/texts/ids.json"
+python - <<CHECK
+from gptoss_convert.codecs.mxfp4 import library
+assert not library.SOURCE.exists(), "the wheel holds a source, whose age would be asked for"
+assert library.load() or not "$(command -v "${CC:-cc}")", "the wheel lacks the kernels"
+CHECK
 gptoss-convert synth mxfp4 --model tiny
 gptoss-convert convert mxfp4 bf16 --to hf --dtype bf16
 gptoss-convert convert bf16 back --to hf --dtype mxfp4
 diff -r -x gptoss-convert.json mxfp4 back
+GPTOSS_CONVERT_KERNELS=numpy gptoss-convert convert bf16 numpy --to hf --dtype mxfp4
+diff -r -x gptoss-convert.json mxfp4 numpy
 gptoss-convert convert mxfp4 megatron --to megatron
 gptoss-convert convert megatron from-megatron --to hf --dtype mxfp4
 diff -r -x gptoss-convert.json mxfp4 from-megatron
-echo "the wheel holds the checkout's tables and converts"
+echo "the wheel holds the checkout's tables and kernels, and converts"

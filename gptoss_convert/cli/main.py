@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -95,9 +93,6 @@ def convert(
     with join() as ranks:
         if rank_log:
             ranks.keep_log(rank_log)
-        if not dry_run:
-            # Kernels load, or compile at the first use, while the plan is made.
-            Thread(target=_warm).start()
         conversion = plan(source, target, Options(**options), ranks.local_size)
         shown = _planned(conversion) if dry_run else _converted(conversion, ranks, quiet, verbose)
     if ranks.rank == 0:
@@ -224,14 +219,6 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None
     say(kind(cli, {}, PROGRAM, COMPLETE).source())
-
-
-def _warm() -> None:
-    # A program that ends at once, on an error say, lets nothing more be imported: no matter here.
-    with suppress(RuntimeError):
-        from gptoss_convert.engine.execute import warm
-
-        warm()
 
 
 cli.add_command(check)

@@ -61,10 +61,6 @@ class Codec(Protocol):
         """The box of a member that holds a box of the weight: whole blocks, the cut ones too."""
         ...
 
-    def warm(self) -> None:
-        """Load or compile whatever the first call would wait for."""
-        ...
-
     def decode(self, parts: Arrays, values: Values) -> None:
         """Fill `values` from all members; raises CodecError, before it writes, for what is not
         finite in BF16."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gptoss_convert.codecs.mxfp4 import jit
+from gptoss_convert.codecs.mxfp4 import library
+from gptoss_convert.codecs.mxfp4.library import address
 
 _PIECE = 1 << 15
 """Elements that numpy looks at at once: their float64 forms stay in the cache."""
@@ -59,6 +61,15 @@ class Change:
         }
 
 
+class _Change(ctypes.Structure):
+    """`struct change` of kernels.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("changed", "nonfinite")),
+        *((name, ctypes.c_double * 8) for name in ("squares", "squared_change", "max_abs")),
+    )
+
+
 def sum_of(changes: Iterable[Change]) -> Change:
     """All of them together."""
     every = [*changes]
@@ -75,18 +86,14 @@ def sum_of(changes: Iterable[Change]) -> Change:
 def change(ours: Bits, theirs: Bits) -> Change:
     """How far `theirs` lies from `ours`: BF16 bits, contiguous, of one shape."""
     a, b = ours.reshape(-1), theirs.reshape(-1)
-    if jit.kernels() is None:
-        pieces = range(0, len(a), _PIECE)
-        return sum_of(_by_numpy(a[i : i + _PIECE], b[i : i + _PIECE]) for i in pieces)
-    from gptoss_convert.compare import change_kernels as kernels
-
-    whole = len(a) - len(a) % kernels.LANES
-    sums = np.zeros((3, kernels.LANES))
-    words = np.empty((2, kernels.LANES), np.uint32)
-    changed, nonfinite = kernels.measure(a[:whole], b[:whole], sums, words)
-    squares, errors = map(float, sums[:2].sum(axis=1))
-    found = Change(whole, changed, nonfinite, squares, errors, float(sums[2].max()))
-    return sum_of((found, _by_numpy(a[whole:], b[whole:])))
+    if kernels := library.load():
+        found = _Change()
+        a, b = map(np.ascontiguousarray, (a, b))
+        kernels.compare(address(a), address(b), a.size, ctypes.byref(found))
+        sums = sum(found.squares), sum(found.squared_change), max(found.max_abs)
+        return Change(a.size, found.changed, found.nonfinite, *sums)
+    pieces = range(0, len(a), _PIECE)
+    return sum_of(_by_numpy(a[i : i + _PIECE], b[i : i + _PIECE]) for i in pieces)
 
 
 def _by_numpy(a: Bits, b: Bits) -> Change:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from isal import isal_zlib
 
-from gptoss_convert.codecs.mxfp4 import jit
 from gptoss_convert.codecs.stats import EncodeStats
 from gptoss_convert.engine.anomalies import examine
 from gptoss_convert.engine.buffers import Parts, StepReader, byte_ranges, lay_out, scratch
@@ -18,17 +16,8 @@ from gptoss_convert.engine.records import Digest, Done, Effect, Region
 from gptoss_convert.engine.steps import Plan, Step
 from gptoss_convert.engine.work import Work
 from gptoss_convert.layouts.extents import Extent
-from gptoss_convert.layouts.model import load_model
 from gptoss_convert.machine.files import ByteSource, TargetFiles
 from gptoss_convert.machine.threads import run_all
-
-
-def warm() -> None:
-    """Load or compile every kernel that a step may call."""
-    for codec in load_model().codecs.values():
-        codec.warm()
-    if jit.kernels() is not None:
-        importlib.import_module("gptoss_convert.engine.fingerprint_kernels")
 
 
 def execute(

@@ -9,6 +9,7 @@ docs/decisions/0006-fingerprints.md.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss_convert.codecs.codec import Codec
-from gptoss_convert.codecs.mxfp4 import jit
+from gptoss_convert.codecs.mxfp4 import library
+from gptoss_convert.codecs.mxfp4.library import address
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.layouts.layout import Box
 
@@ -64,22 +66,20 @@ def examined(
     does not count, -1 for none.
     """
     axes = [
-        (bits.strides[axis] // 2, axis_weights(axis, lengths[axis])[lo:hi])
+        (bits.strides[axis], axis_weights(axis, lengths[axis])[lo:hi])
         for axis, (lo, hi) in enumerate(box)
         if axis != layer
     ]
     scale = reduce(lambda a, b: a * b & MASK, (int(w[0]) for _, w in axes if len(w) == 1), 1)
     longer = sorted(((s, w) for s, w in axes if len(w) > 1), key=lambda axis: axis[0])
-    step, columns = longer.pop(0) if longer else (1, np.ones(1, np.uint64))
+    step, columns = longer.pop(0) if longer else (2, np.ones(1, np.uint64))
     while longer and len(columns) < _SHORT and longer[0][0] == step * len(columns):
         columns = np.multiply.outer(longer.pop(0)[1], columns).ravel()
     offsets, rows = np.zeros(1, np.int64), np.ones(1, np.uint64)
     for stride, weights in reversed(longer):
         offsets = np.add.outer(offsets, stride * np.arange(len(weights))).ravel()
         rows = np.multiply.outer(rows, weights).ravel()
-    span = int(offsets[-1]) + step * (len(columns) - 1) + 1
-    flat = np.lib.stride_tricks.as_strided(bits, (span,), (2,))
-    total, odd = _weighted_sum(flat, offsets, rows, step, columns)
+    total, odd = _weighted_sum(bits, offsets, rows, step, columns)
     return total * scale & MASK, odd
 
 
@@ -123,23 +123,23 @@ def _pieces(box: Box) -> Iterator[Box]:
 
 
 def _weighted_sum(
-    flat: npt.NDArray[np.uint16], offsets: npt.NDArray[np.int64], rows: U64, step: int, columns: U64
+    bits: npt.NDArray[np.uint16], offsets: npt.NDArray[np.int64], rows: U64, step: int, columns: U64
 ) -> tuple[int, bool]:
-    if jit.kernels() is not None:
-        from gptoss_convert.engine import fingerprint_kernels as kernels
-
-        if step == 1:
-            total, odd = kernels.weighted_sum(flat, offsets, rows, columns)
-        else:
-            total, odd = kernels.strided_sum(flat, offsets, rows, step, columns)
-        return int(total), bool(odd)
+    """The sum over rows that lie `offsets` bytes from the first element, their elements `step`."""
+    if kernels := library.load():
+        odd = ctypes.c_uint8()
+        starts = map(address, (bits, offsets, rows))
+        weights = address(columns), columns.size
+        total = kernels.weighted_sum(*starts, rows.size, step, *weights, ctypes.byref(odd))
+        return total, bool(odd)
     total, found = 0, False
-    reach = step * (len(columns) - 1) + 1
-    for offset, weight in zip(offsets.tolist(), rows.tolist(), strict=True):
-        bits = flat[offset : offset + reach : step]
-        line = bits.astype(np.uint64) * columns
-        total += int(line.sum(dtype=np.uint64)) * weight
-        found = found or bool(((bits & EXPONENT) == EXPONENT).any())
+    span = (int(offsets[-1]) + step * (columns.size - 1)) // 2 + 1
+    flat = np.lib.stride_tricks.as_strided(bits, (span,), (2,))
+    reach = step // 2 * (columns.size - 1) + 1
+    for offset, weight in zip((offsets // 2).tolist(), rows.tolist(), strict=True):
+        row = flat[offset : offset + reach : step // 2]
+        total += int((row.astype(np.uint64) * columns).sum(dtype=np.uint64)) * weight
+        found = found or bool(((row & EXPONENT) == EXPONENT).any())
     return total & MASK, found
 
 

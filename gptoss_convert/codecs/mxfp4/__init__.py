@@ -1,7 +1,7 @@
 """MXFP4 (OCP Microscaling Formats 1.0): blocks of 32 values, 4 bits each, with one scale a block.
 
-Compiled kernels do the bulk, on strided numpy views; where numba is missing or NUMBA_DISABLE_JIT is
-set, numpy gives the same bits. numpy is imported when something is computed.
+Compiled loops do the bulk, on strided numpy views; where there are none, numpy gives the same bits
+(library.py). numpy is imported when something is computed.
 """
 
 from __future__ import annotations
@@ -35,9 +35,6 @@ class Mxfp4:
         lo, hi = box[-1]
         rows = (*box[:-1], (lo // BLOCK, -(-hi // BLOCK)))
         return (*rows, (0, BLOCK // 2)) if member == "blocks" else rows
-
-    def warm(self) -> None:
-        _module("jit").kernels()
 
     def decode(self, parts: Arrays, values: Values) -> None:
         _module("codec").decode(parts["blocks"], parts["scales"], values)

@@ -7,26 +7,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-Array = NDArray[np.uint8 | np.uint16]
-
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One loop over several views: how often, and each view's stride in elements."""
+    """One loop over several views: how often, and each view's stride in bytes."""
 
     length: int
     strides: tuple[int, ...]
-
-
-def element_strides(view: Array) -> tuple[int, ...] | None:
-    """Strides in elements; None if the kernels cannot walk the view (unaligned, backwards)."""
-    size = view.itemsize
-    if not view.flags.aligned or any(stride < 0 or stride % size for stride in view.strides):
-        return None
-    return tuple(stride // size for stride in view.strides)
 
 
 def merged(shape: Sequence[int], *strides: Sequence[int]) -> list[Axis]:
@@ -43,23 +30,12 @@ def merged(shape: Sequence[int], *strides: Sequence[int]) -> list[Axis]:
 
 
 def offsets(axes: Sequence[Axis], operands: int) -> Iterator[tuple[int, ...]]:
-    """The offset of each operand, in elements, for every index of `axes`."""
+    """The offset of each operand, in bytes, for every index of `axes`."""
     for index in itertools.product(*(range(axis.length) for axis in axes)):
         yield tuple(
             sum(i * axis.strides[k] for i, axis in zip(index, axes, strict=True))
             for k in range(operands)
         )
-
-
-def flat(view: Array) -> Array:
-    """One axis of stride 1 over all the memory between the view's first and last element."""
-    if view.flags.c_contiguous:
-        return view.reshape(-1)
-    extent = 1 + sum(
-        (length - 1) * (stride // view.itemsize)
-        for length, stride in zip(view.shape, view.strides, strict=True)
-    )
-    return np.lib.stride_tricks.as_strided(view, (extent,), (view.itemsize,))
 
 
 def pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:

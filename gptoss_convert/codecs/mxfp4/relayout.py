@@ -8,13 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gptoss_convert.codecs.mxfp4 import axes
-from gptoss_convert.codecs.mxfp4.axes import Array
-from gptoss_convert.codecs.mxfp4.jit import kernels
-from gptoss_convert.codecs.mxfp4.reference import U16, bf16_bits
+from gptoss_convert.codecs.mxfp4 import axes, library
+from gptoss_convert.codecs.mxfp4.library import address, numbers
+from gptoss_convert.codecs.mxfp4.reference import U8, U16, bf16_bits
+
+Array = U8 | U16
 
 _LARGE = 1 << 10
 """Elements from which a kernel call is worth its preparation."""
+
+_SIDE = 8
+"""Rows and columns from which the kernel beats numpy."""
 
 _CHUNK = 1 << 16
 """Elements at a time in a cast."""
@@ -32,31 +36,28 @@ def copy(source: Array, target: Array) -> None:
 
 def _transposed(source: Array, target: Array) -> bool:
     """Copy by kernel if the views run on along different axes; False if numpy should do it."""
-    module = kernels()
-    read, write = axes.element_strides(source), axes.element_strides(target)
-    if module is None or read is None or write is None:
-        return False
-    loops = sorted(zip(write, read, source.shape, strict=True), reverse=True)
-    write, read, shape = zip(*loops, strict=True)
+    kernels = library.load()
+    loops = zip(target.strides, source.strides, source.shape, strict=True)
+    write, read, shape = zip(*sorted(loops, reverse=True), strict=True)
     outer = axes.merged(shape, read, write)
     columns, rows = _run(outer, 0), _run(outer, 1)
-    if not columns or not rows or set(columns) & set(rows):
+    if kernels is None or not columns or not rows or set(columns) & set(rows):
         return False
     outer = [axis for axis in outer if axis not in columns and axis not in rows]
     size = math.prod(axis.length for axis in rows), math.prod(axis.length for axis in columns)
-    if min(size) < module.SIDE:
+    if min(size) < _SIDE:
         return False
-    memory = axes.flat(source), axes.flat(target)
+    steps = numbers(_steps(rows, 0)), numbers(_steps(columns, 1))
     for start in axes.offsets(outer, 2):
-        module.copy_across(*memory, start, size, _steps(rows, 0), _steps(columns, 1))
+        kernels.transpose(*map(address, (source, target), start), *size, *steps)
     return True
 
 
 def _run(candidates: Sequence[axes.Axis], view: int) -> list[axes.Axis]:
     """The axis along which a view is contiguous; if it is one of pairs, also the one it runs on."""
-    run = [axis for axis in candidates if axis.strides[view] == 1][:1]
+    run = [axis for axis in candidates if axis.strides[view] == 2][:1]
     if run and run[0].length == 2:
-        run += [axis for axis in candidates if axis.strides[view] == 2][:1]
+        run += [axis for axis in candidates if axis.strides[view] == 4][:1]
     return run
 
 

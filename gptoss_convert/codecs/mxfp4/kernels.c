@@ -1,0 +1,613 @@
+/* The loops that touch every byte of a conversion. No library, no state, nothing of Python's.
+
+   Python passes addresses, lengths and strides of numpy views: nothing beyond these is read or
+   written. Strides count bytes, of either sign; values are BF16 as their bits, at any address.
+   The results are those of reference.py, bit by bit. Loops over 16 or 32 elements are written so
+   that compilers turn each into a few vector operations: hence the small types, `?:` for `if`, and
+   unions for bytes seen as words. Little-endian machines. */
+
+#include <stdint.h>
+#include <string.h>
+
+typedef uint8_t u8;
+typedef int16_t i16;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef int64_t i64;
+typedef uint64_t u64;
+typedef u16 bf16 __attribute__((aligned(1), may_alias)); /* bits of a value, at any address */
+
+/* Whatever a kernel calls becomes part of it, so that it is compiled for the kernel's processor. */
+#define INLINE static inline __attribute__((always_inline))
+
+/* Each kernel is compiled for three kinds of processors; library.py chooses by `level`. On others
+   than x86-64 the vectors of the baseline, such as ARM's NEON, have to do. */
+#ifdef __x86_64__
+#define KERNEL(kind, name, parameters, arguments)                                               \
+    kind name##_baseline parameters { return name arguments; }                                  \
+    __attribute__((target("avx2"))) kind name##_avx2 parameters { return name arguments; }      \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))                               \
+    kind name##_avx512 parameters { return name arguments; }
+#else
+#define KERNEL(kind, name, parameters, arguments)                                               \
+    kind name##_baseline parameters { return name arguments; }
+#endif
+
+/* How many of the names after `baseline` this processor has. */
+int level(void)
+{
+#ifdef __x86_64__
+    if (!__builtin_cpu_supports("avx2")) return 0;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 2 : 1;
+#else
+    return 0;
+#endif
+}
+
+enum {
+    GROUP = 32,   /* values that share a scale */
+    LANES = 32,   /* blocks that are treated side by side: their values fill a cache line */
+    PARTS = 8,    /* of a sum of floating-point numbers: those of a vector */
+    RUN = 32,     /* blocks that are decoded before they are summed, in the nearest cache */
+    STRIP = 384,  /* rows treated together: long runs, and all they touch fits in a cache */
+    TILE = 512,   /* rows and columns that are transposed together, likewise */
+    AHEAD = 2048, /* bytes: what is read next is asked for so long before */
+    NEAR = sizeof(u16), /* the step of values that lie side by side */
+    MAGNITUDE = 0x7FFF,
+    INFINITE = 0x7F80,
+    NO_HINT = 255, /* the scale byte that stands for NaN */
+};
+
+INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
+
+/* Ask for the cache line at an offset, which may lie beyond the view: nothing is read. */
+INLINE void prefetch(const u8 *from, i64 offset)
+{
+    __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)offset));
+}
+
+/* A group's values: where they lie, or copied to `tile` if they lie apart. */
+INLINE const bf16 *gather(const u8 *values, i64 step, bf16 *tile)
+{
+    if (step == NEAR) return (const bf16 *)values;
+    for (int k = 0; k < GROUP; k++) tile[k] = *(const bf16 *)(values + k * step);
+    return tile;
+}
+
+/* Every second element, then the others; done three times, it makes rows of 8 columns. */
+INLINE void unzip(const u16 *restrict from, u16 *restrict to, int half)
+{
+    for (int n = 0; n < half; n++) to[n] = from[2 * n], to[n + half] = from[2 * n + 1];
+}
+
+/* --- One block ------------------------------------------------------------------------------- */
+
+static const u8 QUARTERS[8] = {0, 2, 4, 6, 8, 12, 16, 24}; /* the codes' magnitudes, times 4 */
+
+/* The bits of quarters / 4 * 2^(scale - 127): exact, and beyond INFINITE where BF16 ends. */
+static unsigned scaled(unsigned quarters, int scale)
+{
+    unsigned fraction = quarters << 4; /* of 2^scale * 2^-133, the smallest number of BF16 */
+    for (; fraction >= 256; scale++) fraction >>= 1;
+    for (; fraction && fraction < 128 && scale > 0; scale--) fraction <<= 1;
+    return quarters ? (scale << 7) + fraction : 0;
+}
+
+/* The bits of half the scale, which the codes' values follow at fixed distances from scale 2 on. */
+INLINE u16 bias_of(unsigned scale) { return (scale << 7) - 128; }
+
+/* The bits of a code whose lowest bit is 64: as many as BF16 has from 1.0 (code 2) to 1.5 (3). */
+INLINE u16 value(u16 code, u16 bias)
+{
+    u16 large = code & 7 << 6, steps = large > 1 << 6 ? large : 0;
+    u16 magnitude = large ? (u16)(steps + bias) : 0;
+    return (u16)(code << 6 & 0x8000) | magnitude;
+}
+
+static void decode_small(const u8 *block, int scale, bf16 *values)
+{
+    for (int k = 0; k < GROUP; k++) {
+        unsigned code = block[k / 2] >> k % 2 * 4;
+        values[k] = (code & 8) << 12 | scaled(QUARTERS[code & 7], scale);
+    }
+}
+
+INLINE void decode_block(const u8 *block, int scale, bf16 *restrict values)
+{
+    union { u32 pairs[GROUP / 2]; u16 codes[GROUP]; } two;
+    if (scale < 2) {
+        decode_small(block, scale, values);
+        return;
+    }
+    for (int k = 0; k < GROUP / 2; k++) two.pairs[k] = (u32)block[k] << 6 | (u32)block[k] << 18;
+    for (int k = 0; k < GROUP; k++) values[k] = value(two.codes[k], bias_of(scale));
+}
+
+/* The code, its lowest bit 64, that is nearest to a magnitude, the even one on ties; for scales
+   from 3 on, so that half the smallest value is not subnormal. */
+INLINE u16 nearest(i16 magnitude, i16 bias)
+{
+    i16 above = magnitude - bias; /* 128 at 1.0, from where on codes are 64 apart */
+    i16 code = (above + 31 + (above >> 6 & 1)) & ~63;
+    code = code < 7 << 6 ? code : 7 << 6;
+    code = code > 2 << 6 ? code : 2 << 6;
+    code = above >= 64 ? code : 1 << 6; /* 0.75 */
+    return above > -128 ? code : 0;     /* 0.25 */
+}
+
+enum { ZERO = 1, HINTED = 2, RARE = 4, INEXACT = 8 };
+
+/* The scale for a largest magnitude, and what is to be said of the block. */
+INLINE u16 choose(u16 largest, u16 hint, u16 *scale)
+{
+    u16 exponent = largest >> 7, rule = exponent - 2, zero = largest == 0;
+    /* Differences wrap: what is below a range is far above it. */
+    u16 usual = (u16)(exponent - 5) <= 254 - 5;
+    /* Under a hint more than 3 above the rule's scale, the largest value has no code. */
+    u16 hinted = zero ? (u16)(hint - 1) <= 251 : (u16)(hint - rule - 1) <= 2 && hint != NO_HINT;
+    u16 rare = zero ? 0 : !usual || (u16)(hint - 253) <= 1;
+    *scale = hinted ? hint : zero ? 0 : rule;
+    return (zero ? ZERO : 0) | (hinted ? HINTED : 0) | (rare ? RARE : 0);
+}
+
+/* Encode under the bias of a scale from 3 on; 0 if all values are exact. */
+INLINE u16 encode_under(const bf16 *values, u16 bias, u8 *block)
+{
+    union { u32 pairs[GROUP / 2]; u16 codes[GROUP]; } two;
+    u16 differ = 0;
+    for (int k = 0; k < GROUP; k++) {
+        u16 code = nearest(values[k] & MAGNITUDE, bias);
+        differ |= value(code, bias) ^ (values[k] & MAGNITUDE);
+        two.codes[k] = code | (values[k] >> 6 & 8 << 6);
+    }
+    for (int k = 0; k < GROUP / 2; k++) block[k] = two.pairs[k] >> 6 | two.pairs[k] >> 18;
+    return differ;
+}
+
+/* The same under any scale, of any values. */
+static u16 encode_rare(const bf16 *values, int scale, u8 *block)
+{
+    u16 differ = 0;
+    memset(block, 0, GROUP / 2);
+    for (int k = 0; k < GROUP; k++) {
+        unsigned magnitude = values[k] & MAGNITUDE, code = 0;
+        for (int c = 1; c < 8; c++) {
+            unsigned midpoint = scaled((QUARTERS[c - 1] + QUARTERS[c]) / 2, scale);
+            code += magnitude > midpoint || (magnitude == midpoint && c % 2 == 0);
+        }
+        differ |= magnitude != scaled(QUARTERS[code], scale) || magnitude >= INFINITE;
+        block[k / 2] |= (code | (values[k] >> 12 & 8)) << k % 2 * 4;
+    }
+    return differ;
+}
+
+/* Encode any block; returns what is to be said of it. */
+INLINE u16 encode_any(const bf16 *values, u16 hint, u8 *block, u16 *scale)
+{
+    u16 largest = 0, finite = 1;
+    for (int k = 0; k < GROUP; k++) {
+        u16 magnitude = values[k] & MAGNITUDE, odd = magnitude >= INFINITE;
+        finite &= !odd;
+        largest = !odd && magnitude > largest ? magnitude : largest;
+    }
+    u16 rule = largest >> 7 > 2 ? (largest >> 7) - 2 : 0;
+    *scale = hint;
+    if (hint != NO_HINT && hint != rule && !encode_rare(values, hint, block)) return HINTED;
+    *scale = rule;
+    u16 differ = finite && rule >= 3 ? encode_under(values, bias_of(rule), block)
+                                     : encode_rare(values, rule, block);
+    return (finite && !largest ? ZERO : 0) | (differ ? INEXACT : 0);
+}
+
+/* --- Batches of blocks ----------------------------------------------------------------------- */
+
+/* A batch is up to LANES blocks that follow each other along one axis. Where their values lie side
+   by side, it is treated line by line, a line being one value of each; else block by block. */
+
+INLINE int in_lines(i64 value_step, i64 count) { return value_step == NEAR && count == LANES; }
+
+/* `steps` are those from block to block, of values, blocks and scales. The next row's blocks may
+   lie `next` bytes on: after a gap, the processor does not foresee them. */
+INLINE void decode_batch(u8 *values, i64 step, const u8 *blocks, const u8 *scales,
+                         const i64 *steps, i64 count, i64 next)
+{
+    u16 words[8 * LANES], room[8 * LANES], biases[LANES], smallest = 255; /* a word: four codes */
+    for (i64 i = 0; i < count; i++) {
+        u16 scale = scales[i * steps[2]];
+        smallest = scale < smallest ? scale : smallest;
+        biases[i] = bias_of(scale);
+    }
+    if (!in_lines(steps[0], count) || smallest < 2) {
+        for (i64 i = 0; i < count; i++) {
+            bf16 tile[GROUP];
+            u8 *v = values + i * steps[0];
+            const u8 *block = blocks + i * steps[1];
+            prefetch(block, next);
+            decode_block(block, scales[i * steps[2]], step == NEAR ? (bf16 *)v : tile);
+            for (int k = 0; step != NEAR && k < GROUP; k++) *(bf16 *)(v + k * step) = tile[k];
+        }
+        return;
+    }
+    for (int i = 0; i < LANES; i++) memcpy(room + 8 * i, blocks + i * steps[1], GROUP / 2);
+    unzip(room, words, 4 * LANES), unzip(words, room, 4 * LANES), unzip(room, words, 4 * LANES);
+    for (int k = 0; k < GROUP; k++) {
+        const u16 *word = words + k / 4 * LANES;
+        bf16 *line = (bf16 *)(values + k * step);
+        prefetch(values, (GROUP + k) * step);
+        for (int i = 0; i < LANES; i++) line[i] = value(word[i] >> k % 4 * 4 << 6, biases[i]);
+    }
+}
+
+/* Sums over pairs of values, in several parts each, so that vectors need not be added across. */
+struct moments {
+    double squares[PARTS], squared_error[PARTS], largest_error[PARTS];
+};
+
+INLINE double number(u32 bits)
+{
+    union { u32 bits; float number; } two = {bits << 16};
+    return two.number;
+}
+
+INLINE double larger(double a, double b) { return a > b ? a : b; }
+
+INLINE void add_squares(double *sums, const double *x)
+{
+    double y[GROUP];
+    for (int k = 0; k < GROUP; k++) y[k] = x[k] * x[k];
+    for (int i = 0; i < PARTS; i++)
+        sums[i] += (y[i] + y[i + PARTS]) + (y[i + 2 * PARTS] + y[i + 3 * PARTS]);
+}
+
+INLINE void add_moments(struct moments *sums, const u16 *exact, const u16 *other)
+{
+    double x[GROUP], error[GROUP], *largest = sums->largest_error;
+    for (int k = 0; k < GROUP; k++) x[k] = number(exact[k]);
+    for (int k = 0; k < GROUP; k++) error[k] = __builtin_fabs(x[k] - number(other[k]));
+    for (int i = 0; i < PARTS; i++) {
+        double found = larger(larger(error[i], error[i + PARTS]),
+                              larger(error[i + 2 * PARTS], error[i + 3 * PARTS]));
+        largest[i] = larger(found, largest[i]);
+    }
+    add_squares(sums->squares, x);
+    add_squares(sums->squared_error, error);
+}
+
+/* What an encoding did; codec.py reads it. */
+struct encoded {
+    i64 zero_blocks, hinted_blocks, min_scale, max_scale, inexact_blocks;
+    i64 first_inexact, inexact_values, nonfinite, clipped, flushed;
+    struct moments moments;
+};
+
+struct counts {
+    u16 changed[GROUP], nonfinite[GROUP], clipped[GROUP], flushed[GROUP];
+};
+
+/* Add up what rounding did to the values of a block. */
+INLINE void measure(struct counts *counts, struct moments *moments, const bf16 *values,
+                    const u8 *block, int scale)
+{
+    u16 top = scale < 2 ? scaled(QUARTERS[7], scale) : value(7 << 6, bias_of(scale));
+    u16 exact[GROUP], back[GROUP];
+    decode_block(block, scale, back);
+    for (int k = 0; k < GROUP; k++) {
+        u16 magnitude = values[k] & MAGNITUDE, decoded = back[k] & MAGNITUDE;
+        u16 odd = magnitude >= INFINITE;
+        counts->changed[k] += magnitude != decoded;
+        counts->nonfinite[k] += odd;
+        counts->clipped[k] += !odd & (magnitude > top);
+        counts->flushed[k] += !decoded & (magnitude != 0);
+        exact[k] = odd ? 0 : magnitude;
+        back[k] = odd ? 0 : decoded;
+    }
+    add_moments(moments, exact, back);
+}
+
+INLINE u16 total(const u16 *counts)
+{
+    u16 sum = 0;
+    for (int k = 0; k < GROUP; k++) sum += counts[k];
+    return sum;
+}
+
+/* Largest magnitude of each block of a batch. */
+INLINE void find_largest(const u8 *values, i64 value_step, i64 step, u16 *largest, i64 count)
+{
+    if (in_lines(value_step, count)) {
+        memset(largest, 0, LANES * sizeof *largest);
+        for (int k = 0; k < GROUP; k++) {
+            const bf16 *line = (const bf16 *)(values + k * step);
+            for (int i = 0; i < LANES; i++) {
+                u16 magnitude = line[i] & MAGNITUDE;
+                largest[i] = magnitude > largest[i] ? magnitude : largest[i];
+            }
+        }
+        return;
+    }
+    for (i64 i = 0; i < count; i++) {
+        bf16 tile[GROUP];
+        const bf16 *bits = gather(values + i * value_step, step, tile);
+        u16 found = 0;
+        for (int k = 0; k < GROUP; k++) {
+            u16 magnitude = bits[k] & MAGNITUDE;
+            found = magnitude > found ? magnitude : found;
+        }
+        largest[i] = found;
+    }
+}
+
+/* `encode_under` for LANES blocks, line by line. */
+INLINE void encode_lines(const u8 *values, i64 step, u8 *blocks, i64 block_step,
+                         const u16 *biases, u16 *differ)
+{
+    u16 words[8][LANES];
+    memset(differ, 0, LANES * sizeof *differ);
+    for (int j = 0; j < 8; j++) {
+        const u8 *lines = values + 4 * j * step;
+        for (int k = 0; k < 4; k++) prefetch(lines, (GROUP + k) * step);
+        for (int i = 0; i < LANES; i++) {
+            u16 word = 0, wrong = 0;
+            for (int k = 0; k < 4; k++) {
+                u16 bits = ((const bf16 *)(lines + k * step))[i];
+                u16 code = nearest(bits & MAGNITUDE, biases[i]);
+                wrong |= value(code, biases[i]) ^ (bits & MAGNITUDE);
+                word |= (code >> 6 | (bits >> 12 & 8)) << 4 * k;
+            }
+            words[j][i] = word;
+            differ[i] |= wrong;
+        }
+    }
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < 8; j++) ((bf16 *)(blocks + i * block_step))[j] = words[j][i];
+}
+
+/* Add up what was said of a batch's blocks. */
+INLINE void note(struct encoded *made, const u16 *status, const u16 *scale, i64 count)
+{
+    u16 zero = 0, hinted = 0, lowest = 255, highest = 0;
+    for (i64 i = 0; i < count; i++) {
+        u16 empty = (status[i] & ZERO) != 0;
+        zero += empty;
+        hinted += (status[i] & HINTED) != 0;
+        lowest = !empty && scale[i] < lowest ? scale[i] : lowest;
+        highest = !empty && scale[i] > highest ? scale[i] : highest;
+    }
+    made->zero_blocks += zero;
+    made->hinted_blocks += hinted;
+    made->min_scale = lowest < made->min_scale ? lowest : made->min_scale;
+    made->max_scale = highest > made->max_scale ? highest : made->max_scale;
+}
+
+/* `steps` are those from block to block, of values, blocks, scales, hints and the blocks' numbers,
+   which begin at `number`. */
+INLINE void encode_batch(const u8 *values, i64 step, u8 *blocks, u8 *scales, const u8 *hints,
+                         i64 number, const i64 *steps, i64 count, struct encoded *made)
+{
+    u16 largest[LANES], hint[LANES], scale[LANES], status[LANES], biases[LANES], differ[LANES];
+    u16 seen = 0, again = 0;
+    bf16 tile[GROUP];
+    find_largest(values, steps[0], step, largest, count);
+    for (i64 i = 0; i < count; i++) hint[i] = hints[i * steps[3]];
+    for (i64 i = 0; i < count; i++) {
+        status[i] = choose(largest[i], hint[i], &scale[i]);
+        biases[i] = bias_of(scale[i] > 3 ? scale[i] : 3); /* zeros are zeros under any */
+    }
+    if (in_lines(steps[0], count))
+        encode_lines(values, step, blocks, steps[1], biases, differ);
+    else
+        for (i64 i = 0; i < count; i++) {
+            const u8 *v = values + i * steps[0];
+            prefetch(v, AHEAD);
+            differ[i] = encode_under(gather(v, step, tile), biases[i], blocks + i * steps[1]);
+        }
+    for (i64 i = 0; i < count; i++) {
+        u16 wrong_hint = differ[i] && (status[i] & (HINTED | RARE)) == HINTED;
+        hint[i] = wrong_hint ? NO_HINT : hint[i];
+        status[i] = wrong_hint ? RARE : status[i] | (differ[i] ? INEXACT : 0);
+        again |= status[i] & RARE;
+    }
+    for (i64 i = 0; again && i < count; i++)
+        if (status[i] & RARE) {
+            const bf16 *bits = gather(values + i * steps[0], step, tile);
+            status[i] = encode_any(bits, hint[i], blocks + i * steps[1], &scale[i]);
+        }
+    for (i64 i = 0; i < count; i++) {
+        scales[i * steps[2]] = scale[i];
+        seen |= status[i];
+    }
+    note(made, status, scale, count);
+    if (!(seen & INEXACT)) return;
+    struct counts counts = {0};
+    struct moments moments = made->moments; /* a copy: bytes that are written alias nothing here */
+    for (i64 i = 0; i < count; i++)
+        if (status[i] & INEXACT) {
+            i64 at = number + i * steps[4];
+            if (!made->inexact_blocks++ || at < made->first_inexact) made->first_inexact = at;
+            const bf16 *bits = gather(values + i * steps[0], step, tile);
+            measure(&counts, &moments, bits, blocks + i * steps[1], scale[i]);
+        }
+    made->moments = moments;
+    made->inexact_values += total(counts.changed);
+    made->nonfinite += total(counts.nonfinite);
+    made->clipped += total(counts.clipped);
+    made->flushed += total(counts.flushed);
+}
+
+/* --- Decode and encode ----------------------------------------------------------------------- */
+
+/* Both go over rows and groups of blocks. Each array has a step from row to row and one from group
+   to group, in the order of the arguments; `step` is that of the values along a group. Batches lie
+   along groups or, where the values of neighbouring rows lie side by side, in strips of rows. */
+
+INLINE void decode(u8 *values, const u8 *blocks, const u8 *scales, i64 rows, i64 groups,
+                   const i64 *row, const i64 *group, i64 step)
+{
+    int along = row[0] == NEAR;
+    const i64 *in = along ? row : group, *out = along ? group : row;
+    i64 inner = along ? rows : groups, outer = along ? groups : rows, strip = along ? STRIP : inner;
+    for (i64 first = 0; first < inner; first += strip)
+        for (i64 o = 0; o < outer; o++)
+            for (i64 i = first, end = least(first + strip, inner); i < end; i += LANES)
+                decode_batch(values + o * out[0] + i * in[0], step, blocks + o * out[1] + i * in[1],
+                             scales + o * out[2] + i * in[2], in, least(LANES, end - i), out[1]);
+}
+KERNEL(void, decode, (u8 *v, const u8 *b, const u8 *s, i64 rows, i64 groups, const i64 *row,
+                      const i64 *group, i64 step), (v, b, s, rows, groups, row, group, step))
+
+INLINE void encode(const u8 *values, u8 *blocks, u8 *scales, const u8 *hints, i64 number, i64 rows,
+                   i64 groups, const i64 *row, const i64 *group, i64 step, struct encoded *made)
+{
+    int along = row[0] == NEAR;
+    const i64 *in = along ? row : group, *out = along ? group : row;
+    i64 inner = along ? rows : groups, outer = along ? groups : rows, strip = along ? STRIP : inner;
+    for (i64 first = 0; first < inner; first += strip)
+        for (i64 o = 0; o < outer; o++)
+            for (i64 i = first, end = least(first + strip, inner); i < end; i += LANES)
+                encode_batch(values + o * out[0] + i * in[0], step, blocks + o * out[1] + i * in[1],
+                             scales + o * out[2] + i * in[2], hints + o * out[3] + i * in[3],
+                             number + o * out[4] + i * in[4], in, least(LANES, end - i), made);
+}
+KERNEL(void, encode, (const u8 *v, u8 *b, u8 *s, const u8 *h, i64 number, i64 rows, i64 groups,
+                      const i64 *row, const i64 *group, i64 step, struct encoded *made),
+       (v, b, s, h, number, rows, groups, row, group, step, made))
+
+/* --- Copies ---------------------------------------------------------------------------------- */
+
+/* Where a row lies: rows come in pairs, and steps are those of a pair and within a pair. */
+INLINE i64 at(i64 row, const i64 *steps) { return row / 2 * steps[0] + row % 2 * steps[1]; }
+
+/* target[q][p] = source[p][q], p < rows, q < columns. */
+INLINE void transpose(const u8 *source, u8 *target, i64 rows, i64 columns, const i64 *from,
+                      const i64 *to)
+{
+    for (i64 p0 = 0; p0 < rows; p0 += TILE)
+        for (i64 q0 = 0; q0 < columns; q0 += TILE)
+            for (i64 p = p0; p < least(p0 + TILE, rows); p += 8)
+                for (i64 q = q0; q < least(q0 + TILE, columns); q += 8) {
+                    i64 height = least(8, rows - p), width = least(8, columns - q);
+                    u16 a[64], b[64];
+                    if (height < 8 || width < 8) {
+                        for (i64 i = p; i < p + height; i++)
+                            for (i64 j = q; j < q + width; j++)
+                                memcpy(target + at(j, to) + NEAR * i,
+                                       source + at(i, from) + NEAR * j, NEAR);
+                        continue;
+                    }
+                    for (int i = 0; i < 8; i++)
+                        memcpy(a + 8 * i, source + at(p + i, from) + NEAR * q, 8 * NEAR);
+                    unzip(a, b, 32), unzip(b, a, 32), unzip(a, b, 32);
+                    for (int j = 0; j < 8; j++)
+                        memcpy(target + at(q + j, to) + NEAR * p, b + 8 * j, 8 * NEAR);
+                }
+}
+KERNEL(void, transpose, (const u8 *source, u8 *target, i64 rows, i64 columns, const i64 *from,
+                         const i64 *to), (source, target, rows, columns, from, to))
+
+/* --- Sums ------------------------------------------------------------------------------------ */
+
+INLINE u64 weighted(const bf16 *values, const u64 *weights, i64 count)
+{
+    u64 sum = 0;
+    for (i64 k = 0; k < count; k++) sum += values[k] * weights[k];
+    return sum;
+}
+
+/* The sum over rows and columns of bits * row weight * column weight, modulo 2^64; `odd` is set if
+   any are an infinity or NaN. Rows lie at these offsets, their elements `step` apart. */
+INLINE u64 weighted_sum(const u8 *values, const i64 *offsets, const u64 *rows, i64 row_count,
+                        i64 step, const u64 *columns, i64 column_count, u8 *odd)
+{
+    u64 sum = 0;
+    u16 carries = 0; /* 1 more than an exponent of all ones carries into the place of the sign */
+    for (i64 r = 0; r < row_count; r++) {
+        u64 line = 0;
+        i64 k = 0;
+        for (; k + GROUP <= column_count; k += GROUP) {
+            bf16 tile[GROUP];
+            const bf16 *bits = gather(values + offsets[r] + k * step, step, tile);
+            prefetch((const u8 *)bits, AHEAD);
+            line += weighted(bits, columns + k, GROUP);
+            for (int i = 0; i < GROUP; i++) carries |= (bits[i] & INFINITE) + 0x80;
+        }
+        for (; k < column_count; k++) {
+            u16 bits = *(const bf16 *)(values + offsets[r] + k * step);
+            line += bits * columns[k];
+            carries |= (bits & INFINITE) + 0x80;
+        }
+        sum += line * rows[r];
+    }
+    *odd = carries >> 15;
+    return sum;
+}
+KERNEL(u64, weighted_sum, (const u8 *v, const i64 *offsets, const u64 *rows, i64 row_count,
+                           i64 step, const u64 *columns, i64 column_count, u8 *odd),
+       (v, offsets, rows, row_count, step, columns, column_count, odd))
+
+/* The same sum over the values of blocks; `group` has the steps of blocks and scales in a row. */
+INLINE u64 packed_sum(const u8 *blocks, const u8 *scales, const i64 *block_rows,
+                      const i64 *scale_rows, const u64 *rows, i64 row_count, const i64 *group,
+                      const u64 *columns, i64 groups)
+{
+    u64 sum = 0;
+    for (i64 r = 0; r < row_count; r++) {
+        u64 line = 0;
+        for (i64 first = 0; first < groups; first += RUN) {
+            bf16 values[RUN * GROUP];
+            i64 count = least(RUN, groups - first);
+            const u8 *b = blocks + block_rows[r] + first * group[0];
+            const u8 *s = scales + scale_rows[r] + first * group[1];
+            for (i64 g = 0; g < count; g++)
+                decode_block(b + g * group[0], s[g * group[1]], values + g * GROUP);
+            line += weighted(values, columns + first * GROUP, count * GROUP);
+        }
+        sum += line * rows[r];
+    }
+    return sum;
+}
+KERNEL(u64, packed_sum, (const u8 *b, const u8 *s, const i64 *block_rows, const i64 *scale_rows,
+                         const u64 *rows, i64 row_count, const i64 *group, const u64 *columns,
+                         i64 groups),
+       (b, s, block_rows, scale_rows, rows, row_count, group, columns, groups))
+
+/* Of blocks one after the other: how many are all zero, and how many others hold no 4 and no 6. */
+INLINE void count_blocks(const u8 *blocks, i64 count, i64 *found)
+{
+    i64 zero = 0, low = 0;
+    for (i64 k = 0; k < count; k++) {
+        u64 a, b;
+        memcpy(&a, blocks + 16 * k, 8), memcpy(&b, blocks + 16 * k + 8, 8);
+        u64 any = (a | b) & 0x7777777777777777;
+        u64 high = ((a >> 1 & a >> 2) | (b >> 1 & b >> 2)) & 0x1111111111111111;
+        zero += !any;
+        low += any && !high;
+    }
+    found[0] = zero, found[1] = low;
+}
+KERNEL(void, count_blocks, (const u8 *blocks, i64 count, i64 *found), (blocks, count, found))
+
+/* How two arrays of values differ; changes.py reads it. */
+struct change {
+    i64 changed, nonfinite;
+    struct moments moments; /* without what is infinite or NaN on either side */
+};
+
+INLINE void compare(const u8 *ours, const u8 *theirs, i64 count, struct change *found)
+{
+    for (i64 first = 0; first < count; first += GROUP) {
+        u16 a[GROUP] = {0}, b[GROUP] = {0}, changed = 0, nonfinite = 0;
+        memcpy(a, ours + NEAR * first, NEAR * least(GROUP, count - first));
+        memcpy(b, theirs + NEAR * first, NEAR * least(GROUP, count - first));
+        for (int k = 0; k < GROUP; k++) {
+            u16 odd = ((a[k] & INFINITE) == INFINITE) | ((b[k] & INFINITE) == INFINITE);
+            changed += a[k] != b[k];
+            nonfinite += odd;
+            a[k] = odd ? 0 : a[k], b[k] = odd ? 0 : b[k];
+        }
+        found->changed += changed, found->nonfinite += nonfinite;
+        add_moments(&found->moments, a, b);
+    }
+}
+KERNEL(void, compare, (const u8 *ours, const u8 *theirs, i64 count, struct change *found),
+       (ours, theirs, count, found))
