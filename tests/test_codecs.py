@@ -242,6 +242,23 @@ def test_a_codec_of_this_test_encodes_decodes_and_is_copied():
     assert len({*marks(there, results).values()}) == len(marks(there, results))
 
 
+def test_the_fingerprint_is_of_what_was_written_even_if_it_was_rounded(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("gptoss_convert.engine.fingerprint._SCRATCH_BYTES", 1000)
+    source = values(7)
+    noise = np.random.default_rng(8)
+    for layer in range(2):
+        tensor = source.tensors[f"model.layers.{layer}.mlp.experts.down_proj"]
+        tensor[...] = bits_of(noise.normal(size=tensor.shape))
+    packed, there, results = converted(source, "bf16", "int8")
+    assert any(done.encoded.inexact_blocks for done in results)
+    _, home, decoded = converted(packed, "int8", "bf16")
+    assert marks(there, results) == marks(home, decoded)
+    _, exact, before = converted(source, "bf16", "bf16")
+    assert marks(there, results) != marks(exact, before)
+
+
 def test_one_encoding_becomes_another_by_way_of_values_in_memory():
     source = values(2)
     mxfp4, _, _ = converted(source, "bf16", "mxfp4")
