@@ -205,7 +205,7 @@ def test_the_way_back_restores_every_file_of_the_published_checkpoint(
     WRITERS[way[0]](source, model.shape, model.weights)
     if way[0] == "hf-mxfp4":
         for name in ("tokenizer.json", "chat_template.jinja", "LICENSE"):
-            (source / name).write_bytes(f"{{ {name} }}\n".encode())
+            (source / name).write_text(json.dumps({"name": name}) + "\n")
     for step, format in enumerate((*way[1:], way[0])):
         convert(at, tmp_path / f"{step}", TARGETS[format])
         at = tmp_path / f"{step}"
