@@ -16,7 +16,7 @@ import pytest
 from gptoss_convert.containers import Chunk
 from gptoss_convert.layouts.folding import fold_tensors
 from gptoss_convert.show import pages, report
-from gptoss_convert.show.pages import Facts, Table
+from gptoss_convert.show.pages import Facts, Grid
 from gptoss_convert.synth.synth import synth
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -41,13 +41,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_plain_text_is_aligned_and_ends_in_no_spaces() -> None:
-    table = Table(("level", "time", "what"), [("a", "1 s", "x\ny"), ("bcdefg", "10 s", "")])
+    table = Grid(("level", "time", "what"), [("a", "1 s", "x\ny"), ("bcdefg", "10 s", "")])
     page = ["head", "", Facts({"path": "p", "format": "f"}), table]
     assert pages.plain(page).split("\n") == [
         *("head", "", "path    p", "format  f"),
         *("level   time  what", "a       1 s   x", "              y", "bcdefg  10 s"),
     ]
-    flush = Table(("n", "bytes"), [("a", "1 B"), ("b", "10 kB")], right=frozenset(("bytes",)))
+    flush = Grid(("n", "bytes"), [("a", "1 B"), ("b", "10 kB")], right=frozenset(("bytes",)))
     assert pages.plain([flush]).split("\n") == ["n  bytes", "a    1 B", "b  10 kB"]
 
 
@@ -89,7 +89,7 @@ def test_a_narrow_terminal_loses_columns_before_names(
 
 
 def test_nothing_is_lost_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = [Facts({"path": "/" + "x" * 90}), Table(("level", "what"), [("a", "word " * 30)])]
+    page = [Facts({"path": "/" + "x" * 90}), Grid(("level", "what"), [("a", "word " * 30)])]
     lines = styled(page, 40, monkeypatch)
     assert max(map(len, lines)) <= 40
     text = "".join(lines)

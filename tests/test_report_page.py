@@ -18,7 +18,7 @@ import pytest
 from gptoss_convert import convert, verify_checkpoints
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.formats.registry import open_checkpoint
-from gptoss_convert.show.report_page.axes import LogLane, runs, spaced
+from gptoss_convert.show.report_page.axes import LogLane, spaced, stretches
 from gptoss_convert.show.report_page.content import page_of
 from gptoss_convert.show.report_page.document import (
     NONE,
@@ -26,7 +26,7 @@ from gptoss_convert.show.report_page.document import (
     Facts,
     Figure,
     Listing,
-    Page,
+    ReportPage,
     Table,
     number,
     share,
@@ -92,7 +92,9 @@ def lossy(folder: Path) -> Summary:
 
 
 @pytest.fixture(scope="module")
-def rendered(same: Summary, different: Summary, lossy: Summary) -> dict[str, tuple[Page, str]]:
+def rendered(
+    same: Summary, different: Summary, lossy: Summary
+) -> dict[str, tuple[ReportPage, str]]:
     """Each page and its HTML."""
     named = {"same": same, "different": different, "lossy": lossy}
     made = {name: page_of(one, "gptoss-convert verify a b") for name, one in named.items()}
@@ -131,7 +133,7 @@ class Parsed(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-def texts_of(page: Page) -> Iterator[str]:
+def texts_of(page: ReportPage) -> Iterator[str]:
     """Every text of a page that both renderings must show."""
     yield from (page.verdict, *page.reasons)
     for title, facts in page.sides:
@@ -153,7 +155,9 @@ def texts_of(page: Page) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", ["same", "different", "lossy"])
-def test_html_and_markdown_say_the_same(name: str, rendered: dict[str, tuple[Page, str]]) -> None:
+def test_html_and_markdown_say_the_same(
+    name: str, rendered: dict[str, tuple[ReportPage, str]]
+) -> None:
     page, made = rendered[name]
     found, text = Parsed(made).text, markdown(page)
     facts = [*texts_of(page)]
@@ -182,7 +186,7 @@ def test_html_and_markdown_say_the_same(name: str, rendered: dict[str, tuple[Pag
     ],
 )  # fmt: skip
 def test_every_question_has_its_section(
-    name: str, titles: list[str], rendered: dict[str, tuple[Page, str]]
+    name: str, titles: list[str], rendered: dict[str, tuple[ReportPage, str]]
 ) -> None:
     page, _ = rendered[name]
     assert [section.title for section in page.sections] == titles
@@ -226,7 +230,9 @@ def test_other_numbers_end_at_the_header(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["same", "different", "lossy"])
-def test_the_page_holds_all_it_shows(name: str, rendered: dict[str, tuple[Page, str]]) -> None:
+def test_the_page_holds_all_it_shows(
+    name: str, rendered: dict[str, tuple[ReportPage, str]]
+) -> None:
     _, text = rendered[name]
     parsed = Parsed(text)
     assert not re.search(r"https?:|//[a-z]|@import|<script|<img|<link|<iframe", text)
@@ -298,7 +304,7 @@ def test_a_log_axis_has_lanes_for_zero_and_infinity() -> None:
 
 def test_maps_tell_never_from_seldom_and_cut_what_nobody_uses() -> None:
     assert loads([[0, 1, 10, 10, 19, 80]]) == [[0, 1, 3, 3, 3, 6]]
-    assert runs([0, 108, 109, 111]) == [0, 2, 3, 5]
+    assert stretches([0, 108, 109, 111]) == [0, 2, 3, 5]
     assert spaced(32) == [0, 4, 8, 12, 16, 20, 24, 28]
     assert sqnr_borders([18.2, 24.9]) == [18, 19, 20, 21, 22, 23, 24]
     assert sqnr_borders([-100.0, 20.0]) == [-100, -80, -60, -40, -20, 0, 20]

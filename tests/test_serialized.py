@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 from gptoss_convert.containers import TensorSpec
 from gptoss_convert.containers.torch_dist import emit, extra_state_objects, serialized, writer
 from gptoss_convert.containers.torch_dist.item_form import item_form
-from gptoss_convert.containers.torch_dist.metadata import Box, Item, parse
+from gptoss_convert.containers.torch_dist.metadata import ChunkBox, Item, parse
 from gptoss_convert.formats import shards
 from gptoss_convert.formats.config import from_hf
 from gptoss_convert.formats.megatron.state import common_state
@@ -43,7 +43,7 @@ from gptoss_convert.layouts.tables import load_table
 from tests.test_golden import published_config
 from tests.torch_dist_files import DTYPES, load_common
 
-Stored = Sequence[tuple[TensorSpec, Box, Item]]
+Stored = Sequence[tuple[TensorSpec, ChunkBox, Item]]
 LARGE = 1 << 40
 
 

@@ -28,7 +28,7 @@ from gptoss_convert.containers import TensorSpec
 from gptoss_convert.containers.torch_dist import read
 from gptoss_convert.containers.torch_dist.coverage import require_tiling
 from gptoss_convert.containers.torch_dist.files import open_file
-from gptoss_convert.containers.torch_dist.metadata import Box
+from gptoss_convert.containers.torch_dist.metadata import ChunkBox
 from gptoss_convert.errors import GptossError, InputError, IntegrityError
 from tests.torch_dist_files import write_small
 
@@ -428,8 +428,8 @@ def test_a_huge_declared_shape_is_an_uncovered_tensor(path: Path) -> None:
     refused(path, IntegrityError, r"^norm: no chunk covers index 7 of axis 0")
 
 
-def boxes(*parts: tuple[tuple[int, ...], tuple[int, ...]]) -> list[Box]:
-    return [Box(start, extent) for start, extent in parts]
+def boxes(*parts: tuple[tuple[int, ...], tuple[int, ...]]) -> list[ChunkBox]:
+    return [ChunkBox(start, extent) for start, extent in parts]
 
 
 def test_an_irregular_tiling_is_accepted() -> None:
@@ -443,7 +443,7 @@ def test_an_irregular_tiling_is_accepted() -> None:
         with pytest.raises(IntegrityError, match="no chunk covers"):
             require_tiling((3, 3), rest)
     with pytest.raises(IntegrityError, match="overlap"):
-        require_tiling((3, 3), [*pinwheel[:4], Box((1, 1), (2, 1))])
+        require_tiling((3, 3), [*pinwheel[:4], ChunkBox((1, 1), (2, 1))])
 
 
 def test_a_tiling_is_accepted_exactly_if_each_element_is_in_one_box() -> None:
@@ -451,14 +451,14 @@ def test_a_tiling_is_accepted_exactly_if_each_element_is_in_one_box() -> None:
     verdicts = {True: 0, False: 0}
     for _ in range(600):
         count = torch.zeros(3, 4, dtype=torch.int)
-        found: list[Box] = []
+        found: list[ChunkBox] = []
         for row in range(0, 3, 1):
             cut = int(torch.randint(1, 4, (1,), generator=generator))
             spans = [(0, cut), (cut, 4 - cut)]
             if torch.rand(1, generator=generator) < 0.15:
                 spans[0] = (int(torch.randint(0, 2, (1,), generator=generator)), cut)
             for start, size in spans:
-                box = Box((row, start), (1, size))
+                box = ChunkBox((row, start), (1, size))
                 if start + size <= 4 and box not in found:
                     found.append(box)
                     count[row, start : start + size] += 1

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptoss_convert.codecs.mxfp4 import library
-from gptoss_convert.compare.changes import Change, change, sum_of
+from gptoss_convert.compare.changes import Distance, change, sum_of
 from gptoss_convert.compare.diff import Diff, ParameterDiff, diff
 from gptoss_convert.formats.checkpoint import Choices
 from tests.tiny_files import hf_config, write_hf_bf16, write_hf_mxfp4, write_megatron, write_openai
@@ -72,7 +72,7 @@ def expected(ours: Tensor, theirs: Tensor) -> dict[str, float]:
     }
 
 
-def numbers(found: Change) -> dict[str, Any]:
+def numbers(found: Distance) -> dict[str, Any]:
     return {
         "share": found.share,
         "relative_norm": found.relative_norm,

@@ -14,7 +14,7 @@ from gptoss_convert.cli.options import (
     EPILOG,
     PATH,
     SOURCE,
-    Share,
+    Percentage,
     as_json_flag,
     complain,
     options_of,
@@ -36,7 +36,7 @@ from gptoss_convert.verify.result import VerifyOptions
 @click.command(epilog=EPILOG)
 @click.argument("path", type=PATH)
 @click.option("--read-data", is_flag=True, help="Read every byte, not headers only.")
-@click.option("--read-data-subset", type=Share(), help="Read so much of the weights, as 5%.")
+@click.option("--read-data-subset", type=Percentage(), help="Read so much of the weights, as 5%.")
 @options_of(Reading)
 @options_of(Choices, place="PATH")
 @as_json_flag

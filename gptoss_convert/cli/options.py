@@ -47,7 +47,7 @@ class Size(click.ParamType[int]):
         return int(float(match[1]) * (_UNITS.get(unit) or _BINARY[unit]))
 
 
-class Share(click.ParamType[float]):
+class Percentage(click.ParamType[float]):
     """A share such as 5%."""
 
     name = "share"

@@ -20,7 +20,7 @@ Bits = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Distance:
     """What differs between two sides of some elements; `sum_of` adds them up.
 
     Elements that are infinite or NaN on either side are counted, and left out of the sums.
@@ -70,10 +70,10 @@ class _Change(ctypes.Structure):
     )
 
 
-def sum_of(changes: Iterable[Change]) -> Change:
+def sum_of(changes: Iterable[Distance]) -> Distance:
     """All of them together."""
     every = [*changes]
-    return Change(
+    return Distance(
         sum(one.elements for one in every),
         sum(one.changed for one in every),
         sum(one.nonfinite for one in every),
@@ -83,7 +83,7 @@ def sum_of(changes: Iterable[Change]) -> Change:
     )
 
 
-def change(ours: Bits, theirs: Bits) -> Change:
+def change(ours: Bits, theirs: Bits) -> Distance:
     """How far `theirs` lies from `ours`: BF16 bits, contiguous, of one shape."""
     a, b = ours.reshape(-1), theirs.reshape(-1)
     if kernels := library.load():
@@ -91,16 +91,16 @@ def change(ours: Bits, theirs: Bits) -> Change:
         a, b = map(np.ascontiguousarray, (a, b))
         kernels.compare(address(a), address(b), a.size, ctypes.byref(found))
         sums = sum(found.squares), sum(found.squared_change), max(found.max_abs)
-        return Change(a.size, found.changed, found.nonfinite, *sums)
+        return Distance(a.size, found.changed, found.nonfinite, *sums)
     pieces = range(0, len(a), _PIECE)
     return sum_of(_by_numpy(a[i : i + _PIECE], b[i : i + _PIECE]) for i in pieces)
 
 
-def _by_numpy(a: Bits, b: Bits) -> Change:
+def _by_numpy(a: Bits, b: Bits) -> Distance:
     finite = ((a & _EXPONENT) != _EXPONENT) & ((b & _EXPONENT) != _EXPONENT)
     x = np.where(finite, _values(a), 0.0)
     error = np.where(finite, _values(b), 0.0) - x
-    return Change(
+    return Distance(
         len(a),
         int(np.count_nonzero(a != b)),
         len(a) - int(np.count_nonzero(finite)),

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.compare.changes import Change, change, sum_of
+from gptoss_convert.compare.changes import Distance, change, sum_of
 from gptoss_convert.compare.config_diff import (
     KeysDiff,
     Pair,
@@ -43,10 +43,10 @@ class ParameterDiff:
     parameter: str
     encodings: tuple[str, str]
     """`MXFP4`, or the dtype, of either side."""
-    layers: Mapping[int | None, Change]
+    layers: Mapping[int | None, Distance]
 
     @property
-    def total(self) -> Change:
+    def total(self) -> Distance:
         """All layers together."""
         return sum_of(self.layers.values())
 
@@ -80,7 +80,7 @@ class Diff:
     compared, nothing else."""
 
     @property
-    def total(self) -> Change:
+    def total(self) -> Distance:
         """All values that were compared."""
         return sum_of(one.total for one in self.parameters)
 
@@ -163,7 +163,7 @@ def diff(
     )
 
 
-def _judge(number: int, step: Step, ours: Side, theirs: Side) -> tuple[int, Change]:
+def _judge(number: int, step: Step, ours: Side, theirs: Side) -> tuple[int, Distance]:
     return number, change(ours.values, theirs.values)
 
 
@@ -212,12 +212,12 @@ def _plan(ours: Checkpoint, theirs: Checkpoint, source: list[Extent], target: li
 
 def _parameters(
     plan: Plan,
-    changes: Mapping[int, Change],
+    changes: Mapping[int, Distance],
     ours: Contents,
     theirs: Contents,
 ) -> Iterator[ParameterDiff]:
     """The changes by parameter and layer, in model order."""
-    found: dict[str, dict[int | None, list[Change]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[int | None, list[Distance]]] = defaultdict(lambda: defaultdict(list))
     for number, step in enumerate(plan.steps):
         layer = step.layer if step.layer_axis >= 0 else None
         found[step.family.weight][layer].append(changes[number])

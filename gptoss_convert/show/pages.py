@@ -38,7 +38,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Table:
+class Grid:
     """Rows under column titles; only cells of the last column may have several lines."""
 
     columns: tuple[str, ...]
@@ -51,7 +51,7 @@ class Table:
     """Columns that a narrow terminal leaves out, the first ones first."""
 
 
-Page = Sequence[str | Facts | Table]
+Page = Sequence[str | Facts | Grid]
 """Lines, facts and tables, from top to bottom."""
 
 
@@ -70,7 +70,7 @@ def plain(page: Page) -> str:
     return "\n".join(line for block in page for line in _plain(block))
 
 
-def _plain(block: str | Facts | Table) -> list[str]:
+def _plain(block: str | Facts | Grid) -> list[str]:
     if isinstance(block, str):
         return [printable(block)]
     if isinstance(block, Facts):
@@ -110,12 +110,12 @@ def styled(page: Page) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def _rich(block: str | Facts | Table, width: int) -> RenderableType:
+def _rich(block: str | Facts | Grid, width: int) -> RenderableType:
     from rich.table import Table as RichTable
 
     if isinstance(block, str):
         return _rich_line(block)
-    if isinstance(block, Table) and block.names:
+    if isinstance(block, Grid) and block.names:
         block = _fitted(block, width)
     grid = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     if isinstance(block, Facts):
@@ -156,7 +156,7 @@ _MODULE = re.compile(r"\w+\.(?=\w)")
 """The module that a tensor's name within a layer begins with."""
 
 
-def _fitted(table: Table, width: int) -> Table:
+def _fitted(table: Grid, width: int) -> Grid:
     """A table of tensors as an outline: of two levels, then of fewer columns if it is too wide."""
     outlines = [
         replace(table, rows=_outline(table.rows, levels))
@@ -188,13 +188,13 @@ def _outline(rows: Sequence[Row], beginnings: Sequence[re.Pattern[str]]) -> list
     return found
 
 
-def _without(table: Table, names: Sequence[str]) -> Table:
+def _without(table: Grid, names: Sequence[str]) -> Grid:
     """The table without these columns."""
     kept = [place for place, name in enumerate(table.columns) if name not in names]
     rows = [tuple(row[place] for place in kept) for row in table.rows]
     return replace(table, columns=tuple(table.columns[place] for place in kept), rows=rows)
 
 
-def _width(table: Table) -> int:
+def _width(table: Grid) -> int:
     columns = zip(table.columns, *table.rows, strict=True)
     return sum(max(map(len, column)) + 2 for column in columns) - 2

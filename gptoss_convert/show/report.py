@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gptoss_convert.layouts.folding import ranges
-from gptoss_convert.show.pages import Facts, Page, Table
+from gptoss_convert.show.pages import Facts, Grid, Page
 
 
 def size(nbytes: float) -> str:
@@ -19,7 +19,7 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
-def tensors(groups: Iterable[Mapping[str, Any]]) -> Table:
+def tensors(groups: Iterable[Mapping[str, Any]]) -> Grid:
     """Folded tensors as a table."""
     rows = [
         (
@@ -33,7 +33,7 @@ def tensors(groups: Iterable[Mapping[str, Any]]) -> Table:
     ]
     columns = ("tensor", "count", "dtype", "shape", "bytes")
     right = frozenset(("count", "shape", "bytes"))
-    return Table(columns, rows, right, names=True, spare=("count", "shape"))
+    return Grid(columns, rows, right, names=True, spare=("count", "shape"))
 
 
 def inspection(summary: Mapping[str, Any]) -> Page:
@@ -103,7 +103,7 @@ def check(summary: Mapping[str, Any]) -> Page:
     )
     prints = {} if summary["manifest"] else summary["parameters"]
     rows = [(weight, found["fingerprint"]) for weight, found in sorted(prints.items())]
-    table = ["", Table(("parameter", "fingerprint"), rows)] if rows else []
+    table = ["", Grid(("parameter", "fingerprint"), rows)] if rows else []
     return [facts, *table, *(f"problem: {problem}" for problem in problems), *_notes(summary)]
 
 
@@ -131,7 +131,7 @@ def conversion(summary: Mapping[str, Any]) -> Page:
     if len(listed) > _FILES:
         rest = size(sum([*files.values()][3:-3]))
         listed = [*listed[:3], (f"... {len(listed) - 6} more", rest), *listed[-3:]]
-    table = Table(("file", "bytes"), listed, right=frozenset(("bytes",)))
+    table = Grid(("file", "bytes"), listed, right=frozenset(("bytes",)))
     return [Facts(rows), "", tensors(target["tensor_groups"]), "", table, *_notes(summary)]
 
 
@@ -161,7 +161,7 @@ def verification(summary: Mapping[str, Any]) -> Page:
         "source": f"{source['format']:<9}  {source['path']}",
         "target": f"{target['format']:<9}  {target['path']}",
     }
-    levels = Table(
+    levels = Grid(
         ("level", "answer", "time", "what"),
         [_level(level) for level in summary["levels"]],
         right=frozenset(("time",)),
@@ -188,9 +188,9 @@ def diff(summary: Mapping[str, Any]) -> Page:
     keys = _changed_keys(summary)
     weights = [row for module in summary["modules"] for row in _changed_weights(module)]
     columns = ("parameter", "layers", "changed", "relative norm", "max abs")
-    tables = [Table(("config", "a", "b"), keys)] if keys else []
-    tables += [Table(columns, weights, right=frozenset(columns[2:]))] if weights else []
-    page: list[str | Facts | Table] = [summary["verdict"], "", Facts(sides)]
+    tables = [Grid(("config", "a", "b"), keys)] if keys else []
+    tables += [Grid(columns, weights, right=frozenset(columns[2:]))] if weights else []
+    page: list[str | Facts | Grid] = [summary["verdict"], "", Facts(sides)]
     for table in tables:
         page += ["", table]
     lines = [*_other_encodings(summary), *_one_sided(summary)]

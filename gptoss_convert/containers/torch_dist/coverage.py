@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 
-from gptoss_convert.containers.torch_dist.metadata import Box
+from gptoss_convert.containers.torch_dist.metadata import ChunkBox
 from gptoss_convert.errors import InputError, IntegrityError
 
 _MAX_PIECES_PER_BOX = 64
 
 
-def require_tiling(shape: tuple[int, ...], boxes: Collection[Box]) -> None:
+def require_tiling(shape: tuple[int, ...], boxes: Collection[ChunkBox]) -> None:
     """Raise IntegrityError unless the boxes cover every element of `shape` exactly once."""
     for box in boxes:
         ends = (s + e for s, e in zip(box.start, box.extent, strict=True))
@@ -21,7 +21,7 @@ def require_tiling(shape: tuple[int, ...], boxes: Collection[Box]) -> None:
         _sweep(shape, list(boxes), 0, [_MAX_PIECES_PER_BOX * len(boxes)])
 
 
-def _is_grid(shape: tuple[int, ...], boxes: Collection[Box]) -> bool:
+def _is_grid(shape: tuple[int, ...], boxes: Collection[ChunkBox]) -> bool:
     """Whether equal boxes stand at the points of a grid, each once: what parallel savers write."""
     extent = next(iter(boxes)).extent
     return (
@@ -37,7 +37,7 @@ def _is_grid(shape: tuple[int, ...], boxes: Collection[Box]) -> bool:
     )
 
 
-def _sweep(shape: tuple[int, ...], boxes: list[Box], axis: int, budget: list[int]) -> None:
+def _sweep(shape: tuple[int, ...], boxes: list[ChunkBox], axis: int, budget: list[int]) -> None:
     """Cut the tensor along one axis where the boxes begin or end, and check each slab's rest."""
     if axis == len(shape):
         if len(boxes) > 1:
@@ -57,12 +57,12 @@ def _sweep(shape: tuple[int, ...], boxes: list[Box], axis: int, budget: list[int
 
 
 def _slabs(
-    boxes: Sequence[Box], axis: int, budget: list[int]
-) -> Iterator[tuple[int, int, list[Box]]]:
+    boxes: Sequence[ChunkBox], axis: int, budget: list[int]
+) -> Iterator[tuple[int, int, list[ChunkBox]]]:
     """Yield (begin, end, boxes that span it) between neighbouring cuts that any box spans."""
     cuts = sorted({b.start[axis] for b in boxes} | {b.start[axis] + b.extent[axis] for b in boxes})
     position = {cut: i for i, cut in enumerate(cuts)}
-    spanning: list[list[Box]] = [[] for _ in cuts]
+    spanning: list[list[ChunkBox]] = [[] for _ in cuts]
     for box in boxes:
         begin = position[box.start[axis]]
         end = position[box.start[axis] + box.extent[axis]]
@@ -76,6 +76,6 @@ def _slabs(
             yield begin, end, members
 
 
-def _span(box: Box) -> str:
+def _span(box: ChunkBox) -> str:
     ranges = (f"{s}:{s + e}" for s, e in zip(box.start, box.extent, strict=True))
     return f"[{', '.join(ranges)}]"

@@ -16,7 +16,7 @@ MAX_NAME = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class ChunkBox:
     """A part of a tensor: index of its first element, and its shape."""
 
     start: tuple[int, ...]
@@ -39,7 +39,7 @@ class StoredTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    items: Mapping[Box, Item]
+    items: Mapping[ChunkBox, Item]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +137,12 @@ def _take(items: _Items, name: str, start: tuple[int, ...] | None) -> Item:
     return item
 
 
-def _box(chunk: object, name: str, axes: int) -> Box:
+def _box(chunk: object, name: str, axes: int) -> ChunkBox:
     fields = _fields(chunk, "ChunkStorageMetadata")
     start, extent = _dims(fields.get("offsets"), name), _dims(fields.get("sizes"), name)
     if len(start) != axes or len(extent) != axes:
         raise IntegrityError(f"{name}: chunk {start} + {extent} has not the tensor's {axes} axes")
-    return Box(start, extent)
+    return ChunkBox(start, extent)
 
 
 def _dtype(properties: object, name: str) -> str:

@@ -15,7 +15,7 @@ from itertools import count
 from gptoss_convert.containers import TensorSpec
 from gptoss_convert.containers.torch_dist import emit
 from gptoss_convert.containers.torch_dist.item_form import ItemForm, archive, tensor
-from gptoss_convert.containers.torch_dist.metadata import Box, Item
+from gptoss_convert.containers.torch_dist.metadata import ChunkBox, Item
 
 _DCP = "torch.distributed.checkpoint"
 _METADATA = f"{_DCP}.metadata.Metadata"
@@ -76,9 +76,11 @@ def _whole(form: ItemForm) -> bytes:
     return form.prefix + form.suffix
 
 
-def metadata(stored: Sequence[tuple[TensorSpec, Box, Item]], objects: Mapping[str, Item]) -> bytes:
+def metadata(
+    stored: Sequence[tuple[TensorSpec, ChunkBox, Item]], objects: Mapping[str, Item]
+) -> bytes:
     """Return `.metadata` for tensors cut into boxes, and for objects."""
-    tensors: dict[str, tuple[TensorSpec, list[Box]]] = {}
+    tensors: dict[str, tuple[TensorSpec, list[ChunkBox]]] = {}
     for spec, box, _ in stored:
         tensors.setdefault(spec.name, (spec, []))[1].append(box)
     dcp = _Classes()
@@ -111,7 +113,7 @@ class _Classes:
         self.sizes = emit.Shared(self._size, numbers)
         self.properties = emit.Shared(self._properties, numbers)
 
-    def tensor(self, spec: TensorSpec, boxes: Iterable[Box]) -> bytes:
+    def tensor(self, spec: TensorSpec, boxes: Iterable[ChunkBox]) -> bytes:
         parts = [self.strings[spec.name], self.named[_TENSOR], emit.FIELDS]
         parts += (self.strings["properties"], self.properties[spec.dtype])
         parts += (self.strings["size"], self.sizes[spec.shape])
@@ -143,7 +145,7 @@ class _Classes:
             parts += (self.strings[field], emit.NONE)
         return b"".join((*parts, self.strings["modules"], emit.EMPTY_LIST, emit.SET_FIELDS))
 
-    def _chunk(self, box: Box) -> bytes:
+    def _chunk(self, box: ChunkBox) -> bytes:
         parts = [self.named[_CHUNK], emit.FIELDS]
         parts += (self.strings["offsets"], self.sizes[box.start])
         parts += (self.strings["sizes"], self.sizes[box.extent])

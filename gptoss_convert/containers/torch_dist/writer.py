@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from gptoss_convert.containers import Chunk, FileImage, Image, TensorSpec
 from gptoss_convert.containers.torch_dist import serialized
 from gptoss_convert.containers.torch_dist.item_form import ItemForm, item_form
-from gptoss_convert.containers.torch_dist.metadata import Box, Item
+from gptoss_convert.containers.torch_dist.metadata import ChunkBox, Item
 from gptoss_convert.errors import UsageError
 
 PAGE = 4096
@@ -57,7 +57,7 @@ def image(
     return Image(tuple(placed.files), tuple(placed.chunks), closing)
 
 
-def _boxes(specs: Sequence[TensorSpec]) -> Iterator[tuple[TensorSpec, Box, ItemForm]]:
+def _boxes(specs: Sequence[TensorSpec]) -> Iterator[tuple[TensorSpec, ChunkBox, ItemForm]]:
     forms: dict[tuple[str, tuple[int, ...]], ItemForm] = {}
     for spec in specs:
         steps = spec.chunk_shape or spec.shape
@@ -72,7 +72,7 @@ def _boxes(specs: Sequence[TensorSpec]) -> Iterator[tuple[TensorSpec, Box, ItemF
             kind = (spec.dtype, extent)
             if kind not in forms:
                 forms[kind] = item_form(*kind)
-            yield spec, Box(start, extent), forms[kind]
+            yield spec, ChunkBox(start, extent), forms[kind]
 
 
 @dataclass(slots=True)
@@ -92,7 +92,7 @@ class _Placed:
             self.name = f"__0_{len(self.files)}.distcp"
         self.fixed, self.size = [], 0
 
-    def tensor(self, spec: TensorSpec, box: Box, form: ItemForm, goal: int) -> Item:
+    def tensor(self, spec: TensorSpec, box: ChunkBox, form: ItemForm, goal: int) -> Item:
         if self.size >= goal:
             self.close_file()
         data = self._aligned(form)

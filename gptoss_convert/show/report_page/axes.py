@@ -61,8 +61,8 @@ class LogLane:
             axes.axhline(self.low - 0.5, color=COLOUR["grid"], linewidth=0.8, linestyle=(0, (1, 2)))
 
 
-def runs(used: Sequence[int], gap: int = 4) -> list[float]:
-    """Places of ascending numbers on an axis on which what lies between runs is cut out."""
+def stretches(used: Sequence[int], gap: int = 4) -> list[float]:
+    """Places of ascending numbers on an axis on which what lies between stretches is cut out."""
     places = [0.0]
     for last, one in pairwise(used):
         places.append(places[-1] + (one - last if one - last <= gap else 2))

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gptoss_convert.show.report_page.document import Page, visible
+from gptoss_convert.show.report_page.document import ReportPage, visible
 from gptoss_convert.show.report_page.sections import sections
 from gptoss_convert.show.report_page.surroundings import side, surroundings
 from gptoss_convert.show.report_page.verdict import headline, reasons, steps, tone
 
 
-def page_of(summary: Mapping[str, Any], command: str | None) -> Page:
+def page_of(summary: Mapping[str, Any], command: str | None) -> ReportPage:
     """The page of a verification's summary."""
     levels = {level["name"]: level for level in summary["levels"]}
     ours, theirs = (visible(summary[name]["path"]) for name in ("source", "target"))
-    return Page(
+    return ReportPage(
         title=f"{ours} and {theirs}",
         tone=tone(summary, levels),
         verdict=headline(summary, levels),

@@ -85,7 +85,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Step:
+class Stage:
     """One level of the verification, for the summary at the top."""
 
     name: str
@@ -94,7 +94,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Page:
+class ReportPage:
     """A whole report."""
 
     title: str
@@ -102,7 +102,7 @@ class Page:
     verdict: str
     reasons: tuple[str, ...]
     sides: tuple[tuple[str, Facts], ...]
-    steps: tuple[Step, ...]
+    steps: tuple[Stage, ...]
     sections: tuple[Section, ...]
 
 

@@ -14,9 +14,9 @@ from gptoss_convert.show.report_page.axes import (
     Matrix,
     draw_map,
     key,
-    runs,
     shades,
     spaced,
+    stretches,
 )
 from gptoss_convert.show.report_page.drawing import COLOUR, NARROW, blank
 
@@ -216,7 +216,7 @@ def scales(source: Sequence[int] | None, target: Sequence[int] | None, width: in
     figure = blank(width, 220)
     axes = figure.subplots()
     used = [n for n in range(256) if any(side[n] for side in (source, target) if side)]
-    places = runs(used)
+    places = stretches(used)
     both = bool(source and target)
     for side, label, colour in ((source, "SOURCE", "source"), (target, "TARGET", "target")):
         if side:

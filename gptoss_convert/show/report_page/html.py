@@ -8,13 +8,13 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from gptoss_convert.show.report_page import drawing
-from gptoss_convert.show.report_page.document import Code, Facts, Figure, Listing, Page, Table
+from gptoss_convert.show.report_page.document import Code, Facts, Figure, Listing, ReportPage, Table
 
 _WIDTHS = {"wide": drawing.WIDE, "narrow": drawing.NARROW}
 _KINDS = {Figure: "figure", Table: "table", Facts: "facts", Listing: "listing"}
 
 
-def html(page: Page) -> str:
+def html(page: ReportPage) -> str:
     """The whole page; every text is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True)  # fmt: skip

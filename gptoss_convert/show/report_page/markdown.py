@@ -11,8 +11,8 @@ from gptoss_convert.show.report_page.document import (
     Facts,
     Figure,
     Listing,
-    Page,
     Part,
+    ReportPage,
     Table,
 )
 
@@ -20,12 +20,12 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~])")
 _MARKS = {"same": "✓", "different": "✗", "not run": NONE}
 
 
-def markdown(page: Page) -> str:
+def markdown(page: ReportPage) -> str:
     """The whole page."""
     return "\n".join(_lines(page)) + "\n"
 
 
-def _lines(page: Page) -> Iterator[str]:
+def _lines(page: ReportPage) -> Iterator[str]:
     yield from (f"# {escaped(page.verdict)}", "")
     yield from (escaped(reason) for reason in page.reasons)
     for title, facts in page.sides:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gptoss_convert.show.report_page.document import Step, Tone, number, share, visible
+from gptoss_convert.show.report_page.document import Stage, Tone, number, share, visible
 
 LEVELS = {
     "header": "both complete, the same shapes and configuration",
@@ -153,13 +153,13 @@ def _listed(findings: tuple[str, ...] | list[str]) -> str:
     return "; ".join(findings[:3]) + more
 
 
-def steps(levels: Levels) -> tuple[Step, ...]:
+def steps(levels: Levels) -> tuple[Stage, ...]:
     """Each level with its answer."""
     return tuple(_step(name, levels.get(name), asks) for name, asks in LEVELS.items())
 
 
-def _step(name: str, level: Mapping[str, Any] | None, asks: str) -> Step:
+def _step(name: str, level: Mapping[str, Any] | None, asks: str) -> Stage:
     if level is None:
-        return Step(name, "not run", asks)
+        return Stage(name, "not run", asks)
     told = f"{asks}, {level['seconds']:.1f} s"
-    return Step(name, "same" if level["same"] else "different", told)
+    return Stage(name, "same" if level["same"] else "different", told)
