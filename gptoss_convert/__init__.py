@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from gptoss_convert.conversion.run import Report, convert
     from gptoss_convert.parameters import Parameter, Parameters, open
     from gptoss_convert.verify.gate import verify_checkpoints
-    from gptoss_convert.verify.result import Verification, VerifyOptions
+    from gptoss_convert.verify.result import ServedOptions, Verification, VerifyOptions
+    from gptoss_convert.verify.served import verify_served
 
 __all__ = [
     "Conversion",
@@ -30,6 +31,7 @@ __all__ = [
     "Parameter",
     "Parameters",
     "Report",
+    "ServedOptions",
     "Verification",
     "VerifyOptions",
     "__version__",
@@ -38,6 +40,7 @@ __all__ = [
     "open",
     "plan",
     "verify_checkpoints",
+    "verify_served",
 ]
 
 __version__ = VERSION
@@ -49,6 +52,7 @@ _HOME = {
     "Parameter": "parameters",
     "Parameters": "parameters",
     "Report": "conversion.run",
+    "ServedOptions": "verify.result",
     "Verification": "verify.result",
     "VerifyOptions": "verify.result",
     "convert": "conversion.run",
@@ -56,6 +60,7 @@ _HOME = {
     "open": "parameters",
     "plan": "conversion.plan",
     "verify_checkpoints": "verify.gate",
+    "verify_served": "verify.served",
 }
 
 

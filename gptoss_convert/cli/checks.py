@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ from gptoss_convert.cli.options import (
     show,
     side_of,
     side_options,
+)
+from gptoss_convert.cli.served import (
+    require_one_form,
+    served_option,
+    served_options,
+    verify_server,
 )
 from gptoss_convert.compare.options import DiffOptions
 from gptoss_convert.errors import IntegrityError
@@ -76,7 +83,9 @@ def check(
 
 @click.command(epilog=EPILOG)
 @click.argument("source", type=SOURCE)
-@click.argument("target", type=SOURCE)
+@click.argument("target", type=SOURCE, required=False)
+@served_option
+@served_options
 @options_of(VerifyOptions)
 @side_options(Choices, "source", "target")
 @click.option(
@@ -95,8 +104,9 @@ def check(
 def verify(
     context: click.Context,
     source: str,
-    target: str,
+    target: str | None,
     *,
+    served: str | None,
     json_to: str | None,
     folder: Path | None,
     junit: Path | None,
@@ -106,15 +116,19 @@ def verify(
 ) -> None:
     """Tell whether SOURCE and TARGET, checkpoints in any formats, are the same model.
 
+    Or, with --served, whether the server at URL answers as the model in SOURCE does.
+
     \b
     Examples:
       gptoss-convert verify gpt-oss-20b gpt-oss-20b-bf16
       gptoss-convert verify gpt-oss-20b megatron --level values
+      gptoss-convert verify gpt-oss-20b --served http://localhost:8000
     """
     from gptoss_convert.machine.ranks import join
     from gptoss_convert.show import report_page
     from gptoss_convert.verify.gate import verify_checkpoints
 
+    require_one_form(context)
     with join() as ranks:
         if rank_log:
             ranks.keep_log(rank_log)
@@ -122,9 +136,14 @@ def verify(
             # Before hours of comparing: is all there that the report needs?
             report_page.prepare(folder)
         told = progress.for_rank(quiet, ranks.rank, ranks.log)
-        sides = {side: side_of(Choices, side, options) for side in ("source", "target")}
-        choices = VerifyOptions(**sides, **options, statistics=folder is not None)
-        done = verify_checkpoints(source, target, choices, told, ranks)
+        if served is not None:
+            done = verify_server(source, served, options, told, ranks.size)
+        else:
+            sides = {side: side_of(Choices, side, options) for side in ("source", "target")}
+            named = [one.name for one in fields(VerifyOptions) if one.name in options]
+            chosen = {name: options[name] for name in named}
+            choices = VerifyOptions(**sides, **chosen, statistics=folder is not None)
+            done = verify_checkpoints(source, str(target), choices, told, ranks)
         if ranks.rank == 0:
             _write(done.summary(), json_to, folder, junit)
     if ranks.rank == 0:

@@ -26,7 +26,10 @@ class Progress(Protocol):
 
     @contextmanager
     def phase(self, what: str, nbytes: int, steps: int) -> Iterator[Advance]:
-        """Work of this many bytes; the callable takes the bytes of each finished step."""
+        """Work of this many bytes; the callable takes the bytes of each finished step.
+
+        Where no bytes are to be counted (0), the steps are.
+        """
         ...
 
 
@@ -79,6 +82,9 @@ def _log(line: str, stream: TextIO | None = None) -> None:
 
 
 def _line(what: str, done: int, nbytes: int, count: int, steps: int, seconds: float) -> str:
+    if not nbytes:
+        left = seconds / count * (steps - count)
+        return f"{what}  {count / steps:.0%}  {count}/{steps} steps  eta {left:.0f} s"
     rate = done / max(seconds, 1e-9)
     left = (nbytes - done) / max(rate, 1.0)
     return (
@@ -107,17 +113,16 @@ class Bar(Lines):
             TextColumn(what),
             BarColumn(),
             TextColumn("{task.fields[done]}/{task.fields[steps]} steps"),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            *((DownloadColumn(), TransferSpeedColumn()) if nbytes else ()),
             TimeRemainingColumn(),
         )
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=nbytes, done=0, steps=steps)
+            task = bar.add_task(what, total=nbytes or steps, done=0, steps=steps)
             count = itertools.count(1)
 
             def advance(step_bytes: int) -> None:
-                bar.update(task, advance=step_bytes, done=next(count))
+                bar.update(task, advance=step_bytes if nbytes else 1, done=next(count))
 
             yield advance
 

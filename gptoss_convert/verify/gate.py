@@ -45,10 +45,11 @@ def verify_checkpoints(
         if levels and not levels[0].same:
             break
         levels.append(_level(name)(ours, theirs, options, progress, ranks))
-    return Verification(_side(ours), _side(theirs), options.limits, tuple(levels))
+    return Verification(side(ours), side(theirs), options.limits, tuple(levels))
 
 
-def _side(checkpoint: Checkpoint) -> dict[str, Any]:
+def side(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a report says of a checkpoint."""
     return {
         "path": checkpoint.place,
         "format": checkpoint.label,
@@ -61,15 +62,16 @@ def _side(checkpoint: Checkpoint) -> dict[str, Any]:
 def _level(name: str) -> LevelOf:
     """The function that answers at a level: `<name>_level` of the module of that name."""
     if name in _ON_TORCH:
-        _need_torch()
+        need_torch("--level logits")
     return getattr(import_module(f"{__package__}.{name}_level"), f"{name}_level")
 
 
-def _need_torch() -> None:
+def need_torch(wanted: str) -> None:
+    """Raise UsageError unless torch, which is wanted for something, can be imported."""
     try:
         import torch  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            "--level logits needs torch (pip install 'gptoss-convert[verify]'); "
+            f"{wanted} needs torch (pip install 'gptoss-convert[verify]'); "
             f"--level values needs nothing more: {error}"
         ) from None

@@ -60,10 +60,11 @@ def _line(where: str, line: str, sides: Sequence[Checkpoint]) -> tuple[int, ...]
 
 
 def _ids(text: str, sides: Sequence[Checkpoint]) -> tuple[int, ...]:
-    return tuple(_tokenizer(sides).encode(text, add_special_tokens=False).ids)
+    return tuple(load_tokenizer(sides).encode(text, add_special_tokens=False).ids)
 
 
-def _tokenizer(sides: Iterable[Checkpoint]) -> Tokenizer:
+def load_tokenizer(sides: Iterable[Checkpoint]) -> Tokenizer:
+    """The tokenizer beside a checkpoint; UsageError without one, or without the library."""
     path = tokenizer_of(*sides)
     if path is None:
         raise UsageError("text needs a tokenizer.json beside SOURCE or TARGET; pass token ids")
@@ -82,7 +83,7 @@ def shown_tokens(found: Iterable[NextTokens], *sides: Checkpoint) -> list[str]:
     """One line per rank: the token and its probability in SOURCE and in TARGET."""
     lines: list[str] = []
     for one in found:
-        tokenizer = _tokenizer(sides)
+        tokenizer = load_tokenizer(sides)
         for (a, p), (b, q) in zip(one.source, one.target, strict=True):
             ours, theirs = (f"{tokenizer.decode([token])!r}" for token in (a, b))
             lines.append(f"{p:7.4f} {ours:<16} {q:7.4f} {theirs}")

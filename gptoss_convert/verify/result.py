@@ -61,6 +61,28 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True)
+class ServedOptions:
+    """Every choice of a verification of a server; VerifyOptions says what the common ones mean."""
+
+    model: str | None = option(None, "Server's name for the model, where it serves several.")
+    api_key_env: str | None = option(None, "Environment variable with the server's API key.")
+    timeout: int = option(300, "Seconds that an answer of the server may take.", least=1)
+    every_mistake: bool = option(
+        False, "Look for known mistakes of engines within the limits, too: finds small ones."
+    )
+    source: Choices = DEFAULT
+    revision: str | None = None
+    device: str = "auto"
+    tokens: Path | None = None
+    max_length: int | None = None
+    """Longest prompt; all that the server's context holds, if none is said."""
+    sample: int | None = None
+    """About how many positions to score: those of the longest sequence, and of others while there
+    is room; 96 where each takes a request."""
+    max_memory: int = 4_000_000_000
+
+
+@dataclass(frozen=True)
 class Level:
     """What one level found."""
 

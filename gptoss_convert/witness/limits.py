@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
 
@@ -49,6 +49,49 @@ class OracleLimits:
         return self.max_delta * max(1.0, spread / self.spread)
 
 
+@dataclass(frozen=True)
+class ServedLimits:
+    """How far a server's answers may be from the model's, in multiples of what bfloat16 makes."""
+
+    kl_factor: float
+    """Of a median of KL; |Δ log p| is about its square root, and so is its factor."""
+    decile_factor: float
+    """Of the ninth decile of KL."""
+    allowance: float
+    """A median of n positions may be exp(allowance / sqrt(n)) times further."""
+    least_positions: int
+    """Fewer are not judged."""
+    decile_positions: int
+    """The same of a ninth decile."""
+    least_kl: float
+    """What is always allowed: servers round the numbers they print."""
+    least_delta: float
+    top1_clear: float
+    """Smallest share with the model's most likely token where its choice is clear."""
+    suspicion: float
+    """Median KL, in multiples of bfloat16's, from which on known mistakes are looked for."""
+    advantage: float
+    """How much better a mistake must explain the answers, as the mean logarithm of a ratio."""
+    sigmas: float
+    """And in how many standard errors."""
+    coarse: float
+    """Factor within which distances are alike that a rounding makes."""
+    measured: str
+    """Versions and hardware that the factors were measured with."""
+
+
+def served_limits() -> ServedLimits:
+    """The limits for servers."""
+    table = Section(_tables()["served"], "limits.toml: served")
+    whole = {"least_positions", "decile_positions"}
+    numbers: dict[str, Any] = {
+        one.name: table.integer(one.name) if one.name in whole else table.number(one.name)
+        for one in fields(ServedLimits)
+        if one.name != "measured"
+    }
+    return ServedLimits(**numbers, measured=str(table.value("measured")))
+
+
 WIDE = 1024
 """Hidden size from which sums are long enough for the limits of the released models."""
 
@@ -69,7 +112,7 @@ def oracle_limits(hidden: int) -> OracleLimits:
 def load_limits(name: str) -> Limits:
     """The limits of one table in limits.toml; UsageError lists the choices."""
     tables = _tables()
-    del tables["oracle"]
+    del tables["oracle"], tables["served"]
     if name not in tables:
         raise UsageError(f"limits: expects one of {', '.join(tables)}, found {name!r}")
     table = Section(tables[name], f"limits.toml: {name}")

@@ -44,7 +44,7 @@ def surroundings(levels: Levels, limits: str, command: str | None) -> Iterator[S
         yield _limits(levels["logits"]["numbers"])
     if "values" in levels:
         yield _fingerprints(levels["values"]["numbers"])
-    yield _environment(levels, limits, command)
+    yield environment(levels, limits, command)
 
 
 def _limits(logits: Mapping[str, Any]) -> Section:
@@ -83,7 +83,8 @@ def _fingerprints(values: Mapping[str, Any]) -> Section:
     return Section("Which fingerprints?", lead, (table,))
 
 
-def _environment(levels: Levels, limits: str, command: str | None) -> Section:
+def environment(levels: Levels, limits: str, command: str | None) -> Section:
+    """What it takes to run a verification again."""
     logits = levels.get("logits", {}).get("numbers", {})
     memory = logits.get("gpu_memory_bytes")
     rows = [
