@@ -13,6 +13,10 @@ from tests.adapter_files import write_adapter
 from tests.tiny_models import TinyShape
 
 ATTENTION, EXPERTS, ROUTER = "attention", "experts", "router"
+SYNTHETIC = TinyShape(
+    layers=4, hidden=224, inter=160, heads=15, kv_heads=3, head_dim=32, experts=8, vocab=288
+)
+"""What `synth` writes by default."""
 RANK, ALPHA = 3, 12
 """Twice as strong as alpha by the root of the rank would be, and not a power of two apart."""
 

@@ -90,23 +90,18 @@ class Conversion:
             "plan": digest.hexdigest(),
             "from": self._from(),
             "to": {"format": self.options.to, "variant": self.variant},
-        } | self._adapter()
+        } | ({"adapter": self._adapter} if self._adapter else {})
 
     def _from(self) -> dict[str, str]:
         source = self.source
         found = {"path": source.place, "format": source.label}
         return found | ({"revision": source.commit} if source.commit else {})
 
-    def _adapter(self) -> dict[str, Any]:
+    @cached_property
+    def _adapter(self) -> dict[str, Any] | None:
         """What is merged, so that nobody need ask: dialect, strength and digest."""
         adapter = self.source.adapter
-        if adapter is None:
-            return {}
-        return {"adapter": adapter.summary() | {"sha256": self._adapter_digest}}
-
-    @cached_property
-    def _adapter_digest(self) -> str:
-        return self.source.adapter.digest() if self.source.adapter else ""
+        return adapter.summary() | {"sha256": adapter.digest()} if adapter else None
 
     def _named(self, files: Iterable[FileRef]) -> Iterator[tuple[str, FileRef]]:
         """Files by names that stay the same wherever SOURCE lies."""
@@ -141,7 +136,7 @@ class Conversion:
                 "tensor_groups": [one.summary() for one in fold_tensors(self.image.chunks, order)],
                 "files": {file.name: file.size for file in self.image.files},
             },
-            **self._adapter(),
+            "adapter": self._adapter,
             "model": self.source.config.size,
             "container": table.container,
             "steps": len(self.plan.steps),

@@ -57,7 +57,8 @@ def _side(checkpoint: Checkpoint) -> dict[str, Any]:
         "model": checkpoint.config.size,
         "bytes": sum(chunk.nbytes for chunk in checkpoint.chunks),
         "notes": list(checkpoint.notes),
-    } | ({"adapter": checkpoint.adapter.summary()} if checkpoint.adapter else {})
+        "adapter": checkpoint.adapter.summary() if checkpoint.adapter else None,
+    }
 
 
 def _level(name: str) -> LevelOf:

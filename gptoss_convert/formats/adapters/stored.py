@@ -69,7 +69,8 @@ class Stored:
 def is_adapter(root: Path) -> bool:
     """Whether a directory looks like an adapter, of PEFT's kind or of Megatron-Bridge's."""
     if (root / CONFIG).exists() or (root / WEIGHTS).exists():
-        return True
+        # Beside a model's configuration it is something else, which whoever opens that will name.
+        return not (root / "config.json").exists()
     try:
         return bool(_bridge_directory(root))
     except GptossError:
