@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from gptoss_convert.conversion.options import Options
     from gptoss_convert.conversion.plan import Conversion, plan
     from gptoss_convert.conversion.run import Report, convert
+    from gptoss_convert.formats.adapters.options import AdapterOptions
     from gptoss_convert.parameters import Parameter, Parameters, open
     from gptoss_convert.verify.gate import verify_checkpoints
     from gptoss_convert.verify.result import ServedOptions, Verification, VerifyOptions
     from gptoss_convert.verify.served import verify_served
 
 __all__ = [
+    "AdapterOptions",
     "Conversion",
     "GptossError",
     "Inspection",
@@ -46,6 +48,7 @@ __all__ = [
 __version__ = VERSION
 
 _HOME = {
+    "AdapterOptions": "formats.adapters.options",
     "Conversion": "conversion.plan",
     "Inspection": "check.inspection",
     "Options": "conversion.options",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from operator import index as as_number
@@ -23,15 +23,19 @@ from numpy.typing import NDArray
 from gptoss_convert.containers import DTYPE_BYTES
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.engine.buffers import Part, StepReader, array_type
-from gptoss_convert.engine.derivations import choose
+from gptoss_convert.engine.changes import merges_of
+from gptoss_convert.engine.derivations import Change, choose
 from gptoss_convert.engine.steps import TILE_BYTES, Step
 from gptoss_convert.engine.work import Work
 from gptoss_convert.errors import UsageError
+from gptoss_convert.formats.adapters.options import AdapterOptions
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, casts
 from gptoss_convert.formats.registry import open_checkpoint
+from gptoss_convert.hub.adapters import with_adapter
 from gptoss_convert.layouts.extents import Extent, overlap, volume
 from gptoss_convert.layouts.layout import Box
 from gptoss_convert.layouts.model import Family, load_model
+from gptoss_convert.layouts.updates import Update
 from gptoss_convert.machine.files import Arena, SourceFiles
 
 if TYPE_CHECKING:
@@ -40,12 +44,23 @@ if TYPE_CHECKING:
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
 
-def open(path: str | Path, choices: Choices = DEFAULT, *, cast: bool = False) -> Parameters:
+def open(
+    path: str | Path,
+    choices: Choices = DEFAULT,
+    *,
+    cast: bool = False,
+    adapter: str | Path | AdapterOptions | None = None,
+) -> Parameters:
     """Open the checkpoint in `path`, of any format; headers are read and checked, no weight is.
 
-    `cast` rounds tensors that are stored as float32 or float16; they are refused otherwise.
+    `cast` rounds tensors that are stored as float32 or float16; they are refused otherwise. An
+    `adapter`, a LoRA's directory or repository, is merged into whatever is read.
     """
-    checkpoint = open_checkpoint(Path(path), choices)
+    given = isinstance(adapter, AdapterOptions)
+    options = adapter if given else AdapterOptions(adapter and str(adapter))
+    checkpoint = with_adapter(
+        open_checkpoint(Path(path), choices), options, follow_links=choices.follow_links
+    )
     return Parameters(checkpoint, checkpoint.extents(casts(cast)))
 
 
@@ -60,6 +75,10 @@ class Parameters(Mapping[str, "Parameter"]):
         self.checkpoint = checkpoint
         self._files = _Files()
         sizes = load_model().sizes(checkpoint.config.numbers)
+        changes = merges_of(*checkpoint.updates).by_weight
+        updates: dict[str, list[Update]] = defaultdict(list)
+        for update in checkpoint.updates[0]:
+            updates[update.param].append(update)
         self._parameters = {
             family.weight: Parameter(
                 family.weight,
@@ -68,8 +87,10 @@ class Parameters(Mapping[str, "Parameter"]):
                 tuple(held),
                 family,
                 self._files,
+                tuple(changes.get(family.weight, ())),
+                frozenset(axis for one in updates[family.weight] for axis in one.whole_axes),
             )
-            for family, held in _held(extents)
+            for family, held in _held(extents, changes)
         }
 
     def __getitem__(self, name: str) -> Parameter:
@@ -138,6 +159,10 @@ class Parameter:
     """Where it lies: its own boxes, or those of the blocks and scales it is decoded from."""
     family: Family
     _files: _Files
+    _changes: tuple[Change, ...] = ()
+    """What is merged into it."""
+    _whole: frozenset[str] = frozenset()
+    """The axes along which that needs all at once."""
 
     @property
     def dtype(self) -> str:
@@ -191,13 +216,14 @@ class Parameter:
 
     def _read(self, box: Box) -> NDArray[Any]:
         """The elements of `box`; BF16 as its bits."""
+        asked, box = box, self._whole_rows(box)
         values = np.empty([hi - lo for lo, hi in box], array_type(self.dtype))
         reader = StepReader(self._files, 0)
         whole = Part(self.extents[0], box, -1, values)
         stored: dict[str, list[Extent]] = defaultdict(list)
         for extent in self.extents:
             stored[extent.param].append(extent)
-        recipe = choose(self.family, stored, [self.name])
+        recipe = choose(self.family, stored, [self.name], self._changes)
         for tile, held in _tiles(self.family, box, self.extents) if values.size else ():
             step = Step(recipe, self.shape, tile, tuple(held), ())
             reader.begin(step.source_bytes())
@@ -205,7 +231,12 @@ class Parameter:
             place = Part(held[0], tile, -1, whole.view(tile))
             Work(step, parts, {self.name: [place]}).run((*recipe.first, *recipe.by_piece))
         self._files.require_unchanged()
-        return values
+        return whole.view(asked)
+
+    def _whole_rows(self, box: Box) -> Box:
+        """The box, with all of the axes along which a change needs whole rows."""
+        spans = zip(self.axes, self.shape, box, strict=True)
+        return tuple((0, length) if axis in self._whole else span for axis, length, span in spans)
 
 
 def _tiles(
@@ -223,8 +254,11 @@ def _tiles(
         yield from _tiles(family, (*box[:axis], half, *box[axis + 1 :]), held)
 
 
-def _held(extents: Sequence[Extent]) -> Iterator[tuple[Family, Sequence[Extent]]]:
-    """Each parameter, as a family, with the extents it is read from."""
+def _held(
+    extents: Sequence[Extent], changed: Container[str]
+) -> Iterator[tuple[Family, Sequence[Extent]]]:
+    """Each parameter, as a family, with the extents it is read from; of a weight that is changed,
+    there are no encoded members."""
     held: dict[str, list[Extent]] = defaultdict(list)
     for extent in extents:
         held[extent.param].append(extent)
@@ -234,7 +268,7 @@ def _held(extents: Sequence[Extent]) -> Iterator[tuple[Family, Sequence[Extent]]
         params = (family.weight,) if stored is None else stored.params
         yield family, [extent for param in params for extent in held[param]]
         for param in family.members[1:]:
-            if param in held:
+            if param in held and family.weight not in changed:
                 yield Family(param, model.params[param], dtype=model.dtype(param)), held[param]
 
 

@@ -19,6 +19,7 @@ from jsonschema import Draft202012Validator
 from gptoss_convert.cli.main import cli
 from gptoss_convert.show.documents import VERSIONS, document
 from gptoss_convert.synth.synth import synth
+from tests.tiny_adapters import ATTENTION, SYNTHETIC, write_peft
 
 DOCS = Path(__file__).parent.parent / "docs"
 SCHEMAS: Mapping[str, Any] = {
@@ -43,6 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     synth(folder / "other", seed=1)
     synth(folder / "megatron", format="megatron")
     synth(folder / "bf16", dtype="bf16")
+    write_peft(folder / "lora", SYNTHETIC, [ATTENTION])
     (folder / "empty").mkdir()
     (folder / "damaged").mkdir()
     for path in (folder / "mxfp4").iterdir():
@@ -60,6 +62,11 @@ COMMANDS = {
     "convert bf16 back --to hf --dtype mxfp4": ("convert", 0),
     "convert mxfp4 original --to openai -q": ("convert", 0),
     "synth synthetic --layers 1": ("convert", 0),
+    "inspect lora": ("adapter", 0),
+    "inspect lora --base mxfp4": ("adapter", 0),
+    "convert mxfp4 merged --to hf --adapter lora --dry-run": ("plan", 0),
+    "convert mxfp4 merged --to hf --adapter lora -q": ("convert", 0),
+    "verify mxfp4 mxfp4 --adapter lora --level values": ("verify", 1),
     "check mxfp4": ("check", 0),
     "check mxfp4 --read-data-subset 5%": ("check", 0),
     "check damaged --read-data": ("check", 4),

@@ -147,16 +147,18 @@ def _converted(
 @options_of(Options, "revision")
 @options_of(Choices)
 @click.option("--launch", is_flag=True, help="Print how to load it in Megatron, as Markdown.")
+@click.option("--base", type=SOURCE, help="Of an adapter: the model that it belongs to.")
 @as_json_flag
 def inspect(
     source: str,
     *,
     revision: str | None,
     launch: bool,
+    base: str | None,
     as_json: bool,
     **choices: Any,
 ) -> None:
-    """Tell what the checkpoint SOURCE is: format, size, encoding, anything odd. Headers only.
+    """Tell what the checkpoint or adapter SOURCE is: format, size, anything odd. Headers only.
 
     SOURCE is a directory, or a repository on the Hub, of which a few MB are read.
 
@@ -164,9 +166,14 @@ def inspect(
     Examples:
       gptoss-convert inspect gpt-oss-20b
       gptoss-convert inspect openai/gpt-oss-120b
+      gptoss-convert inspect lora --base gpt-oss-20b
     """
     from gptoss_convert.check.inspection import inspect
+    from gptoss_convert.hub.adapters import adapter_at
 
+    if adapter := adapter_at(source, revision):
+        _show_adapter(adapter, base, as_json)
+        return
     found = inspect(source, Choices(**choices), revision)
     if launch:
         say(_launch_page(found.checkpoint))
@@ -182,6 +189,15 @@ def _launch_page(checkpoint: Checkpoint) -> str:
             f"{checkpoint.root}: {checkpoint.label}; --launch is for Megatron: convert it first"
         )
     return checkpoint.kind.launch_page(checkpoint.config)
+
+
+def _show_adapter(root: Path, base: str | None, as_json: bool) -> None:
+    """Tell what an adapter is, for its base or for whichever released model fits."""
+    from gptoss_convert.check.adapter_inspection import inspect_adapter
+    from gptoss_convert.hub.sources import open_source
+
+    summary = inspect_adapter(root, open_source(base, Choices()) if base else None).summary()
+    show("adapter", summary, report.adapter(summary), as_json=as_json)
 
 
 @cli.command(epilog=EPILOG)

@@ -84,7 +84,7 @@ quiet_flag = click.option(
 rank_log_option = click.option(
     "--rank-log", type=PATH, help="Under torchrun: directory for a log of each rank."
 )
-_KINDS = {"size": Size, "format": lambda: Choice(FORMATS)}
+_KINDS = {"size": Size, "format": lambda: Choice(FORMATS), "place": lambda: SOURCE}
 
 
 def options_of(kind: type, *only: str, place: str = "SOURCE") -> Callable[[F], F]:
@@ -158,6 +158,8 @@ def _type_of(annotated: str, how: Option) -> Any:
         return Choice(how.among)
     if annotated.startswith("int"):
         return click.IntRange(how.least, how.most)
+    if annotated.startswith("float"):
+        return float
     return PATH if annotated.startswith("Path") else str
 
 

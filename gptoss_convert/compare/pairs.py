@@ -15,7 +15,8 @@ import numpy as np
 
 from gptoss_convert.compare.diagnosis import Bits
 from gptoss_convert.engine.buffers import Parts, StepReader, scratch
-from gptoss_convert.engine.derivations import Recipe, choose
+from gptoss_convert.engine.changes import Changes
+from gptoss_convert.engine.derivations import Change, Recipe, choose
 from gptoss_convert.engine.steps import Plan, Step
 from gptoss_convert.engine.work import Work
 from gptoss_convert.layouts.extents import Extent, volume
@@ -54,16 +55,22 @@ def judge_steps(
     max_memory: int,
     progress: Progress,
     processes: int = 1,
+    changes: Changes | None = None,
 ) -> list[T]:
     """What `judge` says of the steps of these numbers, in any order; the plan leads to the
     second side.
 
-    So many `processes` do so on this machine. Raises ResourceError where memory is too small for
-    one step.
+    The first side's values are those after the `changes`. So many `processes` compare on this
+    machine. Raises ResourceError where memory is too small for one step.
     """
     room = max(map(_room, plan.steps), default=0)
-    count = resources.choose_workers(room, max_memory, workers, processes)
-    recipes = _recipes(plan.steps, "sources"), _recipes(plan.steps, "targets")
+    changes = changes or Changes()
+    each = room + changes.worker_bytes
+    count = resources.choose_workers(each, max_memory, workers, processes, changes.shared_bytes)
+    recipes = (
+        _recipes(plan.steps, "sources", changes.by_weight),
+        _recipes(plan.steps, "targets", {}),
+    )
     judged: list[T] = []
     with ExitStack() as stack:
         files = stack.enter_context(SourceFiles())
@@ -97,7 +104,9 @@ class _Worker(Generic[T]):
         theirs, more = self._reader.read(step, step.targets)
         source, target = (recipes[step.family.weight] for recipes in self._recipes)
         values = self._values(step, ours, source)
-        others = values if _same_blocks(step, ours, theirs) else self._values(step, theirs, target)
+        # Equal blocks are equal values, unless one side's are changed on the way.
+        same = not _changes(source) and _same_blocks(step, ours, theirs)
+        others = values if same else self._values(step, theirs, target)
         return self._judge(number, step, Side(values, ours), Side(others, theirs)), read + more
 
     def _values(self, step: Step, held: Parts, recipe: Recipe) -> Bits:
@@ -105,7 +114,7 @@ class _Worker(Generic[T]):
         weight = step.family.weight
         work = Work(step, held, {})
         work.run(recipe.first)
-        for part in work.held.get(weight, ()):
+        for part in () if _changes(recipe) else work.held.get(weight, ()):
             if part.box == step.box and part.array.flags.c_contiguous:
                 return part.array
         like = next(iter(held.values()))[0]
@@ -113,6 +122,11 @@ class _Worker(Generic[T]):
         work.outputs = {weight: [values]}
         work.run(recipe.by_piece)
         return values.array
+
+
+def _changes(recipe: Recipe) -> bool:
+    """Whether a weight is more than copied or decoded."""
+    return len(recipe.by_piece) > 1
 
 
 def _same_blocks(step: Step, ours: Parts, theirs: Parts) -> bool:
@@ -126,14 +140,21 @@ def _same_blocks(step: Step, ours: Parts, theirs: Parts) -> bool:
     )
 
 
-def _recipes(steps: Iterable[Step], side: Literal["sources", "targets"]) -> Recipes:
+def _recipes(
+    steps: Iterable[Step],
+    side: Literal["sources", "targets"],
+    changes: Mapping[str, Sequence[Change]],
+) -> Recipes:
     held: dict[str, dict[str, list[Extent]]] = defaultdict(lambda: defaultdict(list))
     families: dict[str, Family] = {}
     for step in steps:
         families[step.family.weight] = step.family
         for extent in getattr(step, side):
             held[step.family.weight][extent.param].append(extent)
-    return {weight: choose(families[weight], found, [weight]) for weight, found in held.items()}
+    return {
+        weight: choose(families[weight], found, [weight], changes.get(weight, ()))
+        for weight, found in held.items()
+    }
 
 
 def _room(step: Step) -> int:

@@ -16,6 +16,7 @@ from gptoss_convert.compare.pairs import Side, judge_steps
 from gptoss_convert.compare.value_statistics import step_statistics
 from gptoss_convert.compare.values_report import Compared, Element, ValuesReport, summed_up
 from gptoss_convert.containers.json_records import from_json, to_json
+from gptoss_convert.engine.changes import merges_of
 from gptoss_convert.engine.fingerprint import fingerprint
 from gptoss_convert.engine.steps import Step, make_plan
 from gptoss_convert.errors import InputError
@@ -74,6 +75,7 @@ def compare_values(
         max_memory=max_memory,
         progress=progress,
         processes=ranks.local_size,
+        changes=merges_of(*source.updates),
     )
     if ranks.size > 1:
         told = ranks.gather([to_json(one) for one in compared])

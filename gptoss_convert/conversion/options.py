@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptoss_convert.formats.adapters.options import AdapterOptions
 from gptoss_convert.formats.checkpoint import Choices
 from gptoss_convert.formats.options import ImageOptions
 from gptoss_convert.options import option, workers_option
 
 
 @dataclass(frozen=True)
-class Options(Choices, ImageOptions):
-    """How to convert: how SOURCE is read, how TARGET is laid out, how the run goes."""
+class Options(Choices, AdapterOptions, ImageOptions):
+    """How to convert: how SOURCE is read and changed, how TARGET is laid out, how the run goes."""
 
     revision: str | None = option(
         None, "SOURCE on the Hub: a branch, tag or commit.", shown="its main branch"
@@ -47,6 +48,8 @@ class Options(Choices, ImageOptions):
         free = {"workers", "max_memory", "overwrite", "restart", "trust_journal"}
         # The commit that a revision named, and nothing else about it, stands among the facts.
         free |= {"revision", "stream", "follow_links"}
+        # Nor where an adapter lay: what it holds does.
+        free |= {"adapter"}
         return {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(self).items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from gptoss_convert.containers import Image, content_size
 from gptoss_convert.containers.refs import Copied, FileRef
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.publish import check_target
+from gptoss_convert.engine.changes import Changes, merges_of
 from gptoss_convert.engine.steps import Plan, make_plan
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats import sidecar
-from gptoss_convert.formats.checkpoint import Checkpoint, Choices, casts
+from gptoss_convert.formats.checkpoint import Checkpoint, Choices, casts, encoding
 from gptoss_convert.formats.registry import FORMATS, open_checkpoint
+from gptoss_convert.hub.adapters import with_adapter
 from gptoss_convert.hub.sources import locate, opening
 from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.folding import fold_tensors
@@ -43,6 +45,8 @@ class Conversion:
     image: Image
     workers: int
     notes: tuple[str, ...]
+    changes: Changes = field(default_factory=Changes)
+    """What an adapter changes on the way."""
     places: Places = field(default_factory=dict)
     """Where the directories of a repository lie once its files are at hand."""
 
@@ -58,6 +62,12 @@ class Conversion:
         return sum(file.size for file in self.image.files) + sum(
             content_size(content) for _, content in self.image.closing
         )
+
+    @property
+    def _memory_bytes(self) -> int:
+        """Bytes that the workers and the adapter take at most."""
+        each = self.plan.buffer_bytes + self.changes.worker_bytes
+        return self.workers * each + self.changes.shared_bytes
 
     @cached_property
     def header(self) -> dict[str, Any]:
@@ -80,12 +90,18 @@ class Conversion:
             "plan": digest.hexdigest(),
             "from": self._from(),
             "to": {"format": self.options.to, "variant": self.variant},
-        }
+        } | ({"adapter": self._adapter} if self._adapter else {})
 
     def _from(self) -> dict[str, str]:
         source = self.source
         found = {"path": source.place, "format": source.label}
         return found | ({"revision": source.commit} if source.commit else {})
+
+    @cached_property
+    def _adapter(self) -> dict[str, Any] | None:
+        """What is merged, so that nobody need ask: dialect, strength and digest."""
+        adapter = self.source.adapter
+        return adapter.summary() | {"sha256": adapter.digest()} if adapter else None
 
     def _named(self, files: Iterable[FileRef]) -> Iterator[tuple[str, FileRef]]:
         """Files by names that stay the same wherever SOURCE lies."""
@@ -120,13 +136,14 @@ class Conversion:
                 "tensor_groups": [one.summary() for one in fold_tensors(self.image.chunks, order)],
                 "files": {file.name: file.size for file in self.image.files},
             },
+            "adapter": self._adapter,
             "model": self.source.config.size,
             "container": table.container,
             "steps": len(self.plan.steps),
             "read_bytes": self.plan.read_bytes,
             "write_bytes": self.write_bytes,
             "workers": self.workers,
-            "memory_bytes": resources.BASE_BYTES + self.workers * self.plan.buffer_bytes,
+            "memory_bytes": resources.BASE_BYTES + self._memory_bytes,
             "notes": list(self.notes),
         }
 
@@ -143,7 +160,25 @@ def plan(
         raise UsageError(f"--stream: {place} is not a repository on the Hub")
     check_target(place, target)
     with opening(place, options) as opened:
+        opened = with_adapter(opened, options, follow_links=options.follow_links)
+        options = _for_adapter(opened, options)
         return plan_opened(opened, target, options, processes)
+
+
+def _for_adapter(opened: Checkpoint, options: Options) -> Options:
+    """The options that an adapter leaves; raises UsageError where rounding must be asked for."""
+    if opened.adapter is None or not opened.adapter.changes_experts:
+        return options
+    kind = FORMATS[options.to]
+    variant = kind.variant(opened.encoding if options.dtype == "keep" else options.dtype, options)
+    stored = encoding(kind.table, variant)
+    if stored != "bf16" and not options.lossy:
+        raise UsageError(
+            f"--adapter {opened.adapter.root}: changes the experts, which {stored.upper()} rounds; "
+            "pass --dtype bf16 where --to allows it, or --lossy to round them"
+        )
+    # Scales of the experts as they were before would restore nothing.
+    return replace(options, keep_scales=False)
 
 
 def plan_opened(
@@ -159,12 +194,18 @@ def plan_opened(
         held = _with_reference(opened, held, options.scales, options.follow_links)
     image, more_notes = kind.image(opened, variant, options)
     taken = _target_extents(kind.table, variant, sizes, image)
-    steps = make_plan(load_model(), sizes, held, taken)
+    changes = merges_of(*opened.updates)
+    steps = make_plan(load_model(), sizes, held, taken, changes=changes.by_weight)
     workers = resources.choose_workers(
-        steps.buffer_bytes, options.max_memory, options.workers, processes
+        steps.buffer_bytes + changes.worker_bytes,
+        options.max_memory,
+        options.workers,
+        processes,
+        changes.shared_bytes,
     )
+    notes += more_notes
     return Conversion(
-        opened, target, variant, options, steps, image, workers, (*notes, *more_notes)
+        opened, target, variant, options, steps, image, workers, tuple(notes), changes
     )
 
 

@@ -214,7 +214,9 @@ def _open(conversion: Conversion, files: TargetFiles, numbers: Iterable[int]) ->
 
 def _close(conversion: Conversion, work: Path, done: Mapping[int, Done]) -> int:
     """Write the small files, the manifest among them; returns the manifest's CRC-32."""
-    header = {k: v for k, v in conversion.header.items() if k in {"tool", "plan", "from", "to"}}
+    header = {
+        k: v for k, v in conversion.header.items() if k in {"tool", "plan", "from", "to", "adapter"}
+    }
     small = {
         name: write_file(work / name, pieces(content, conversion.places))
         for name, content in conversion.image.closing

@@ -11,6 +11,7 @@ from gptoss_convert.containers import Chunk, Image, safetensors
 from gptoss_convert.containers.paths import read_text
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.formats import sidecar
+from gptoss_convert.formats.adapters.adapter import Adapter
 from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.options import ImageOptions
 from gptoss_convert.formats.repository import Repository
@@ -18,6 +19,7 @@ from gptoss_convert.formats.sidecar import Origin
 from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import Table, load_table
+from gptoss_convert.layouts.updates import Update
 from gptoss_convert.options import option
 
 CONFIG = "config.json"
@@ -57,6 +59,8 @@ class Checkpoint:
     """The directory that stood for the repository while its headers were read."""
     cast: bool = False
     """Whether float32 and float16 are read as the BF16 that they round to."""
+    adapter: Adapter | None = None
+    """What is merged into it wherever its values are asked for."""
 
     @property
     def format(self) -> str:
@@ -95,7 +99,13 @@ class Checkpoint:
             place = str(self.base / sidecar.FOLDER)
             beside = load_table("scales").tensors("scales", sizes)
             result += extents(place, beside, self.scales.chunks, root=self.base)
-        return result
+        return self.adapter.over(result) if self.adapter else result
+
+    @property
+    def updates(self) -> tuple[tuple[Update, ...], str]:
+        """(what the adapter adds to its parameters, how these sums are rounded)."""
+        adapter = self.adapter
+        return (adapter.updates, adapter.options.adapter_arithmetic) if adapter else ((), "exact")
 
     @property
     def base(self) -> Path:

@@ -102,6 +102,11 @@ _FORMS = (
 )
 """In this order: the first that a tensor shows is told."""
 
+
+class AdapterError(InputError):
+    """A directory is an adapter where a model is expected."""
+
+
 UNUSABLE_NAMES = (
     "saved by transformers 5.8 to 5.20 after dequantising: the experts of all layers were written "
     "under one name ('gate_up_proj$'), so all but one layer's are lost; convert the original again"
@@ -111,8 +116,8 @@ UNUSABLE_NAMES = (
 def recognise_files(root: Path) -> GptossError | None:
     """What is wrong with a directory, judged by its file names."""
     if (root / "adapter_config.json").exists():
-        return InputError(
-            f"{root}: a LoRA adapter, not a model; merge it into its base model first"
+        return AdapterError(
+            f"{root}: a LoRA adapter, not a model; name its base as SOURCE, and it as --adapter"
         )
     if any(root.glob("mp_rank_*")):
         return InputError(f"{root}: Megatron's legacy torch format; supported: torch_dist")

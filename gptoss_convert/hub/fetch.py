@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -49,6 +49,11 @@ def snapshot(listing: Listing, source: Checkpoint, weights: Set[str], progress: 
     """The cache's directory of the pinned commit, with these files of weights in it and all others
     of the checkpoint."""
     names = [n for n in files_of(listing, source.format) if n in weights or not is_weights(n)]
+    return in_cache(listing, names, progress)
+
+
+def in_cache(listing: Listing, names: Sequence[str], progress: Progress) -> Path:
+    """The cache's directory of the pinned commit, with these files in it."""
     missing = [name for name in names if cached(listing, name) is None]
     folder = _cache_folder(listing)
     if missing:
@@ -83,7 +88,8 @@ def weight_files(source: Checkpoint) -> frozenset[str]:
     """The files of the repository that hold the checkpoint's tensors."""
     outline = source.outline or source.root
     files = {extent.file.path for extent in source.extents(casts(True))}
-    return frozenset(file.relative_to(outline).as_posix() for file in files)
+    mine = (file for file in files if file.is_relative_to(outline))
+    return frozenset(file.relative_to(outline).as_posix() for file in mine)
 
 
 def _download_all(listing: Listing, names: list[str], advance: Advance) -> None:

@@ -57,25 +57,29 @@ def peak_memory() -> int:
 
 
 def choose_workers(
-    buffer_bytes: int, max_memory: int | None, workers: int | None, processes: int = 1
+    buffer_bytes: int,
+    max_memory: int | None,
+    workers: int | None,
+    processes: int = 1,
+    shared_bytes: int = 0,
 ) -> int:
     """How many workers fit into `max_memory`; raises ResourceError if not even one does.
 
     Without a wish: two more than there are processors, at most 16, as more only wait for the disk,
     and only as many as the usual memory holds. So many `processes` share the machine's memory and
-    processors.
+    processors; the workers share `shared_bytes`.
     """
     limit = memory_limit() // processes
     wanted = max_memory
     if wanted is None:
         wanted = limit if workers else USUAL_BYTES
     allowed = min(wanted, limit)
-    fit = (allowed - BASE_BYTES) // max(buffer_bytes, 1)
+    base = BASE_BYTES + shared_bytes
+    fit = (allowed - base) // max(buffer_bytes, 1)
     if fit < 1:
         whose = "the machine or its container allows" if allowed == limit else "--max-memory is"
         raise ResourceError(
-            f"one worker needs {(BASE_BYTES + buffer_bytes) / 1e6:.0f} MB, {whose} "
-            f"{allowed / 1e6:.0f} MB"
+            f"one worker needs {(base + buffer_bytes) / 1e6:.0f} MB, {whose} {allowed / 1e6:.0f} MB"
         )
     cores = len(os.sched_getaffinity(0)) // processes
     return int(min(workers or min(cores + 2, 16), fit))

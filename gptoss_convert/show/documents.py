@@ -9,6 +9,7 @@ from typing import Any
 
 VERSIONS: Mapping[str, int] = {
     "inspect": 1,
+    "adapter": 1,
     "plan": 1,
     "convert": 1,
     "check": 1,

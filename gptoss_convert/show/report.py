@@ -66,6 +66,28 @@ def inspection(summary: Mapping[str, Any]) -> Page:
     return [Facts(rows), "", tensors(summary["tensor_groups"]), *_notes(summary)]
 
 
+def adapter(summary: Mapping[str, Any]) -> Page:
+    """The page of `inspect` of an adapter."""
+    ranks = summary["ranks"] or [summary["r"]]
+    strength = f"rank {', '.join(map(str, ranks))}, alpha {summary['alpha']}"
+    kinds = [name for name in ("rslora", "dora") if summary[name]]
+    rows = {
+        "path": summary["path"],
+        "adapter": f"{summary['dialect']}, written by {summary['written_by']}",
+        "base": summary["base_model"] or "not named",
+        "fits": summary["fits"] or "neither 20b nor 120b: pass --base to have its shapes read",
+        "strength": ", ".join([strength, *kinds]),
+        "tensors": f"{summary['tensors']}, {size(summary['tensor_bytes'])}",
+    }
+    if summary["parameters"]:
+        rows["changes"] = ", ".join(summary["parameters"])
+    if summary["layers"]:
+        rows["layers"] = ranges(summary["layers"])
+    if summary["ambiguous"]:
+        rows["left open"] = summary["ambiguous"]
+    return [Facts(rows), "", tensors(summary["tensor_groups"]), *_notes(summary)]
+
+
 _PARALLEL = {"tensor": "TP", "pipeline": "PP", "expert": "EP", "expert_tensor": "ETP"}
 
 

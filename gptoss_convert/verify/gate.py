@@ -9,6 +9,7 @@ from typing import Any
 
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
+from gptoss_convert.hub.adapters import with_adapter
 from gptoss_convert.hub.sources import open_source
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
@@ -38,6 +39,7 @@ def verify_checkpoints(
         raise UsageError(f"--level {options.level}: choose {', '.join(LEVELS)}")
     weights = None if options.level == "header" else progress
     ours = open_source(source, options.source, weights, options.revision)
+    ours = with_adapter(ours, options, progress, options.source.follow_links)
     theirs = open_source(target, options.target, weights)
     levels: list[Level] = []
     for name in LEVELS[: LEVELS.index(options.level) + 1]:
@@ -56,6 +58,7 @@ def side(checkpoint: Checkpoint) -> dict[str, Any]:
         "model": checkpoint.config.size,
         "bytes": sum(chunk.nbytes for chunk in checkpoint.chunks),
         "notes": list(checkpoint.notes),
+        "adapter": checkpoint.adapter.summary() if checkpoint.adapter else None,
     }
 
 

@@ -42,7 +42,8 @@ def oracle_level(
     """Each side's own model code against the shared forward pass, within its measured floor."""
     began = time.monotonic()
     device = choose_device(options.device, ranks)
-    sides = {"SOURCE": ours, "TARGET": theirs}
+    # Of an adapter there is no code of the base's own: the base alone is held against it.
+    sides = {"SOURCE": replace(ours, adapter=None), "TARGET": theirs}
     mine: dict[str, Any] = {}
     for n, (name, side) in enumerate(sides.items()):
         if n % ranks.size == ranks.rank:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gptoss_convert.formats.adapters.options import AdapterOptions
 from gptoss_convert.formats.checkpoint import DEFAULT, Choices
 from gptoss_convert.options import memory_option, option, workers_option
 
@@ -15,7 +16,7 @@ LOSSLESS = "lossless"
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
+class VerifyOptions(AdapterOptions):
     """Every choice of a verification."""
 
     level: str = option(

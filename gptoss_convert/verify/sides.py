@@ -7,18 +7,32 @@ from dataclasses import replace
 from pathlib import Path
 
 from gptoss_convert.formats import config as configs
+from gptoss_convert.formats.adapters.adapter import Adapter
 from gptoss_convert.formats.checkpoint import Checkpoint
+from gptoss_convert.witness.adapted import AdaptedReader
+from gptoss_convert.witness.adapter_files import Asked
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.readers import ChangedReader, Reader
 from gptoss_convert.witness.witness import Given, witness_of
 
 
 def open_reader(checkpoint: Checkpoint, fetcher: Fetcher, layers: int | None) -> Reader:
-    """The reader of a checkpoint that is open; of its first `layers` layers, if fewer."""
+    """The reader of a checkpoint that is open, with its adapter if it has one; of its first
+    `layers` layers, if fewer."""
     reader = witness_of(checkpoint.format).reader(given(checkpoint), fetcher)
+    if checkpoint.adapter is not None:
+        reader = _adapted(reader, checkpoint.adapter, fetcher)
     if layers is None or layers >= len(reader.config.sliding):
         return reader
     return FewerLayers(reader, layers)
+
+
+def _adapted(base: Reader, adapter: Adapter, fetcher: Fetcher) -> Reader:
+    """The base with the adapter by the witness's own formulas: it is told what the user said, and
+    nothing that was found out here."""
+    told = adapter.options
+    asked = Asked(told.adapter_layout, told.adapter_down, told.adapter_scale)
+    return AdaptedReader(base, adapter.root, asked, fetcher, told.adapter_arithmetic == "peft")
 
 
 def given(checkpoint: Checkpoint) -> Given:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, final
 
@@ -126,6 +126,14 @@ class StoredTensors:
     def __contains__(self, name: str) -> bool:
         """Whether a tensor of this name is stored."""
         return name in self._chunks
+
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors."""
+        return tuple(self._chunks)
+
+    def chunks(self, name: str) -> Sequence[Chunk]:
+        """Where the parts of a tensor lie."""
+        return self._chunks[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the whole tensor; IntegrityError if it is missing."""

@@ -702,7 +702,9 @@ def tied_head(path: Path) -> None:
     edit_config(path, tie_word_embeddings=True)
 
 
-@case(53, "one", 3, "DIR: a LoRA adapter, not a model; merge it into its base model first")
+@case(
+    53, "one", 3, "DIR: a LoRA adapter, not a model; name its base as SOURCE, and it as --adapter"
+)
 def lora_adapter(path: Path) -> None:
     (path / "adapter_config.json").write_text("{}")
 

@@ -1,0 +1,99 @@
+"""What an adapter is, told from its headers: with its base's sizes, or without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert.errors import InputError, IntegrityError, UsageError
+from gptoss_convert.formats.adapters import dialects
+from gptoss_convert.formats.adapters.adapter import Adapter
+from gptoss_convert.formats.adapters.opening import open_adapter
+from gptoss_convert.formats.adapters.options import AdapterOptions
+from gptoss_convert.formats.adapters.stored import Stored, read_stored
+from gptoss_convert.formats.checkpoint import Checkpoint
+from gptoss_convert.layouts.folding import fold_tensors
+
+_WIDTHS = {
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 201088,
+}
+"""What both released models have in common."""
+
+
+@dataclass(frozen=True)
+class AdapterInspection:
+    """An adapter's dialect, what it changes, and for which base its shapes are."""
+
+    stored: Stored
+    adapter: Adapter | None
+    """As opened for its base; None if none is known, or if something is left open."""
+    fits: str | None
+    """The base that its shapes fit, if one was found."""
+    ambiguous: str | None
+    """What only the user can know, and which option says it."""
+
+    def summary(self) -> dict[str, Any]:
+        """The inspection as plain data."""
+        stored, adapter = self.stored, self.adapter
+        variant = dialects.named(stored)[1]
+        named = "bridge" if stored.container == "torch_dist" else variant
+        known = adapter.summary() if adapter else {}
+        chunks = stored.chunks
+        return {
+            "path": str(stored.root),
+            "dialect": known.get("dialect", named),
+            "written_by": known.get("written_by", dialects.writer(stored, named)),
+            "base_model": known.get("base_model", stored.config.get("base_model_name_or_path")),
+            "r": known.get("r", stored.config.get("r")),
+            "alpha": known.get("alpha", stored.config.get("lora_alpha")),
+            "ranks": known.get("ranks", []),
+            "rslora": bool(stored.config.get("use_rslora")),
+            "dora": bool(stored.config.get("use_dora")),
+            "parameters": known.get("parameters", []),
+            "layers": known.get("layers", []),
+            "fits": self.fits,
+            "ambiguous": self.ambiguous,
+            "tensors": len(stored.tensors),
+            "tensor_bytes": sum(chunk.nbytes for chunk in chunks),
+            "tensor_groups": [one.summary() for one in fold_tensors(chunks, stored.tensors)],
+            "notes": list(adapter.notes) if adapter else [],
+        }
+
+
+def inspect_adapter(
+    root: Path, base: Checkpoint | None = None, options: AdapterOptions | None = None
+) -> AdapterInspection:
+    """Read an adapter's headers, for a base or for whichever released model its shapes fit.
+
+    Raises what `convert` would refuse it for, but for ambiguities, which are told.
+    """
+    stored = read_stored(root)
+    options = options or AdapterOptions()
+    problem: InputError | IntegrityError | None = None
+    for name, numbers in _candidates(base):
+        try:
+            return AdapterInspection(stored, open_adapter(root, numbers, options), name, None)
+        except UsageError as error:
+            return AdapterInspection(stored, None, name, str(error))
+        except (InputError, IntegrityError) as error:
+            problem = problem or error
+    if base is not None and problem is not None:
+        raise problem
+    return AdapterInspection(stored, None, None, None)
+
+
+def _candidates(base: Checkpoint | None) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """The bases to try: the one that is named, else those that OpenAI released."""
+    if base is not None:
+        yield base.place, base.config.numbers
+        return
+    for size, (layers, experts) in {"20b": (24, 32), "120b": (36, 128)}.items():
+        counts = {"num_hidden_layers": layers, "num_local_experts": experts}
+        yield f"gpt-oss-{size}", _WIDTHS | counts

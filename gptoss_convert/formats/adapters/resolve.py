@@ -1,0 +1,334 @@
+"""Tensors to updates: each tensor of an adapter is one half of one update, by name and by shape."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert.containers import Chunk
+from gptoss_convert.containers.refs import FileRef
+from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.formats.adapters.settings import MAX_RANK
+from gptoss_convert.formats.adapters.tables import (
+    ONE,
+    TOKEN,
+    AdapterTable,
+    Rule,
+    Target,
+    bound,
+    holes_of,
+    template,
+)
+from gptoss_convert.layouts import tables as checkpoints
+from gptoss_convert.layouts.extents import Extent, extents
+from gptoss_convert.layouts.folding import fold
+from gptoss_convert.layouts.layout import shape_of
+from gptoss_convert.layouts.model import Model, load_model
+from gptoss_convert.layouts.updates import RANK, Factor, Update
+
+_FLOATS = frozenset(("F32", "F16", "BF16"))
+Strength = Callable[[str, int], Fraction]
+"""The scale of an update, for its name and the rank of its tensors; raises if they disagree."""
+Tensors = Mapping[str, tuple[Chunk, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A stored tensor as a rule sees it, if its shape fits."""
+
+    name: str
+    chunks: tuple[Chunk, ...]
+    rule: Rule
+    bound: Mapping[str, int]
+    rank: int
+    """0 for a tensor without this axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The tensors that make one update of a target."""
+
+    target: Target
+    name: str
+    """Of the module or parameter, for the patterns of the configuration."""
+    held: Mapping[str, Held]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """All tensors of a file, each used once."""
+
+    found: tuple[Found, ...]
+    whole: Mapping[str, str]
+    """Tensors that are a whole parameter, by their names in Hugging Face's BF16 layout."""
+    unfit: tuple[str, ...]
+    """Why a tensor belongs to no update, in words; empty if all do."""
+
+
+def resolve(
+    table: AdapterTable, variant: str, tensors: Tensors, sizes: Mapping[str, int]
+) -> Resolved:
+    """Find each tensor's update; a tensor that two updates could claim is an InputError."""
+    rules: dict[str, list[tuple[Target, Rule]]] = defaultdict(list)
+    for target in table.targets(variant):
+        for rule in (one for several in target.rules.values() for one in several):
+            rules[template(rule)].append((target, rule))
+    groups: dict[tuple[Any, ...], tuple[Target, dict[str, list[Held]]]] = {}
+    whole: dict[str, str] = {}
+    known: dict[str, list[str]] = {}
+    names = _whole_names(sizes)
+    for name in tensors:
+        plain, level = table.plain(name)
+        form, numbers = holes_of(plain)
+        if plain in names:
+            whole[name] = plain
+        for target, rule in rules.get(form, ()):
+            known.setdefault(name, []).append(rule.layout.text)
+            if held := _fit(name, tensors[name], rule, numbers, sizes, target):
+                key = (id(target), numbers, level)
+                group = groups.setdefault(key, (target, defaultdict(list)))
+                group[1][rule.role].append(held)
+    found = [one for group in groups.values() for one in _complete(*group, table)]
+    users: dict[str, list[Found]] = defaultdict(list)
+    for one in found:
+        for held in one.held.values():
+            users[held.name].append(one)
+    claimed = {name for name in users if len(users[name]) > 1}
+    if claimed:
+        name = min(claimed)
+        params = " or ".join(one.target.params[0] for one in users[name])
+        raise InputError(f"{name}: its shape {list(_shape(tensors, name))} fits {params}")
+    lost = [name for name in tensors if name not in users and name not in whole]
+    unfit = tuple(_why(name, tensors, known.get(name, [])) for name in lost)
+    return Resolved(tuple(found), whole, unfit)
+
+
+def _whole_names(sizes: Mapping[str, int]) -> frozenset[str]:
+    """The tensors of Hugging Face's BF16 layout."""
+    return frozenset(t.name for t in checkpoints.load_table("hf").tensors("bf16", sizes))
+
+
+def _fit(
+    name: str,
+    chunks: tuple[Chunk, ...],
+    rule: Rule,
+    numbers: Sequence[int],
+    sizes: Mapping[str, int],
+    target: Target,
+) -> Held | None:
+    """The tensor by this rule, None if its shape or the numbers in its name do not fit."""
+    indexes = bound(rule, numbers)
+    if any(index >= sizes[axis] for axis, index in indexes.items()):
+        return None
+    shape = chunks[0].shape
+    free = RANK if RANK in rule.layout.axes else TOKEN if TOKEN in rule.layout.axes else None
+    length = _solve(rule, shape, free, sizes, target)
+    return Held(name, chunks, rule, indexes, length) if length is not None else None
+
+
+def _solve(
+    rule: Rule, shape: Sequence[int], free: str | None, sizes: Mapping[str, int], target: Target
+) -> int | None:
+    """The length of the free axis for which the layout has this shape, 0 without such an axis."""
+    model = load_model()
+    params = {param: _axes(target, rule, param, model) for param in target.params}
+    lengths = {**sizes, ONE: 1}
+    unit, _ = shape_of(rule.layout, params, {**lengths, RANK: 1, TOKEN: 1}, rule.named)
+    if len(unit) != len(shape):
+        return None
+    if free is None:
+        return 0 if tuple(unit) == tuple(shape) else None
+    dim = next(i for i, axes in enumerate(rule.layout.dims) if free in axes)
+    length, rest = divmod(shape[dim], unit[dim])
+    others = (*unit[:dim], unit[dim] * length, *unit[dim + 1 :])
+    return length if not rest and length and others == tuple(shape) else None
+
+
+def _axes(target: Target, rule: Rule, param: str, model: Model) -> tuple[str, ...]:
+    """All axes of a tensor of this rule as far as it holds a parameter, named ones included."""
+    others = (axis for axis in (ONE, TOKEN) if axis in rule.layout.axes)
+    return (*others, *target.axes(rule, param, model))
+
+
+def _complete(
+    target: Target, roles: Mapping[str, Sequence[Held]], table: AdapterTable
+) -> Iterator[Found]:
+    """The updates for which both halves are there and of the same rank."""
+    if "a" in target.rules:
+        for a, b in product(roles.get("a", ()), roles.get("b", ())):
+            if a.rank == b.rank:
+                others = {r: held[0] for r, held in roles.items() if r not in {"a", "b"}}
+                yield Found(target, _module(a, table, target), {"a": a, "b": b, **others})
+        return
+    for held in (one for several in roles.values() for one in several):
+        yield Found(target, _module(held, table, target), {held.rule.role: held})
+
+
+def _module(held: Held, table: AdapterTable, target: Target) -> str:
+    """What PEFT calls it: the module's name, or the parameter's."""
+    if target.kind == "parameter":
+        rules = checkpoints.load_table("hf").variant("bf16")
+        name = next(rule.name for rule in rules if target.params[0] in rule.params)
+        return name.format_map(held.bound)
+    return table.plain(held.name)[0].partition(".lora_")[0].partition(".token_adapter")[0]
+
+
+def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
+    return tensors[name][0].shape
+
+
+def _why(name: str, tensors: Tensors, layouts: Sequence[str]) -> str:
+    shape = list(_shape(tensors, name))
+    if not layouts:
+        return f"{name}: no tensor of this dialect and this base has this name"
+    if len(layouts) == 1:
+        return f"{name}: shape {shape} and the other half do not fit layout {layouts[0]!r}"
+    fits = " or ".join(repr(text) for text in layouts[:4])
+    return f"{name}: shape {shape} and the other half fit no layout: {fits}"
+
+
+def updates(
+    root: Path, found: Iterable[Found], sizes: Mapping[str, int], strength: Strength
+) -> Iterator[Update]:
+    """The updates that these tensors make; raises InputError for a rank that cannot be."""
+    for one in found:
+        roles = one.held
+        if "rows" in roles:
+            continue
+        first = roles.get("b") or roles["added"]
+        rank = first.rank
+        for param in one.target.params:
+            factors = {
+                role: _factor(root, one.target, held, param, sizes) for role, held in roles.items()
+            }
+            if rank:
+                _require_rank(root, param, factors["a"], factors["b"], rank, roles)
+            yield Update(
+                param,
+                load_model().params[param],
+                _box(param, first.bound, sizes),
+                one.target.kind,
+                rank,
+                strength(one.name, rank),
+                factors.get("b") or factors["added"],
+                factors.get("a"),
+                factors.get("magnitude"),
+            )
+
+
+def _box(param: str, indexes: Mapping[str, int], sizes: Mapping[str, int]):
+    return tuple(
+        (indexes[axis], indexes[axis] + 1) if axis in indexes else (0, sizes[axis])
+        for axis in load_model().params[param]
+    )
+
+
+def _require_rank(
+    root: Path, param: str, a: Factor, b: Factor, rank: int, roles: Mapping[str, Held]
+) -> None:
+    def length(factor: Factor, other: Factor) -> int:
+        pairs = zip(factor.axes, factor.lengths, strict=True)
+        return math.prod(n for axis, n in pairs if axis not in other.axes)
+
+    largest = max(length(a, b), length(b, a))
+    if rank > min(largest, MAX_RANK):
+        raise InputError(
+            f"{root}: {roles['a'].name}: rank {rank} for a matrix of {param} whose longest side "
+            f"is {largest}"
+        )
+
+
+def _factor(root: Path, target: Target, held: Held, param: str, sizes: Mapping[str, int]) -> Factor:
+    """Where a stored tensor lies, in the axes of the parameter and `rank`."""
+    model = load_model()
+    free = {RANK: held.rank} if RANK in held.rule.layout.axes else {}
+    lengths = {**sizes, ONE: 1, **free}
+    params = {one: _axes(target, held.rule, one, model) for one in target.params}
+    found = _extents(root, held, params, lengths)
+    axes = params[param]
+    shape = tuple(lengths[axis] if axis not in held.bound else 1 for axis in axes)
+    own = tuple(extent for extent in found if extent.param == param)
+    return Factor(axes, shape, own, held.name)
+
+
+def _extents(
+    root: Path,
+    held: Held,
+    params: Mapping[str, tuple[str, ...]],
+    lengths: Mapping[str, int],
+) -> list[Extent]:
+    rule = held.rule
+    shape, placements = shape_of(rule.layout, params, lengths, rule.named)
+    as_rule = checkpoints.Rule(held.name, tuple(params), rule.layout, (), rule.at, False)
+    dtype = held.chunks[0].dtype
+    if dtype not in _FLOATS:
+        raise InputError(
+            f"{root}: {held.name}: dtype {dtype}; expects {', '.join(sorted(_FLOATS))}"
+        )
+    tensor = checkpoints.Tensor(held.name, as_rule, dtype, shape, (), placements, held.bound)
+    return extents(str(root), [tensor], held.chunks, root=root)
+
+
+def replaced(
+    root: Path, resolved: Resolved, tensors: Tensors, sizes: Mapping[str, int]
+) -> Iterator[Extent]:
+    """The parameters that the file holds whole, as extents of its own files."""
+    by_name = {
+        tensor.name: tensor for tensor in checkpoints.load_table("hf").tensors("bf16", sizes)
+    }
+    if len(set(resolved.whole.values())) < len(resolved.whole):
+        raise InputError(f"{root}: a tensor is stored twice: {fold(resolved.whole)}")
+    for name, plain in resolved.whole.items():
+        chunks = [_renamed(chunk, plain) for chunk in tensors[name]]
+        yield from extents(str(root), [by_name[plain]], chunks, _FLOATS, root)
+
+
+def _renamed(chunk: Chunk, name: str) -> Chunk:
+    return Chunk(
+        name, chunk.dtype, chunk.shape, chunk.start, chunk.extent, chunk.file, chunk.offset
+    )
+
+
+def rows(
+    root: Path,
+    found: Iterable[Found],
+    tokens: Mapping[str, Sequence[int]],
+    sizes: Mapping[str, int],
+) -> Iterator[Extent]:
+    """The rows that trained tokens replace, as extents."""
+    for one in found:
+        if "rows" not in one.held:
+            continue
+        held = one.held["rows"]
+        module = one.name.rpartition(".")[2]
+        indexes = tokens.get(module, ())
+        shape = held.chunks[0].shape
+        if len(indexes) != shape[0]:
+            raise IntegrityError(
+                f"{root}: {held.name}: {shape[0]} rows, trainable_token_indices names "
+                f"{len(indexes)} for {module}"
+            )
+        if indexes and max(indexes) >= sizes["vocab"]:
+            raise InputError(
+                f"{root}: trainable_token_indices: {max(indexes)}: the base has {sizes['vocab']} "
+                "rows"
+            )
+        yield from _row_extents(root, held, one.target.params[0], indexes)
+
+
+def _row_extents(root: Path, held: Held, param: str, indexes: Sequence[int]) -> Iterator[Extent]:
+    (chunk,) = held.chunks
+    step = chunk.nbytes // chunk.shape[0]
+    item = step // chunk.shape[1]
+    for place, index in enumerate(indexes):
+        box = ((index, index + 1), (0, chunk.shape[1]))
+        origin = chunk.offset + (place - index) * step
+        yield Extent(
+            param, box, FileRef(root, chunk.file), origin, (step, item), chunk.dtype, held.name
+        )

@@ -1,0 +1,67 @@
+"""An adapter's directory, wherever it is: on disk, or in a repository on the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from gptoss_convert.containers.paths import Followed
+from gptoss_convert.errors import InputError
+from gptoss_convert.formats.adapters.evidence import base_remarks
+from gptoss_convert.formats.adapters.opening import open_adapter
+from gptoss_convert.formats.adapters.options import AdapterOptions
+from gptoss_convert.formats.adapters.settings import CONFIG
+from gptoss_convert.formats.adapters.stored import WEIGHTS, is_adapter
+from gptoss_convert.formats.checkpoint import Checkpoint
+from gptoss_convert.hub.names import repository
+from gptoss_convert.machine.progress import SILENT, Progress
+
+_BESIDE = ("README.md", "automodel_peft_config.json")
+
+
+def adapter_directory(name: str | Path, progress: Progress = SILENT) -> Path:
+    """The directory that a name stands for; a repository's files are downloaded to the cache.
+
+    Raises what finding and downloading a repository raises.
+    """
+    found = repository(name)
+    if found is None:
+        return Path(name)
+    from gptoss_convert.hub.client import resolve
+    from gptoss_convert.hub.fetch import in_cache
+
+    listing = resolve(found)
+    if not {CONFIG, WEIGHTS} <= listing.files.keys():
+        raise InputError(f"{found}: no adapter: lacks {CONFIG} or {WEIGHTS}")
+    names = [one for one in (CONFIG, WEIGHTS, *_BESIDE) if one in listing.files]
+    return in_cache(listing, names, progress)
+
+
+def adapter_at(name: str, revision: str | None = None) -> Path | None:
+    """The directory of the adapter that a name stands for, None if it stands for anything else."""
+    found = repository(name, revision)
+    if found is None:
+        return Path(name) if is_adapter(Path(name)) else None
+    from gptoss_convert.hub.client import resolve
+
+    # Asked for once more by whoever opens the model: one request of a few kB.
+    return adapter_directory(name) if CONFIG in resolve(found).files else None
+
+
+def with_adapter(
+    base: Checkpoint,
+    options: AdapterOptions,
+    progress: Progress = SILENT,
+    follow_links: bool = False,
+) -> Checkpoint:
+    """The base with the adapter on it, if there is one; raises what opening the adapter raises."""
+    options.check_adapter_options()
+    if options.adapter is None:
+        return base
+    root = adapter_directory(options.adapter, progress)
+    root = Followed(root) if follow_links else root
+    adapter = open_adapter(root, base.config.numbers, options)
+    # Of a repository only headers are here.
+    proof = base_remarks(adapter, base.extents()) if base.outline is None else ()
+    notes = tuple(f"adapter {adapter.root}: {note}" for note in (*adapter.notes, *proof))
+    return replace(base, adapter=adapter, notes=(*base.notes, *notes))
