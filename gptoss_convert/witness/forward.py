@@ -321,13 +321,15 @@ def _all_experts(
     """All experts of a batch in one product, a bounded number of tokens at a time."""
     down: list[Tensor] = []
     chunks = (x.split(products.TOKENS) for x in (x_TD, routing.chosen, routing.shares))
-    gate, up = (weights.gate_weight, weights.gate_bias), (weights.up_weight, weights.up_bias)
+    matrices = (weights.gate_weight, weights.up_weight, weights.down_weight)
+    gate_EFD, up_EFD, down_EDF = (one for one in matrices if isinstance(one, Tensor))
+    gate, up = (gate_EFD, weights.gate_bias), (up_EFD, weights.up_bias)
     for x, chosen_TA, shares_TA in zip(*chunks, strict=True):
         rows, choice_R = products.Rows.of_choices(chosen_TA, config.experts)
         tokens_R = choice_R // config.experts_per_token
         inner_PRF = products.gated(x, tokens_R, rows, gate, up, config)
         shares_R = shares_TA.flatten()[choice_R]
-        added_RD = products.down(inner_PRF, rows, weights.down_weight, weights.down_bias, shares_R)
+        added_RD = products.down(inner_PRF, rows, down_EDF, weights.down_bias, shares_R)
         row_R = torch.empty_like(choice_R)
         row_R[choice_R] = torch.arange(len(choice_R), device=x.device)
         down.append(added_RD[row_R].unflatten(0, chosen_TA.shape).sum(1))

@@ -11,9 +11,9 @@ from gptoss_convert.show.report_page.document import (
     Code,
     Facts,
     Listing,
-    Page,
+    ReportPage,
     Section,
-    Step,
+    Stage,
     Table,
     columns,
     number,
@@ -24,12 +24,12 @@ from gptoss_convert.show.report_page.surroundings import environment, side
 from gptoss_convert.show.report_page.verdict import Levels
 
 
-def served_page(summary: Mapping[str, Any], levels: Levels, command: str | None) -> Page:
+def served_page(summary: Mapping[str, Any], levels: Levels, command: str | None) -> ReportPage:
     """The page of a summary whose TARGET is a server."""
     source, target, served = summary["source"], summary["target"], levels["served"]
     asks = "its answers against the forward pass"
     told = f"{asks}, {served['seconds']:.1f} s"
-    return Page(
+    return ReportPage(
         title=f"{visible(source['path'])} and {visible(target['path'])}",
         tone="same" if summary["same"] else "different",
         verdict="The server answers as the model does"
@@ -38,8 +38,8 @@ def served_page(summary: Mapping[str, Any], levels: Levels, command: str | None)
         reasons=tuple(visible(f"{one}.") for one in _reasons(served)),
         sides=(("SOURCE", side(source)), ("SERVER", _server(target, served["numbers"]))),
         steps=(
-            Step("header", "same", f"SOURCE complete, {levels['header']['seconds']:.1f} s"),
-            Step("served", "same" if served["same"] else "different", told),
+            Stage("header", "same", f"SOURCE complete, {levels['header']['seconds']:.1f} s"),
+            Stage("served", "same" if served["same"] else "different", told),
         ),
         sections=tuple(_sections(served, command)),
     )
