@@ -177,12 +177,12 @@ def test_tensors_of_one_side_are_told_and_the_rest_is_compared(
 ) -> None:
     def edit(tensors: dict[str, Tensor]) -> None:
         del tensors[DOWN], tensors["model.norm.weight"]
-        tensors["score.weight"] = torch.zeros(2)
+        tensors["model.extra.weight"] = torch.zeros(2)
         tensors[Q][0, 0] += 1
 
     found = diff(folder / "hf-mxfp4", tuned(tmp_path, base, edit))
     assert found.only_in_a == ("down.weight of layers 0", "norm.weight")
-    assert found.only_in_b == ("score.weight",)
+    assert found.only_in_b == ("model.extra.weight",)
     assert list(of(found, "down.weight").layers) == [1]
     assert of(found, "attention.q.weight").total.changed == 1
     assert not found.same

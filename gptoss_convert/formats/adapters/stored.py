@@ -12,7 +12,6 @@ from typing import Any
 
 from gptoss_convert.containers import Chunk, safetensors, torch_dist
 from gptoss_convert.containers.paths import open_inside, read_text
-from gptoss_convert.containers.plain_yaml import parse_yaml
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import GptossError, InputError, IntegrityError, UsageError
@@ -133,6 +132,9 @@ def _bridge_directory(root: Path) -> Path | None:
 
 
 def _read_bridge(root: Path) -> Stored:
+    # yaml is read only where there is some: it takes a while to import.
+    from gptoss_convert.containers.plain_yaml import parse_yaml
+
     stored = torch_dist.read(root)
     tensors = _by_name(root, stored.chunks)
     where = str(root / RUN_CONFIG)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers.paths import read_text
-from gptoss_convert.containers.plain_yaml import parse_yaml
 from gptoss_convert.containers.torch_dist import RELEASE
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats.carried import carried_files
@@ -54,6 +53,9 @@ def carried(iteration: Path) -> tuple[Path, ...]:
 
 def read_run_config(iteration: Path) -> dict[str, Any] | None:
     """The `model` section of Megatron-Bridge's run_config.yaml as plain data, None without one."""
+    # yaml is read only where there is some: it takes a while to import.
+    from gptoss_convert.containers.plain_yaml import parse_yaml
+
     path = iteration / RUN_CONFIG
     if not path.exists():
         return None
