@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptoss_convert.codecs.mxfp4.sums import scale_statistics
-from gptoss_convert.engine.fingerprint import axis_weights, fingerprint
+from gptoss_convert.engine.fingerprint import axis_weights, examined, fingerprint
 from gptoss_convert.layouts.layout import Box
 
 LENGTHS = (2, 3, 4, 2, 160)
@@ -44,6 +44,17 @@ def test_every_layout_gives_the_stated_sum(order: tuple[int, ...]) -> None:
     bits = values()
     laid_out = np.ascontiguousarray(bits.transpose(order)).transpose(np.argsort(order))
     assert taken(laid_out) == stated(bits)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (0, 1, 4, 2, 3)])
+@pytest.mark.parametrize("where", [0, 31, 32, 159])
+@pytest.mark.parametrize("odd", [0x7F80, 0xFF80, 0x7FC1])
+def test_an_infinity_or_nan_anywhere_is_seen(odd: int, where: int, order: tuple[int, ...]) -> None:
+    bits = values() & 0xBFFF  # no exponent of all ones
+    laid_out = np.ascontiguousarray(bits.transpose(order)).transpose(np.argsort(order))
+    assert examined(laid_out, ONE_LAYER, LENGTHS, LAYER) == (stated(bits), False)
+    laid_out[0, 2, 3, 1, where] = odd
+    assert examined(laid_out, ONE_LAYER, LENGTHS, LAYER)[1]
 
 
 def test_the_parts_of_a_cut_add_up() -> None:

@@ -294,6 +294,28 @@ def test_hints_bring_back_the_bytes_that_the_rule_alone_does_not(
 
 
 @pytest.mark.parametrize("view", [straight, across])
+def test_hints_253_and_254_are_taken_where_they_are_exact(
+    view: Callable[[int, int], U16], path: str
+) -> None:
+    rows = 64
+    scales = np.resize(np.array([253, 254], np.uint8), (rows, 1))
+    codes = np.random.default_rng(4).integers(0, 8, (rows, 1, 16), dtype=np.uint8)
+    blocks = np.minimum(codes, np.where(scales == 253, 5, 3)[..., None]).astype(np.uint8)
+    values = view(rows, 32)
+    mxfp4.decode(blocks, scales, values)
+    packed, chosen, stats = encoded(values, scales)
+    np.testing.assert_array_equal(packed, blocks)
+    np.testing.assert_array_equal(chosen, scales)
+    assert stats.hinted_blocks == rows
+    values[::2, 0] = 0x7F7F
+    expected = reference.encode_blocks(np.ascontiguousarray(values)[:, None], scales)
+    packed, chosen, stats = encoded(values, scales)
+    np.testing.assert_array_equal(packed, expected[0])
+    np.testing.assert_array_equal(chosen, expected[1])
+    assert stats.hinted_blocks == rows // 2
+
+
+@pytest.mark.parametrize("view", [straight, across])
 def test_wrong_hints_change_no_value(view: Callable[[int, int], U16], path: str) -> None:
     blocks, scales = random_blocks(70, 8, top=250)
     blocks[::5, ::3] = 0x80

@@ -46,6 +46,14 @@ def test_views_with_gaps_between_rows_and_groups() -> None:
     assert found == fingerprint(decoded(blocks.copy(), scales.copy()), box, lengths, -1)
 
 
+def test_rows_longer_than_one_run_of_blocks() -> None:
+    blocks = RNG.integers(0, 256, (2, 3, 70, 16), dtype=np.uint8)
+    scales = RNG.integers(0, 253, (2, 3, 70), dtype=np.uint8)
+    box, lengths = ((0, 2), (0, 3), (0, 70 * 32)), (2, 3, 70 * 32)
+    found = packed_fingerprint(blocks, scales, box, lengths, -1)
+    assert found == fingerprint(decoded(blocks, scales), box, lengths, -1)
+
+
 @pytest.mark.parametrize("byte", range(16))
 def test_every_byte_of_a_block_counts(byte: int) -> None:
     blocks = RNG.integers(0, 256, (1, 2, 3, 16), dtype=np.uint8)

@@ -146,7 +146,7 @@ INLINE u16 choose(u16 largest, u16 hint, u16 *scale)
     u16 usual = (u16)(exponent - 5) <= 254 - 5;
     /* Under a hint more than 3 above the rule's scale, the largest value has no code. */
     u16 hinted = zero ? (u16)(hint - 1) <= 251 : (u16)(hint - rule - 1) <= 2 && hint != NO_HINT;
-    u16 rare = zero ? 0 : !usual || (u16)(hint - 253) <= 1;
+    u16 rare = !zero && !usual;
     *scale = hinted ? hint : zero ? 0 : rule;
     return (zero ? ZERO : 0) | (hinted ? HINTED : 0) | (rare ? RARE : 0);
 }
