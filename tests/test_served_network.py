@@ -73,6 +73,7 @@ HOSTILE: dict[str, tuple[Callable[[Hostile], None], int, str]] = {
         "answered a web page, not JSON",
     ),
     "not JSON": (lambda s: s.say(b"{"), 3, "not JSON"),
+    "nothing": (lambda s: s.say(b""), 3, "gives no log prob"),
     "no object": (lambda s: s.say(b"[1, 2]"), 3, "expects a JSON object"),
     "no UTF-8": (lambda s: s.say(b'{"a": "\xff"}'), 3, "not UTF-8"),
     "NaN": (nan_logprobs, 3, "NaN is not a JSON number"),

@@ -200,7 +200,12 @@ class Connection:
     def _object(
         self, where: str, status: int, content: bytes, headers: Mapping[str, str], room: Room
     ) -> Mapping[str, Any]:
-        """The JSON object of a body; of a refusal whatever it says, under `error`."""
+        """The JSON object of a body; of a refusal whatever it says, under `error`.
+
+        Nothing at all holds nothing: so does mlx-lm list its models where there is no cache.
+        """
+        if not content.strip():
+            return {}
         try:
             text = content.decode("utf-8")
             # Each value follows one of these, so that many are seen before they take memory.
