@@ -95,7 +95,7 @@ def free_port() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--mlx", type=Path, help="a Python with mlx-lm")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server")
     parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's source, to make a GGUF file")

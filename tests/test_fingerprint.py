@@ -50,7 +50,7 @@ def test_every_layout_gives_the_stated_sum(order: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("where", [0, 31, 32, 159])
 @pytest.mark.parametrize("odd", [0x7F80, 0xFF80, 0x7FC1])
 def test_an_infinity_or_nan_anywhere_is_seen(odd: int, where: int, order: tuple[int, ...]) -> None:
-    bits = values() & 0xBFFF  # no exponent of all ones
+    bits = (values() & np.uint16(0xBFFF)).astype(np.uint16)  # no exponent of all ones
     laid_out = np.ascontiguousarray(bits.transpose(order)).transpose(np.argsort(order))
     assert examined(laid_out, ONE_LAYER, LENGTHS, LAYER) == (stated(bits), False)
     laid_out[0, 2, 3, 1, where] = odd
