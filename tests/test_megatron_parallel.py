@@ -95,6 +95,15 @@ def args_of(parallel: Parallel) -> Namespace:
         window_size=(127, 0),
         softmax_type="learnable",
         add_bias_linear=True,
+        position_embedding_type="yarn",
+        window_attn_skip_freq=2,
+        normalization="RMSNorm",
+        quick_geglu=True,
+        glu_linear_offset=1.0,
+        activation_func_clamp_value=7.0,
+        untie_embeddings_and_output_weights=True,
+        norm_epsilon=1e-5,
+        rotary_base=150000,
     )
 
 

@@ -39,7 +39,7 @@ def logits_of(directory: Path) -> torch.Tensor:
 
 
 def verdict(source: Path, target: Path, level: str = "logits") -> str:
-    return verify_checkpoints(source, target, VerifyOptions(level, device="cpu")).verdict
+    return verify_checkpoints(source, target, VerifyOptions(level=level, device="cpu")).verdict
 
 
 def test_sizes_need_not_be_whole_blocks_without_mxfp4(tmp_path: Path):
@@ -178,7 +178,7 @@ def test_a_side_that_transformers_refuses_is_a_finding(tmp_path: Path):
     source = odd_models.save(tmp_path / "source")
     target = convert(source, tmp_path / "target")
     odd_models.edit(source, pad_token_id=199999)
-    found = verify_checkpoints(source, target, VerifyOptions("oracle", device="cpu"))
+    found = verify_checkpoints(source, target, VerifyOptions(level="oracle", device="cpu"))
     assert not found.same
     assert "its own model code refuses it" in found.verdict
 
@@ -254,7 +254,7 @@ def test_links_into_a_store_are_read_when_asked(tmp_path: Path):
     assert not any(path.is_symlink() for path in target.iterdir())
     assert (target / "tokenizer.json").read_text() == "{}"
     both = Choices(follow_links=True)
-    options = VerifyOptions("oracle", device="cpu", source=both, target=both)
+    options = VerifyOptions(level="oracle", device="cpu", source=both, target=both)
     assert verify_checkpoints(linked, linked, options).same
     assert verify_checkpoints(linked, target, VerifyOptions(source=both, device="cpu")).same
     with pytest.raises(InputError, match=r"pass --follow-links"):
@@ -266,11 +266,11 @@ def test_verify_reads_each_side_as_it_is_told(tmp_path: Path):
     target = convert(source, tmp_path / "target", cast=True)
     with pytest.raises(InputError, match="pass --cast to round it to BF16"):
         verdict(source, target)
-    cast = VerifyOptions("oracle", device="cpu", source=Choices(cast=True))
+    cast = VerifyOptions(level="oracle", device="cpu", source=Choices(cast=True))
     assert verify_checkpoints(source, target, cast).verdict.startswith("same")
     leftover = odd_models.edit(source, quantization_config={"quant_method": "bitsandbytes"})
     both = Choices(cast=True, repair=True)
-    repaired = VerifyOptions("oracle", device="cpu", target=both)
+    repaired = VerifyOptions(level="oracle", device="cpu", target=both)
     assert verify_checkpoints(target, leftover, repaired).verdict.startswith("same")
 
 
@@ -283,7 +283,7 @@ def test_verify_reads_what_transformers_mis_saved(tmp_path: Path):
         for name, tensor in load_file(file).items()
     }
     save_file(tensors, file, {"format": "pt"})
-    repaired = VerifyOptions("oracle", device="cpu", source=Choices(repair=True))
+    repaired = VerifyOptions(level="oracle", device="cpu", source=Choices(repair=True))
     assert verify_checkpoints(source, target, repaired).verdict.startswith("same")
 
 
