@@ -104,6 +104,13 @@ def args_of(parallel: Parallel) -> Namespace:
         untie_embeddings_and_output_weights=True,
         norm_epsilon=1e-5,
         rotary_base=150000,
+        yarn_rotary_scaling_factor=32.0,
+        yarn_original_max_position_embeddings=4096,
+        yarn_beta_fast=32.0,
+        yarn_beta_slow=1.0,
+        yarn_mscale=1.0,
+        yarn_mscale_all_dim=0.0,
+        yarn_correction_range_round_to_int=False,
     )
 
 

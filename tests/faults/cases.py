@@ -777,7 +777,12 @@ def format_of_a_huge_number(path: Path) -> None:
     (iteration(path) / "metadata.json").write_text('{"sharded_backend": ' + "9" * 5000 + "}")
 
 
-@case(58, "megatron", 3, "DIR/iter_*/.metadata: *: storage path 'xxx*' leaves the checkpoint directory")
+@case(
+    58,
+    "megatron",
+    3,
+    "DIR/iter_*/.metadata: *: storage path 'xxx*' leaves the checkpoint directory",
+)
 def storage_path_of_300_bytes(path: Path) -> None:
     file = iteration(path) / ".metadata"
     short, long = b"X\x0c\0\0\0__0_0.distcp", b"X" + (300).to_bytes(4, "little") + b"x" * 300
