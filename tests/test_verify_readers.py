@@ -23,6 +23,7 @@ from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.megatron import fields
 from gptoss_convert.verify.result import VerifyOptions
 from gptoss_convert.verify.sides import FewerLayers
+from gptoss_convert.witness.adapted import AdaptedReader
 from gptoss_convert.witness.configs import Section, megatron_config
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.fp4 import Packed, checked
@@ -31,7 +32,6 @@ from gptoss_convert.witness.megatron import MegatronReader
 from gptoss_convert.witness.mistakes import Mistake, MistakenReader
 from gptoss_convert.witness.model import ModelConfig
 from gptoss_convert.witness.openai import OpenAiReader
-from gptoss_convert.witness.adapted import AdaptedReader
 from gptoss_convert.witness.readers import ChangedReader, Reader
 from gptoss_convert.witness.walk import Prompts, all_logits
 from tests.test_forward import CPU, sequences
