@@ -23,6 +23,8 @@ class Option:
     a repository on the Hub."""
     least: int | None = None
     most: int | None = None
+    alone: str | None = None
+    """What the option means without a value, where it may stand alone."""
     shown: str | None = None
     """The default as --help tells it, where the value says too little."""
 

@@ -43,13 +43,18 @@ def others(path: Path) -> set[str]:
     return names - set(sys.stdlib_module_names) - {"gptoss_convert"}
 
 
-TABLES = {"layouts", "formats", "engine", "conversion", "compare", "codecs"}
+TABLES = {"layouts", "formats", "engine", "conversion", "compare", "codecs", "quantise"}
 ARROWS: dict[str, set[str]] = {
     "witness": TABLES,
     "codecs": {"containers", "machine", "witness", *(TABLES - {"codecs"})},
     "containers": {"witness", *TABLES},
     "layouts": {"codecs.mxfp4", "witness", *(TABLES - {"layouts", "codecs"})},
-    "engine": {"formats", "conversion", "compare", "witness"},
+    "engine": {"formats", "conversion", "compare", "quantise", "witness"},
+    # The one room that stands on both the tables and the witness: it rounds by a forward pass.
+    "quantise": {"conversion", "compare", "check", "show"},
+    "quantise.layers": {"witness", "verify"},
+    "quantise.rounding": {"witness", "verify"},
+    "verify": {"quantise"},
     "engine.steps": {"engine.execute", "engine.work", "machine", "codecs"},
     "engine.derivations": {"engine.execute", "machine"},
     "engine.records": {"engine", "machine", "layouts"},
@@ -85,7 +90,9 @@ def test_only_these_layers_import_numbers_at_once():
     """All else answers without numpy; torch is imported by what computes logits alone."""
     numpy = {name for name, path in MODULES.items() if "numpy" in others(path)}
     torch = {name for name, path in MODULES.items() if "torch" in others(path)}
-    assert torch and all(name.startswith(("witness.", "verify.")) for name in torch)
+    assert torch and all(name.startswith(("witness.", "verify.", "quantise.")) for name in torch)
+    plain = {"quantise.blocks", "quantise.layers", "quantise.report", "quantise.rounding"}
+    assert not torch & {*plain, "quantise.rules"}
     without = ("cli.", "layouts.", "formats.", "hub.", "show.")
     assert not [name for name in numpy if name.startswith(without)]
     assert not numpy & {"conversion.plan", "check.inspection", "engine.steps"}

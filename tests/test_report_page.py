@@ -67,7 +67,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(made / "mxfp4", made / "bf16", Options(to="hf", dtype="bf16"))
     edited(made / "bf16", made / "wrong", lambda bits: bits[[0, 2, 1, *range(3, 8)]])
     edited(made / "bf16", made / "tuned", nudged)
-    convert(made / "tuned", made / "lossy", Options(to="hf", dtype="mxfp4", lossy=True))
+    convert(
+        made / "tuned",
+        made / "lossy",
+        Options(to="hf", dtype="mxfp4", lossy="nearest", scale_rule="floor"),
+    )
     return made
 
 

@@ -145,6 +145,7 @@ def _option(
         more["show_default"] = False
     else:
         more["type"] = _type_of(str(one.type), how)
+        more |= {"is_flag": False, "flag_value": how.alone} if how.alone else {}
         more |= {"required": True} if default is MISSING else {"default": default}
         more["show_default"] = not told
     return click.option(*names, destination, **more)

@@ -32,6 +32,15 @@ class EncodeStats:
     """Blocks whose hint was taken where the rule would have chosen another scale."""
     first_inexact: int = -1
     """Flat index of the first inexact block, -1 if all are exact."""
+    update: float = 0.0
+    """Σ (value - near)² over the inexact blocks whose former scale is known, where `near` is the
+    nearest code's value at that scale: the base's, unless an update moved past half a step."""
+    update_kept: float = 0.0
+    """Σ (value - near)·(encoded - near) over the same: all of the update is kept if they agree."""
+    flipped: int = 0
+    """Values of those blocks that were not encoded as `near`."""
+    compared: int = 0
+    """All values of those blocks."""
 
     def __add__(self, other: EncodeStats) -> EncodeStats:
         first = self.first_inexact
@@ -52,6 +61,10 @@ class EncodeStats:
             max_abs_error=max(self.max_abs_error, other.max_abs_error),
             hinted_blocks=self.hinted_blocks + other.hinted_blocks,
             first_inexact=first,
+            update=self.update + other.update,
+            update_kept=self.update_kept + other.update_kept,
+            flipped=self.flipped + other.flipped,
+            compared=self.compared + other.compared,
         )
 
 

@@ -35,7 +35,38 @@ class Options(Choices, AdapterOptions, ImageOptions):
         "Restores its bytes, never changes a value.",
         shown="SOURCE's sidecar",
     )
-    lossy: bool = option(False, "Round values that have no exact MXFP4 form.")
+    lossy: str | bool | None = option(
+        None,
+        "Round values that have no exact MXFP4 form: without a word stochastically, so that an "
+        "update is kept on average; to nearest; or calibrated on text, with torch.",
+        among=("stochastic", "nearest", "calibrated"),
+        alone="stochastic",
+        shown="refuse them",
+    )
+    scale_rule: str | None = option(
+        None,
+        "Scales for --lossy nearest: ceil never clips, floor is OCP MX's, even clips little, best "
+        "has the smallest error.",
+        among=("best", "floor", "ceil", "even"),
+        shown="ceil",
+    )
+    calibrate: str | None = option(
+        None,
+        "For --lossy calibrated: a text, or JSON lines of texts or token ids, like what the tuned "
+        "model will meet; auto is a small text of this package.",
+        shown="auto",
+    )
+    base: Path | None = option(
+        None,
+        "For --lossy calibrated: the MXFP4 model that SOURCE was tuned from, for the report and "
+        "the scales.",
+        shown="--scales, or SOURCE's sidecar",
+    )
+    device: str = option(
+        "auto",
+        "Where --lossy calibrated computes; auto takes a GPU if there is one.",
+        among=("auto", "cpu", "cuda"),
+    )
     allow_nonfinite: bool = option(False, "Keep infinities and NaN.")
     allow_zero: bool = option(False, "Keep weight matrices that are zero throughout.")
     overwrite: bool = option(False, "Replace TARGET, once everything is written.")

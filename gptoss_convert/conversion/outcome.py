@@ -6,6 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+from gptoss_convert.codecs.stats import EncodeStats
+from gptoss_convert.conversion.lossy import HINT
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.engine.anomalies import is_vector, tensors_of, zero_matrices
 from gptoss_convert.engine.records import Done, Effect
@@ -46,6 +48,16 @@ def refuse_zeros(conversion: Conversion, done: Mapping[int, Done]) -> None:
         )
 
 
+def _update(stats: EncodeStats) -> str:
+    """What is left of a fine-tune's update, where the base's scales tell what it changed."""
+    if not stats.update:
+        return ""
+    flipped = stats.flipped / stats.compared
+    return (
+        f"; update kept {stats.update_kept / stats.update:.2f}, {flipped:.1%} of the codes changed"
+    )
+
+
 def state_losses(
     conversion: Conversion, outcomes: Mapping[str, Effect], progress: Progress
 ) -> None:
@@ -64,7 +76,7 @@ def state_losses(
             lossy.append(
                 f"{weight}: {stats.inexact_blocks} of {stats.blocks} blocks ({share:.1%}) are not "
                 f"exact in {form}: {stats.inexact_values} values rounded, {stats.clipped} clipped, "
-                f"{stats.flushed} flushed to zero, SQNR {noise:.1f} dB"
+                f"{stats.flushed} flushed to zero, SQNR {noise:.1f} dB{_update(stats)}"
             )
     if lossy and not conversion.options.lossy:
         raise CodecError(
@@ -73,3 +85,5 @@ def state_losses(
         )
     for loss in lossy:
         progress.note(loss)
+    if lossy and conversion.options.lossy in (True, "stochastic"):
+        progress.note(HINT)

@@ -11,6 +11,7 @@ from typing import Any
 
 from gptoss_convert.containers import Image, content_size
 from gptoss_convert.containers.refs import Copied, FileRef
+from gptoss_convert.conversion import lossy
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.publish import check_target
 from gptoss_convert.engine.changes import Changes, merges_of
@@ -27,6 +28,7 @@ from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import Table, load_table
 from gptoss_convert.machine import resources
 from gptoss_convert.machine.files import Places, pieces
+from gptoss_convert.quantise.layers import RoundedLayers
 from gptoss_convert.version import VERSION
 
 ENCODINGS = ("keep", "mxfp4", "bf16")
@@ -46,7 +48,9 @@ class Conversion:
     workers: int
     notes: tuple[str, ...]
     changes: Changes = field(default_factory=Changes)
-    """What an adapter changes on the way."""
+    """What an adapter changes on the way, and how values are rounded."""
+    layers: RoundedLayers | None = None
+    """What a calibration will have rounded before the plan is executed."""
     places: Places = field(default_factory=dict)
     """Where the directories of a repository lie once its files are at hand."""
 
@@ -116,7 +120,8 @@ class Conversion:
         if outline is not None and file.root.is_relative_to(outline):
             # The commit says more than the time of a download.
             return []
-        if not file.path.exists():
+        if not file.path.exists() or (self.layers and file.root == self.layers.root):
+            # The rounded layers come and go with the run, and say themselves what they are of.
             return []
         state = file.path.stat()
         return [state.st_size, state.st_mtime_ns]
@@ -192,9 +197,15 @@ def plan_opened(
     held = opened.extents(casts(options.cast))
     if options.scales is not None:
         held = _with_reference(opened, held, options.scales, options.follow_links)
+    rule = lossy.rule_of(options)
+    layers = None
+    if rule == lossy.CALIBRATED:
+        encodes = encoding(kind.table, variant) == "mxfp4"
+        layers = lossy.rounded_layers(opened, target, encodes, sizes)
+        held = lossy.with_rounded(held, layers)
     image, more_notes = kind.image(opened, variant, options)
     taken = _target_extents(kind.table, variant, sizes, image)
-    changes = merges_of(*opened.updates)
+    changes = lossy.with_rounding(merges_of(*opened.updates), held, rule)
     steps = make_plan(load_model(), sizes, held, taken, changes=changes.by_weight)
     workers = resources.choose_workers(
         steps.buffer_bytes + changes.worker_bytes,
@@ -205,7 +216,7 @@ def plan_opened(
     )
     notes += more_notes
     return Conversion(
-        opened, target, variant, options, steps, image, workers, tuple(notes), changes
+        opened, target, variant, options, steps, image, workers, tuple(notes), changes, layers
     )
 
 

@@ -92,6 +92,7 @@ class Workspace:
     def discard(self) -> None:
         """Remove what was made, and the journals with it."""
         shutil.rmtree(self.work, ignore_errors=True)
+        shutil.rmtree(rounded_path(self.target), ignore_errors=True)
         self._remove_journals()
 
     def _remove_journals(self) -> None:
@@ -170,6 +171,11 @@ def work_path(target: Path) -> Path:
 def shards_path(target: Path) -> Path:
     """The hidden directory that holds a repository's shards while they are converted."""
     return target.parent / f"{work_path(target).name}.shards"
+
+
+def rounded_path(target: Path) -> Path:
+    """Where a calibration puts rounded experts until TARGET is made of them."""
+    return work_path(target).with_name(f"{work_path(target).name}.rounded")
 
 
 def journal_path(target: Path, rank: int = 0) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.conversion import manifest
+from gptoss_convert.conversion import lossy, manifest
 from gptoss_convert.conversion.journal import Journal, recorded
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.outcome import (
@@ -45,6 +45,7 @@ from gptoss_convert.machine import resources
 from gptoss_convert.machine.files import ByteSource, SourceFiles, TargetFiles, pieces, write_file
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
+from gptoss_convert.quantise.report import Calibrated
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Report:
     """Steps that an interrupted run had finished before."""
     outcomes: Mapping[str, Effect]
     """By weight."""
+    calibrated: Calibrated | None = None
+    """What a calibration did, where one rounded the experts in this run."""
 
     def summary(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -71,6 +74,7 @@ class Report:
                 for weight, o in self.outcomes.items()
                 if o.encoded.blocks or o.cast_values
             },
+            "calibration": self.calibrated.summary() if self.calibrated else None,
         }
 
 
@@ -128,16 +132,20 @@ def _run(job: _Job) -> Report:
     conversion, ranks = job.conversion, job.ranks
     for note in conversion.notes:
         job.progress.note(note)
-    done, before = _follow(job) if ranks.rank else _lead(job)
+    if conversion.layers and ranks.size > 1:
+        raise UsageError("--lossy calibrated: one process rounds layer after layer, without ranks")
+    done, before, calibrated = (*_follow(job), None) if ranks.rank else _lead(job)
     # No rank ends before TARGET is there.
     ranks.barrier()
     outcomes = outcomes_of(conversion, done.values())
     seconds = time.monotonic() - began
-    return Report(conversion, seconds, resources.peak_memory(), len(before), outcomes)
+    peak = resources.peak_memory()
+    return Report(conversion, seconds, peak, len(before), outcomes, calibrated)
 
 
-def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done]]:
-    """Be rank 0, or alone; returns all steps, and those that were done before."""
+def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done], Calibrated | None]:
+    """Be rank 0, or alone; returns all steps, those that were done before, and what a calibration
+    did."""
     conversion, ranks = job.conversion, job.ranks
     with workspace(conversion.target, conversion.options.restart) as space:
         journal = Journal(space.journal, str(conversion.target), conversion.header)
@@ -145,12 +153,13 @@ def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done]]:
         if journal.published is not None and _is_published(space, *journal.published):
             ranks.broadcast(None)
             space.finish()
-            return journal.done, journal.done
+            return journal.done, journal.done, None
         if not conversion.options.overwrite:
             check_absent(conversion.target)
         space.open()
         needed = conversion.write_bytes - _held(space.work)
         resources.check_disk(conversion.target.parent.resolve(), needed)
+        calibrated = _calibrate(job)
         with job.target_files as files:
             _create(conversion, files)
             ranks.broadcast(conversion.header)
@@ -167,7 +176,18 @@ def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done]]:
         manifest_crc = _close(conversion, space.work, done)
         journal.publishing(manifest_crc, space.work.stat().st_ino)
         space.publish()
-    return done, before
+    return done, before, calibrated
+
+
+def _calibrate(job: _Job) -> Calibrated | None:
+    """Round the experts first, where the plan takes them from a calibration."""
+    conversion = job.conversion
+    if conversion.layers is None:
+        return None
+    found = lossy.calibrate(conversion.source, conversion.layers, conversion.options, job.progress)
+    for line in found.lines():
+        job.progress.note(line)
+    return found
 
 
 def _follow(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done]]:

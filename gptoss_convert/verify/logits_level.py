@@ -5,24 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
 from gptoss_convert.errors import ResourceError, UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
+from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.machine.progress import Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
 from gptoss_convert.verify.prompts import own_sequences, shown_tokens
-from gptoss_convert.verify.result import Level, VerifyOptions
+from gptoss_convert.verify.result import LOSSY, Level, VerifyOptions
 from gptoss_convert.verify.sides import open_reader
+from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.forward import Numerics
-from gptoss_convert.witness.limits import load_limits
+from gptoss_convert.witness.limits import Limits, load_limits, lossy_share
 from gptoss_convert.witness.node import NewFetcher, choose_device, sharing
 from gptoss_convert.witness.parity import compare, hardware
 from gptoss_convert.witness.parity_report import ParityReport
 from gptoss_convert.witness.readers import Reader
-from gptoss_convert.witness.tokens import TokenSequence, token_set
+from gptoss_convert.witness.tokens import TokenSequence, passages, token_set
+from gptoss_convert.witness.update import UpdateReport, update_kept
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,11 +46,14 @@ def logits_level(
     _require_equal_devices(device, ranks)
     with memory_advice(), sharing(ranks, device) as new_fetcher:
         report = _compare(ours, theirs, options, device, progress, new_fetcher, ranks)
+        update = _update(ours, theirs, options, device, progress)
     peaks = ranks.gather(_peak(device))
     numbers = {**asdict(report), "gpu_memory_bytes": max(peaks), "gpu_memory_by_rank": peaks}
     numbers["next_tokens_text"] = shown_tokens(report.next_tokens, ours, theirs)
-    seconds = time.monotonic() - began
-    return Level("logits", report.passed, seconds, _agreement(report), _findings(report), numbers)
+    numbers["update"] = asdict(update) if update else None
+    findings = (*_findings(report), *_update_findings(update, options))
+    text = _agreement(report) if update is None else _kept(update)
+    return Level("logits", not findings, time.monotonic() - began, text, findings, numbers)
 
 
 def _compare(
@@ -70,13 +76,79 @@ def _compare(
             source,
             target,
             _sequences(source, (ours, theirs), options, device),
-            load_limits(options.limits),
+            _limits(options),
             device,
             Numerics.on(device, DTYPES[options.dtype]),
             advance=lambda layer: advance(nbytes // layers),
             ranks=ranks,
             both=options.both,
+            **({"extra_rounds": 0} if options.limits == LOSSY else {}),
         )
+
+
+def _limits(options: VerifyOptions) -> Limits:
+    """The limits, with the user's own in its place; the base decides where it is named."""
+    limits = load_limits(options.limits)
+    if options.limits != LOSSY:
+        for name, value in (("--base", options.base), ("--max-kl", options.max_kl)):
+            if value is not None:
+                raise UsageError(f"{name} goes with --limits lossy")
+        return limits
+    if options.max_kl is None and options.base is not None:
+        return replace(limits, mean_kl=limits.max_kl)
+    return limits if options.max_kl is None else replace(limits, mean_kl=options.max_kl)
+
+
+def _update(
+    ours: Checkpoint,
+    theirs: Checkpoint,
+    options: VerifyOptions,
+    device: torch.device,
+    progress: Progress,
+) -> UpdateReport | None:
+    """What is left of the update, where the base is named; every rank computes it."""
+    if options.base is None:
+        return None
+    base = open_checkpoint(options.base)
+    if base.config.numbers != ours.config.numbers:
+        raise UsageError(f"--base {options.base}: another size of model than {ours.place}")
+    readers = [
+        open_reader(side, Fetcher(device, options.max_memory // 3), options.layers)
+        for side in (ours, theirs, base)
+    ]
+    layers = len(readers[0].config.sliding)
+    nbytes = sum(chunk.nbytes for side in (ours, theirs, base) for chunk in side.chunks)
+    with progress.phase("the update", nbytes, layers) as advance:
+        return update_kept(
+            readers[0],
+            readers[1],
+            readers[2],
+            _sequences(readers[0], (ours, theirs, base), options, device),
+            device,
+            Numerics.on(device, DTYPES[options.dtype]),
+            advance=lambda layer: advance(nbytes // layers),
+        )
+
+
+def _update_findings(update: UpdateReport | None, options: VerifyOptions) -> tuple[str, ...]:
+    if update is None or options.max_kl is not None:
+        return ()
+    limit = lossy_share() * update.kl_base
+    if update.kl <= limit:
+        return ()
+    return (
+        f"the update is not kept: mean KL from SOURCE to TARGET expects at most {limit:.3g}, "
+        f"{lossy_share():.0%} of {update.kl_base:.3g} from base to SOURCE, found {update.kl:.3g}",
+    )
+
+
+def _kept(update: UpdateReport) -> str:
+    kept = [part for layer in update.layers for part in layer.kept if part is not None]
+    share = f"{sum(kept) / len(kept):.2f}" if kept else "none"
+    return (
+        f"mean KL {update.kl:.3g} from SOURCE to TARGET, {update.kl_base:.3g} from base to SOURCE, "
+        f"at {update.positions:,} positions; update kept by the experts {share}"
+    )
 
 
 def _require_equal_devices(device: torch.device, ranks: Ranks) -> None:
@@ -96,6 +168,9 @@ def _sequences(
     own = own_sequences(options.tokens, options.prompt, sides, source.config.vocab)
     if options.tokens:
         return own
+    if options.limits == LOSSY:
+        # Text alone, and what `--lossy calibrated --calibrate auto` holds out.
+        return own + passages(source.config.vocab)[7::8]
     config, on_gpu = source.config, device.type == "cuda"
     usual = min(config.rope_original_length * (8 if on_gpu else 1), 32768 if on_gpu else 4096)
     longest = options.max_length or usual

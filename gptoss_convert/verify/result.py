@@ -13,6 +13,8 @@ from gptoss_convert.options import memory_option, option, workers_option
 
 LEVELS = ("header", "values", "logits", "oracle")
 LOSSLESS = "lossless"
+LOSSY = "lossy"
+"""For a fine-tune and what rounding to MXFP4 made of it."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,17 @@ class VerifyOptions(AdapterOptions):
     both: bool = option(False, "Compute both sides also where weights are equal.")
     limits: str = option(
         LOSSLESS,
-        "What still counts as the same; beyond lossless the logits decide, not the values.",
-        among=(LOSSLESS, "float32", "bfloat16"),
+        "What still counts as the same; beyond lossless the logits decide, not the values. lossy "
+        "is for a fine-tune SOURCE and its MXFP4 TARGET.",
+        among=(LOSSLESS, "float32", "bfloat16", LOSSY),
+    )
+    base: Path | None = option(
+        None, "For --limits lossy: the model that SOURCE was tuned from, to be compared with."
+    )
+    max_kl: float | None = option(
+        None,
+        "For --limits lossy: largest mean KL from SOURCE to TARGET, in nats.",
+        shown="0.02, or with --base a quarter of that from base to SOURCE",
     )
     workers: int | None = workers_option()
     max_memory: int = memory_option()

@@ -109,6 +109,11 @@ def oracle_limits(hidden: int) -> OracleLimits:
     )
 
 
+def lossy_share() -> float:
+    """The largest KL(tune || MXFP4), as a share of KL(base || tune), that still counts as kept."""
+    return Section(_tables()["lossy"], "limits.toml: lossy").number("kl_share")
+
+
 def load_limits(name: str) -> Limits:
     """The limits of one table in limits.toml; UsageError lists the choices."""
     tables = _tables()

@@ -114,6 +114,17 @@ def sequence(category: str, length: int, turn: int, vocab: int) -> TokenSequence
     return TokenSequence(f"{category}-{length}-{turn}", tuple(int(token) for token in ids))
 
 
+def passages(vocab: int) -> tuple[TokenSequence, ...]:
+    """Every written passage once, whole: `text-passage-3`, the categories by turns."""
+    found = [
+        TokenSequence(f"{category}-passage-{n}", tuple(token % vocab for token in passage))
+        for category in WRITTEN
+        for n, passage in enumerate(_passages()[category])
+    ]
+    # By number first, so that whoever takes each n-th of them meets all categories.
+    return tuple(sorted(found, key=lambda one: int(one.name.rpartition("-")[2])))
+
+
 def digest(sequences: Sequence[TokenSequence]) -> str:
     """SHA-256 over names and ids, hexadecimal: two reports with one digest used the same tokens."""
     content = hashlib.sha256()

@@ -75,16 +75,10 @@ def layer_states(
     numerics: Numerics,
 ) -> Iterator[State]:
     """Take the residual stream of each batch through one layer, in place of the one before."""
-    weights = _with_operands(weights, numerics)
-    window = config.window if config.sliding[layer] else None
+    weights = with_operands(weights, numerics)
     for n, x_TD in enumerate(streams):
-        normed_TD = forward.rms_norm(x_TD, weights.attention_norm, config.norm_eps)
-        mixed = [
-            forward.attention(x_SD, weights, config, window, numerics)
-            for x_SD in normed_TD.split(lengths[n])
-        ]
-        streams[n] = torch.cat(mixed).add_(x_TD)
-        del x_TD, normed_TD, mixed
+        streams[n] = after_attention(x_TD, lengths[n], weights, config, layer, numerics)
+        del x_TD
     yield State(layer, "attention", streams)
     routings = [forward.router(x_TD, weights, config) for x_TD in streams]
     yield State(layer, "router", [r.logits for r in routings], [r.chosen for r in routings])
@@ -95,7 +89,25 @@ def layer_states(
     yield State(layer, "experts", streams)
 
 
-def _with_operands(weights: LayerWeights, numerics: Numerics) -> LayerWeights:
+def after_attention(
+    x_TD: Tensor,
+    lengths: Sequence[int],
+    weights: LayerWeights,
+    config: ModelConfig,
+    layer: int,
+    numerics: Numerics,
+) -> Tensor:
+    """The residual stream of one batch behind a layer's attention; weights of `with_operands`."""
+    window = config.window if config.sliding[layer] else None
+    normed_TD = forward.rms_norm(x_TD, weights.attention_norm, config.norm_eps)
+    mixed = [
+        forward.attention(x_SD, weights, config, window, numerics)
+        for x_SD in normed_TD.split(lengths)
+    ]
+    return torch.cat(mixed).add_(x_TD)
+
+
+def with_operands(weights: LayerWeights, numerics: Numerics) -> LayerWeights:
     """The weights with every operand of a product dense, but for the matrices of the experts.
 
     Whole biases, before one expert's is taken: all its rows are aligned as whatever they were

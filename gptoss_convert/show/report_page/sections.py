@@ -16,6 +16,7 @@ from gptoss_convert.show.report_page.document import (
     visible,
 )
 from gptoss_convert.show.report_page.logit_sections import figure_sections, number_sections
+from gptoss_convert.show.report_page.update_section import update_section
 from gptoss_convert.show.report_page.value_sections import value_sections
 from gptoss_convert.show.report_page.verdict import Levels
 
@@ -23,6 +24,7 @@ from gptoss_convert.show.report_page.verdict import Levels
 def sections(levels: Levels) -> Iterator[Section]:
     """All sections that have something to say, in the order a reader asks."""
     if "logits" in levels:
+        yield from update_section(levels["logits"]["numbers"])
         yield from figure_sections(levels["logits"]["numbers"])
     if "values" in levels:
         yield from value_sections(levels["values"]["numbers"])
