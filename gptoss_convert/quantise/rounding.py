@@ -91,10 +91,6 @@ class Ruled:
         """As the codec's."""
         return self._codec.member_box(member, box)
 
-    def warm(self) -> None:
-        """As the codec's."""
-        self._codec.warm()
-
     def decode(self, parts: Arrays, values: Values) -> None:
         """As the codec's."""
         self._codec.decode(parts, values)

@@ -72,13 +72,13 @@ def update_kept(
                 after_attention(x_TD, prompts.lengths, held, config, index, numerics)
                 for x_TD, held in zip(streams, weights, strict=True)
             ]
-            found = _by_expert(streams[0], weights, config)
+            tokens, kept, error = _by_expert(streams[0], weights, config)
             streams = [
                 _after_experts(x_TD, held, config, numerics)
                 for x_TD, held in zip(streams, weights, strict=True)
             ]
-            apart = [metrics.divergence(streams[0], other).mean for other in streams[1:]]
-            layers.append(LayerUpdate(*apart, *found))
+            off, without = (metrics.divergence(streams[0], other).mean for other in streams[1:])
+            layers.append(LayerUpdate(off, without, tokens, kept, error))
             advance(index)
         kl, kl_base = _divergences(sides, streams, config, numerics)
     return UpdateReport(len(prompts.tokens), kl, kl_base, tuple(layers))
