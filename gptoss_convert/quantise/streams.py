@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -29,11 +30,12 @@ class Streams:
         self._file = None if folder is None else _unnamed(folder)
         sizes = [tensor.numel() * tensor.itemsize for tensor in first]
         self._offsets = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+        if self._file is None:
+            self._kept = [*first]
+            return
+        weakref.finalize(self, self._file.close)
         for number, tensor in enumerate(first):
-            if self._file is None:
-                self._kept.append(tensor)
-            else:
-                self[number] = tensor
+            self[number] = tensor
 
     def __len__(self) -> int:
         return len(self._shapes)
