@@ -20,6 +20,7 @@ from gptoss_convert.verify.prompts import own_sequences
 from gptoss_convert.witness import forward
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.hf import HfReader
+from gptoss_convert.witness.model import ExpertMatrices
 from gptoss_convert.witness.tokens import TokenSequence, passages
 from gptoss_convert.witness.walk import Prompts, walk
 from tests.test_lossy import SHAPE, UNTOUCHED, folder, options
@@ -71,29 +72,29 @@ def test_inputs_are_the_rounded_models_and_outputs_the_tuned_ones(
         assert (tuned - rounded).norm() > 1e-4 * tuned.norm()
     config = HfReader(folder / "tuned", CPU).config
     ours, theirs = (HfReader(folder / name, CPU).layer(layer) for name in ("tuned", "recorded"))
+    our_gate, our_up, our_down = map(values, (ours.gate_weight, ours.up_weight, ours.down_weight))
+    gate, up = values(theirs.gate_weight), values(theirs.up_weight)
     x0, x = (forward.rms_norm(one, ours.mlp_norm, config.norm_eps) for one in (tuned, rounded))
     logits = x @ ours.router_weight.float().T + ours.router_bias.float()
     top, chosen = logits.topk(config.experts_per_token)
     shares = top.softmax(-1)
 
     def inner(y: Tensor, gate: Tensor, up: Tensor, e: int) -> Tensor:
-        halves = (gate, ours.gate_bias[e]), (up, ours.up_bias[e])
-        return forward.swiglu(*(y @ m.float().T + b.float() for m, b in halves), config)
+        gated, raised = y @ gate.T + ours.gate_bias[e].float(), y @ up.T + ours.up_bias[e].float()
+        return forward.swiglu(gated, raised, config)
 
     for place, e in enumerate(LEFT):
         token, rank = (chosen == e).nonzero(as_tuple=True)
         weight = shares[token, rank].square().double().unsqueeze(1)
-        gate, up = theirs.gate_weight.decode(torch.float32), theirs.up_weight.decode(torch.float32)  # pyright: ignore
         for number, (inputs, outputs) in enumerate(
             (
                 (
                     x[token],
-                    x0[token] @ torch.cat((ours.gate_weight[e], ours.up_weight[e])).float().T,
+                    x0[token] @ torch.cat((our_gate[e], our_up[e])).T,
                 ),
                 (
                     inner(x[token], gate[e], up[e], e),
-                    inner(x0[token], ours.gate_weight[e], ours.up_weight[e], e)
-                    @ ours.down_weight[e].float().T
+                    inner(x0[token], our_gate[e], our_up[e], e) @ our_down[e].T
                     + (tuned - rounded)[token],
                 ),
             )
@@ -105,6 +106,10 @@ def test_inputs_are_the_rounded_models_and_outputs_the_tuned_ones(
             assert moments.tokens[place] == len(token) > 0
 
 
+def values(matrix: ExpertMatrices) -> Tensor:
+    return forward.dense(matrix, torch.float32)
+
+
 def close(found: Tensor, expected: Tensor) -> None:
     assert (found.double() - expected).norm() < 2e-5 * expected.norm()
 
@@ -113,9 +118,9 @@ def test_matrices_are_input_major_gate_before_up(folder: Path, asked: Asked):
     for layer in range(SHAPE.layers):
         held = HfReader(folder / "tuned", CPU).layer(layer)
         gate_up, down = (asked[2 * layer + n][0] for n in range(2))
-        both = torch.cat((held.gate_weight, held.up_weight), 1)[LEFT]  # pyright: ignore
-        assert torch.equal(gate_up, both.float().transpose(1, 2))
-        assert torch.equal(down, held.down_weight[LEFT].float().transpose(1, 2))  # pyright: ignore
+        both = torch.cat((values(held.gate_weight), values(held.up_weight)), 1)[LEFT]
+        assert torch.equal(gate_up, both.transpose(1, 2))
+        assert torch.equal(down, values(held.down_weight)[LEFT].transpose(1, 2))
 
 
 def test_every_eighth_passage_is_held_out_and_long_ones_are_cut():
