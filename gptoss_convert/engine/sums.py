@@ -12,9 +12,13 @@ with fused multiply-adds, as torch multiplies on CPUs up to rank 192, then one r
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gptoss_convert.codecs.mxfp4 import library
+from gptoss_convert.codecs.mxfp4.library import Kernels, address, numbers
 
 U16 = NDArray[np.uint16]
 F32 = NDArray[np.float32]
@@ -22,6 +26,10 @@ F64 = NDArray[np.float64]
 
 _PIECE = 1 << 16
 """Elements computed at once: their float64 intermediates stay in the cache."""
+_AT_ONCE = 1 << 18
+"""Elements of one call of a kernel: as many places for those in doubt."""
+_SPAN = 256
+"""Columns that a kernel sums together."""
 _HALF = np.int64(1 << 44)
 """Half of BF16's last place in the bits of a float64, whose fraction is 45 bits longer."""
 _BELOW = np.int64((1 << 45) - 1)
@@ -34,6 +42,9 @@ def add_exact(values: U16, p: F32, q: F32, scale: Fraction) -> None:
 
     A sum of which nothing is added keeps its bits, the sign of zero included.
     """
+    if kernels := library.load():
+        _add_by_kernel(kernels, values, p, q, scale)
+        return
     p64, q64, factor = p.astype(np.float64), q.astype(np.float64), float(scale)
     # No sum of products is larger than the product of the lengths (Cauchy and Schwarz).
     largest = np.sqrt(np.einsum("xk,xk->x", p64, p64)) * abs(factor)
@@ -51,6 +62,41 @@ def add_exact(values: U16, p: F32, q: F32, scale: Fraction) -> None:
             x, y = np.nonzero(unsure & ~kept)
             rounded[x, y] = _settled(part[x, y], p64[rows][x], q64[:, y].T, scale)
         np.copyto(part, rounded, where=~kept)
+
+
+def _add_by_kernel(kernels: Kernels, values: U16, p: F32, q: F32, scale: Fraction) -> None:
+    """The same by the compiled loop, which lists the elements that are in doubt."""
+    p64 = np.ascontiguousarray(p, np.float64)
+    q64 = _padded(q, np.float64)
+    lengths = np.sqrt(np.einsum("xk,xk->x", p64, p64)), np.sqrt(np.einsum("ky,ky->y", q64, q64))
+    step = max(1, _AT_ONCE // values.shape[1])
+    unsure = np.empty(min(step, len(values)) * values.shape[1], np.int64)
+    for start in range(0, len(values), step):
+        part, own = values[start : start + step], p64[start : start + step]
+        count = kernels.add_exact(
+            address(part),
+            numbers(part.strides),
+            *part.shape,
+            address(own),
+            address(q64),
+            q64.shape[1],
+            q.shape[0],
+            float(scale),
+            address(lengths[0], 8 * start),
+            address(lengths[1]),
+            address(unsure),
+        )
+        if count:
+            x, y = np.divmod(unsure[:count], part.shape[1])
+            part[x, y] = _settled(part[x, y], own[x], q64[:, y].T, scale)
+
+
+def _padded(q: F32, dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    """Rows of whole spans of columns, zeros at their ends."""
+    width = -(-q.shape[1] // _SPAN) * _SPAN
+    padded = np.zeros((len(q), width), dtype)
+    padded[:, : q.shape[1]] = q
+    return padded
 
 
 def widened(bits: U16) -> F64:
@@ -161,6 +207,13 @@ def _of_bits(bits: int) -> Fraction:
 
 def add_as_peft(values: U16, p: F32, q: F32, scale: Fraction, twice: bool) -> None:
     """The same in PEFT's float32 arithmetic; `twice` rounds the update to BF16 before adding it."""
+    if kernels := library.load():
+        own, other = np.ascontiguousarray(p, np.float32), _padded(q, np.float32)
+        sides = address(own), address(other), other.shape[1], q.shape[0]
+        factor = float(np.float32(float(scale)))
+        steps = numbers(values.strides)
+        kernels.add_as_peft(address(values), steps, *values.shape, *sides, factor, twice)
+        return
     step = max(1, _PIECE // values.shape[1])
     for start in range(0, len(values), step):
         rows = slice(start, start + step)

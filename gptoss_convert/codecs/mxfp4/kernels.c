@@ -25,7 +25,7 @@ typedef u16 bf16 __attribute__((aligned(1), may_alias)); /* bits of a value, at 
 #ifdef __x86_64__
 #define KERNEL(kind, name, parameters, arguments)                                               \
     kind name##_baseline parameters { return name arguments; }                                  \
-    __attribute__((target("avx2"))) kind name##_avx2 parameters { return name arguments; }      \
+    __attribute__((target("avx2,fma"))) kind name##_avx2 parameters { return name arguments; }  \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))                               \
     kind name##_avx512 parameters { return name arguments; }
 #else
@@ -37,7 +37,7 @@ typedef u16 bf16 __attribute__((aligned(1), may_alias)); /* bits of a value, at 
 int level(void)
 {
 #ifdef __x86_64__
-    if (!__builtin_cpu_supports("avx2")) return 0;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
         && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 2 : 1;
 #else
@@ -611,3 +611,122 @@ INLINE void compare(const u8 *ours, const u8 *theirs, i64 count, struct change *
 }
 KERNEL(void, compare, (const u8 *ours, const u8 *theirs, i64 count, struct change *found),
        (ours, theirs, count, found))
+
+/* --- Merging --------------------------------------------------------------------------------- */
+
+enum { SPAN = 256 };               /* columns summed together: all of them in the nearest cache */
+#define HALF ((u64)1 << 44)        /* half of BF16's last place in the bits of a double */
+#define BELOW (((u64)1 << 45) - 1) /* the bits that BF16 has not */
+
+union real { double value; u64 bits; };
+union single { float value; u32 bits; };
+
+INLINE float widened(u16 bits) { return ((union single){.bits = (u32)bits << 16}).value; }
+INLINE double size_of(double value) { return value < 0 ? -value : value; }
+INLINE u32 even(u32 bits) { return bits + 0x7FFF + (bits >> 16 & 1); }
+
+/* Values of a row, side by side, and back to where they lie. */
+INLINE void load(const u8 *row, i64 step, i64 count, u16 *into)
+{
+    if (step == NEAR) memcpy(into, row, NEAR * count);
+    else for (i64 j = 0; j < count; j++) into[j] = *(const bf16 *)(row + j * step);
+}
+INLINE void store(u8 *row, i64 step, i64 count, const u16 *from)
+{
+    if (step == NEAR) memcpy(row, from, NEAR * count);
+    else for (i64 j = 0; j < count; j++) *(bf16 *)(row + j * step) = from[j];
+}
+
+/* sums[j]: over k, p[k] times row k of q. */
+INLINE void products(double *restrict sums, const double *p, const double *q, i64 rank, i64 columns)
+{
+    i64 k = 0;
+    for (int j = 0; j < SPAN; j++) sums[j] = 0;
+    for (; k + 4 <= rank; k += 4) {
+        const double *a = q + k * columns, *b = a + columns, *c = b + columns, *d = c + columns;
+        for (int j = 0; j < SPAN; j++)
+            sums[j] += (p[k] * a[j] + p[k + 1] * b[j]) + (p[k + 2] * c[j] + p[k + 3] * d[j]);
+    }
+    for (; k < rank; k++)
+        for (int j = 0; j < SPAN; j++) sums[j] += p[k] * q[k * columns + j];
+}
+
+/* Add and round where the error, at most margin times length, leaves no doubt; is there any? */
+INLINE int settle(u16 *restrict values, const double *restrict sums, double scale, double margin,
+                  const double *restrict lengths, u8 *restrict doubt)
+{
+    int any = 0;
+    for (int j = 0; j < SPAN; j++) {
+        union real sum = {widened(values[j]) + sums[j] * scale}, middle, kept;
+        double size = size_of(sum.value), bound = margin * lengths[j];
+        middle.bits = (sum.bits & ~BELOW) | HALF;
+        kept.bits = (sum.bits + (HALF - 1) + (sum.bits >> 45 & 1)) & ~BELOW;
+        int unsure = size_of(sum.value - middle.value) <= bound + size * 0x1p-52;
+        unsure = (unsure | (size < 0x1p-126)) & (bound != 0);
+        u16 made = ((union single){(float)kept.value}).bits >> 16;
+        values[j] = unsure | (bound == 0) ? values[j] : made;
+        doubt[j] = unsure;
+        any |= unsure;
+    }
+    return any;
+}
+
+/* values += scale * p q, each exact sum rounded once. What is in doubt stays, and its places, row
+   times columns plus column, are listed; returns how many. Rows of q are padded with zeros. */
+INLINE i64 add_exact(u8 *values, const i64 *steps, i64 rows, i64 columns, const double *p,
+                     const double *q, i64 padded, i64 rank, double scale,
+                     const double *row_lengths, const double *lengths, i64 *unsure)
+{
+    i64 count = 0;
+    double margin = (rank + 1) * size_of(scale) * 0x1p-52;
+    for (i64 first = 0; first < columns; first += SPAN) {
+        i64 width = least(SPAN, columns - first);
+        for (i64 row = 0; row < rows; row++) {
+            double sums[SPAN];
+            u16 held[SPAN] = {0};
+            u8 doubt[SPAN], *place = values + row * steps[0] + first * steps[1];
+            if (row_lengths[row] == 0) continue;
+            load(place, steps[1], width, held);
+            products(sums, p + row * rank, q + first, rank, padded);
+            int any = settle(held, sums, scale, margin * row_lengths[row], lengths + first, doubt);
+            store(place, steps[1], width, held);
+            for (i64 j = 0; any && j < width; j++)
+                if (doubt[j]) unsure[count++] = row * columns + first + j;
+        }
+    }
+    return count;
+}
+KERNEL(i64, add_exact, (u8 *v, const i64 *steps, i64 rows, i64 columns, const double *p,
+                        const double *q, i64 padded, i64 rank, double scale, const double *pl,
+                        const double *ql, i64 *unsure),
+       (v, steps, rows, columns, p, q, padded, rank, scale, pl, ql, unsure))
+
+/* The same in float32, a fused multiply-add for each rank; `twice` rounds the update first. */
+INLINE void add_as_peft(u8 *values, const i64 *steps, i64 rows, i64 columns, const float *p,
+                        const float *q, i64 padded, i64 rank, float scale, i64 twice)
+{
+    for (i64 first = 0; first < columns; first += SPAN) {
+        i64 width = least(SPAN, columns - first);
+        for (i64 row = 0; row < rows; row++) {
+            float sums[SPAN] = {0};
+            u16 held[SPAN] = {0};
+            u8 *place = values + row * steps[0] + first * steps[1];
+            for (i64 k = 0; k < rank; k++) {
+                const float *other = q + k * padded + first;
+                float one = p[row * rank + k];
+                for (int j = 0; j < SPAN; j++) sums[j] = __builtin_fmaf(one, other[j], sums[j]);
+            }
+            load(place, steps[1], width, held);
+            for (int j = 0; j < SPAN; j++) {
+                union single update = {sums[j] * scale}, total;
+                update.bits = twice ? even(update.bits) & 0xFFFF0000 : update.bits;
+                total.value = widened(held[j]) + update.value;
+                held[j] = even(total.bits) >> 16;
+            }
+            store(place, steps[1], width, held);
+        }
+    }
+}
+KERNEL(void, add_as_peft, (u8 *v, const i64 *steps, i64 rows, i64 columns, const float *p,
+                           const float *q, i64 padded, i64 rank, float scale, i64 twice),
+       (v, steps, rows, columns, p, q, padded, rank, scale, twice))

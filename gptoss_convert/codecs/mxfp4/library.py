@@ -24,6 +24,7 @@ LEVELS = "baseline", "avx2", "avx512"
 _LOCK = Lock()
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "u": ctypes.c_uint64, "-": None}
+_TYPES |= {"d": ctypes.c_double, "f": ctypes.c_float}
 _SIGNATURES = {
     "decode": "- pppiippi",
     "encode": "- ppppiiippip",
@@ -32,8 +33,11 @@ _SIGNATURES = {
     "packed_sum": "u pppppippi",
     "count_blocks": "- pip",
     "compare": "- ppip",
+    "add_exact": "i ppiippiidppp",
+    "add_as_peft": "- ppiippiifi",
 }
-"""Of each kernel: what it returns, then its arguments. p: a pointer; i, u: 64 bits; -: nothing."""
+"""Of each kernel: what it returns, then its arguments. p: a pointer; i, u: 64 bits;
+d, f: double and float; -: nothing."""
 
 
 class Kernels:
