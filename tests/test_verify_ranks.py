@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from gptoss_convert import convert
-from gptoss_convert.compare.value_statistics import Energy, StepStatistics
+from gptoss_convert.compare.changes import Distance
+from gptoss_convert.compare.value_statistics import StepStatistics
 from gptoss_convert.compare.values_report import Compared, Element, ExpertDigests
 from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.conversion.options import Options
@@ -195,8 +196,8 @@ def test_what_a_rank_saw_arrives_without_a_bit_lost() -> None:
 def test_what_a_rank_compared_arrives_whole() -> None:
     element = Element((3, 1), 0.1, -float("inf"), 7)
     piece = ExpertDigests(2, 5, ((0, 4), (1, 3)), b"\x00" * 16, b"\xff" * 16)
-    energies = {-1: Energy(0.1, 1e300), 3: Energy(1 / 3, 0.0, 2)}
-    statistics = StepStatistics(energies, (0, 7), ())
+    distances = {-1: Distance(9, 1, 0, 0.1, 1e300), 3: Distance(2, 0, 2, 1 / 3)}
+    statistics = StepStatistics(distances, (0, 7), ())
     for one in (
         Compared(4, 9, element, element, "transposed", (piece,), 2**64 - 1, 1, statistics),
         Compared(5, 0, None, None, None, (), 0, 0),

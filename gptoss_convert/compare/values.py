@@ -6,14 +6,16 @@ table: the logits level can. Memory is bounded as in a conversion, and each byte
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
+from gptoss_convert.compare.changes import Distance
 from gptoss_convert.compare.diagnosis import Bits, expert_digests, looks
 from gptoss_convert.compare.pairs import Side, judge_steps
-from gptoss_convert.compare.value_statistics import step_statistics
+from gptoss_convert.compare.value_statistics import distances_of, step_statistics
 from gptoss_convert.compare.values_report import Compared, Element, ValuesReport, summed_up
 from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.engine.changes import merges_of
@@ -59,13 +61,13 @@ def compare_values(
 
     def judge(number: int, step: Step, ours: Side, theirs: Side) -> Compared:
         ranks.check()
-        found = _compare(number, step, ours.values, theirs.values)
+        same = ours.values is theirs.values and not statistics
+        distances = {} if same else distances_of(step, ours.values, theirs.values)
+        found = _compare(number, step, ours.values, theirs.values, distances.values())
         if not statistics:
             return found
         held = [ours.parts, theirs.parts]
-        return replace(
-            found, statistics=step_statistics(step, ours.values, theirs.values, held=held)
-        )
+        return replace(found, statistics=step_statistics(step, distances, held))
 
     compared = judge_steps(
         plan,
@@ -97,32 +99,35 @@ def _stored(checkpoint: Checkpoint) -> list[Extent]:
     return [extent for extent in found if extent.param not in lone]
 
 
-def _compare(number: int, step: Step, ours: Bits, theirs: Bits) -> Compared:
-    a, b = ours.reshape(-1), theirs.reshape(-1)
+def _compare(
+    number: int, step: Step, ours: Bits, theirs: Bits, distances: Iterable[Distance]
+) -> Compared:
     share = fingerprint(ours, step.box, step.lengths, step.layer_axis)
-    if ours is theirs:
+    differing = sum(one.changed for one in distances)
+    if not differing:
         return Compared(number, 0, None, None, None, (), share, share)
-    differing = 0
+    first, worst = _first_and_worst(step, ours.reshape(-1), theirs.reshape(-1))
+    explained = looks(step, ours, theirs)
+    found = expert_digests(step, ours, theirs)
+    other = fingerprint(theirs, step.box, step.lengths, step.layer_axis)
+    return Compared(number, differing, first, worst, explained, found, share, other)
+
+
+def _first_and_worst(step: Step, a: Bits, b: Bits) -> tuple[Element | None, Element | None]:
     first: Element | None = None
     worst: Element | None = None
     for start in range(0, len(a), _AT_ONCE):
         x, y = a[start : start + _AT_ONCE], b[start : start + _AT_ONCE]
-        if np.array_equal(x, y):
-            continue
         places = np.flatnonzero(x != y)
-        differing += len(places)
+        if not places.size:
+            continue
         distance = np.abs(_ordered(x[places]) - _ordered(y[places]))
         furthest = int(distance.argmax())
         if first is None:
             first = _element(step, start + int(places[0]), a, b, int(distance[0]))
         if worst is None or int(distance[furthest]) > worst.ulps:
             worst = _element(step, start + int(places[furthest]), a, b, int(distance[furthest]))
-    if not differing:
-        return Compared(number, 0, None, None, None, (), share, share)
-    explained = looks(step, ours, theirs)
-    found = expert_digests(step, ours, theirs)
-    other = fingerprint(theirs, step.box, step.lengths, step.layer_axis)
-    return Compared(number, differing, first, worst, explained, found, share, other)
+    return first, worst
 
 
 def _ordered(bits: Bits) -> npt.NDArray[np.int32]:

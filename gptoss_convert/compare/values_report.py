@@ -136,5 +136,10 @@ def _difference(
         min(firsts, key=lambda element: element.index),
         max(worsts, key=lambda element: element.ulps),
         moved or next((result.looks for result in results if result.looks), None),
-        sqnr(result.statistics for result in results if result.statistics),
+        sqnr(
+            one
+            for result in results
+            if result.statistics
+            for one in result.statistics.distances.values()
+        ),
     )

@@ -593,12 +593,25 @@ struct change {
     struct moments moments; /* without what is infinite or NaN on either side */
 };
 
+/* Whether a group is equal on both sides and finite: then its squares are added. */
+INLINE int add_equal(double *squares, const u16 *a, const u16 *b)
+{
+    u16 differ = 0, nonfinite = 0;
+    for (int k = 0; k < GROUP; k++) differ |= a[k] ^ b[k];
+    for (int k = 0; k < GROUP; k++) nonfinite |= (a[k] & INFINITE) == INFINITE;
+    if (differ | nonfinite) return 0;
+    for (int k = 0; k < GROUP; k += PARTS)
+        for (int i = 0; i < PARTS; i++) squares[i] += number(a[k + i]) * number(a[k + i]);
+    return 1;
+}
+
 INLINE void compare(const u8 *ours, const u8 *theirs, i64 count, struct change *found)
 {
     for (i64 first = 0; first < count; first += GROUP) {
         u16 a[GROUP] = {0}, b[GROUP] = {0}, changed = 0, nonfinite = 0;
         memcpy(a, ours + NEAR * first, NEAR * least(GROUP, count - first));
         memcpy(b, theirs + NEAR * first, NEAR * least(GROUP, count - first));
+        if (add_equal(found->moments.squares, a, b)) continue;
         for (int k = 0; k < GROUP; k++) {
             u16 odd = ((a[k] & INFINITE) == INFINITE) | ((b[k] & INFINITE) == INFINITE);
             changed += a[k] != b[k];
