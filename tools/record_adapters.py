@@ -68,6 +68,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj"],
         "trainable_token_indices": {"embed_tokens": [5, 1], "lm_head": [2, 148, 9]},
     },
+    "tokens by full name": R
+    | {"target_modules": ["q_proj"], "trainable_token_indices": {"model.embed_tokens": [9, 2]}},
+    "attention as parameters": R
+    | {
+        "target_modules": ["v_proj"],
+        "target_parameters": ["self_attn.q_proj.weight", "o_proj.weight"],
+        "alpha_pattern": {"q_proj.weight": 32},
+        "rank_pattern": {"o_proj.weight": 2},
+    },
+    "vocabulary as parameters": R
+    | {"target_modules": [], "target_parameters": ["embed_tokens.weight", "lm_head.weight"]},
+    "down biases": R | {"target_modules": [], "target_parameters": [f"{DOWN}_bias"]},
     "router": R | {"target_modules": [], "target_parameters": ["mlp.router.weight"]},
     "gate_up": R | {"target_modules": [], "target_parameters": [GATE_UP]},
     "down": R | {"target_modules": [], "target_parameters": [DOWN]},

@@ -119,7 +119,8 @@ class AdaptedReader(ChangedReader):
             one = matrices[expert]
             values = one.decode(torch.bfloat16) if isinstance(one, Packed) else one
             b, a = (m[expert if m.shape[0] > 1 else 0] for m in (pair.b, pair.a))
-            dense.append(self._sum(values, replace(pair, b=b, a=a)))
+            scale = pair.scales[expert] if pair.scales else pair.scale
+            dense.append(self._sum(values, replace(pair, b=b, a=a, scale=scale)))
         return torch.stack(dense)
 
     def _sum(self, weight: Tensor, pair: Pair | None) -> Tensor:

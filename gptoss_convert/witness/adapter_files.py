@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gptoss_convert.containers import torch_dist
 from gptoss_convert.containers.paths import read_text
 from gptoss_convert.containers.plain_yaml import parse_yaml
-from gptoss_convert.errors import InputError
 from gptoss_convert.witness.configs import read_json
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.model import ModelConfig
@@ -41,6 +41,8 @@ class Pair:
     """PEFT rounds an update of a parameter or an embedding before it adds it."""
     magnitude: Tensor | None = None
     """DoRA's length of each row, `[out]`."""
+    scales: tuple[float, ...] = ()
+    """By expert, where they differ."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class AdapterFiles:
         if not found:
             return None
         asked = self.settings["trainable_token_indices"]
-        indexes = asked if isinstance(asked, list) else asked[module.rpartition(".")[2]]
-        return indexes, self._read(found[0]).to(torch.bfloat16)
+        if not isinstance(asked, list):
+            asked = next(rows for name, rows in asked.items() if f".{module}".endswith(f".{name}"))
+        return asked, self._read(found[0]).to(torch.bfloat16)
 
     def linear(self, module: str) -> Pair | None:
         """The update of a linear module, its magnitude with it."""
@@ -87,7 +90,11 @@ class AdapterFiles:
             return None
         length = self._names.get(f"{module}.lora_magnitude_vector")
         magnitude = self._read(length[0]) if length else None
-        return self._pair(module, self._read(b[0]), self._read(a[0]), False, magnitude)
+        weight = f"{module}.weight"
+        ends = self.settings.get("target_parameters") or []
+        whole = any(f".{weight}".endswith(f".{end}") for end in ends)
+        name = weight if whole else module
+        return self._pair(name, self._read(b[0]), self._read(a[0]), whole, magnitude)
 
     def bias(self, module: str) -> tuple[Tensor, float] | None:
         """`lora_bias`: what is added to a module's bias, and how strongly."""
@@ -100,7 +107,7 @@ class AdapterFiles:
         """The update of the embedding, rows first: `(B A)` transposed."""
         a, b = (self._names.get(f"model.embed_tokens.lora_embedding_{half}") for half in "AB")
         if not a or not b:
-            return None
+            return self.linear("model.embed_tokens")
         return self._pair("model.embed_tokens", self._read(a[0]).T, self._read(b[0]).T, True)
 
     def router(self, prefix: str) -> Pair | None:
@@ -152,7 +159,7 @@ class AdapterFiles:
         if both is None:
             return None
         rows = both.b.chunk(2, -2)[which] if self._halves else both.b[..., which::2, :]
-        return Pair(rows, both.a, both.scale, both.to_parameter)
+        return replace(both, b=rows)
 
     def _each(self, module: str) -> Pair | None:
         """A module for each expert; those without an update get one of zero."""
@@ -161,10 +168,11 @@ class AdapterFiles:
         if some is None:
             return None
         full = [pair or Pair(some.b * 0, some.a * 0, some.scale) for pair in found]
-        scale = torch.tensor([pair.scale for pair in full], dtype=torch.float64)
-        if len({pair.b.shape for pair in full}) > 1 or len(set(scale.tolist())) > 1:
-            raise InputError(f"{module}: experts of different ranks are not judged")
-        return Pair(torch.stack([p.b for p in full]), torch.stack([p.a for p in full]), some.scale)
+        most = max(pair.a.shape[0] for pair in full)
+        b = [pad(pair.b, (0, most - pair.b.shape[1])) for pair in full]
+        a = [pad(pair.a, (0, 0, 0, most - pair.a.shape[0])) for pair in full]
+        scales = tuple(pair.scale for pair in full)
+        return Pair(torch.stack(b), torch.stack(a), some.scale, scales=scales)
 
     def _tinker(self, module: str) -> Pair | None:
         """A `[E or 1, r, in]`, B `[E or 1, out, r]`."""

@@ -12,6 +12,7 @@ from gptoss_convert.formats.adapters.options import ORIENTATIONS, AdapterOptions
 from gptoss_convert.formats.adapters.resolve import Resolved, resolve
 from gptoss_convert.formats.adapters.stored import Stored
 from gptoss_convert.formats.adapters.tables import load_adapter_table
+from gptoss_convert.layouts.model import load_model
 
 _MARKS = {"rank_major": "peft", "grouped_by_expert": "grouped"}
 """Unsloth's words for the order of lora_B's columns."""
@@ -42,7 +43,8 @@ def recognise(stored: Stored, sizes: Mapping[str, int], choices: AdapterOptions)
     IntegrityError for tensors that no dialect explains.
     """
     family, variant = named(stored)
-    fused = any(_FUSED.search(name) for name in stored.tensors)
+    by_variant = _resolved(stored, sizes, family)
+    fused = variant == "peft" and _is_fused(stored, by_variant("peft"))
     if not fused:
         for option, value in (("layout", choices.adapter_layout), ("down", choices.adapter_down)):
             if value is not None:
@@ -50,9 +52,16 @@ def recognise(stored: Stored, sizes: Mapping[str, int], choices: AdapterOptions)
                     f"--adapter-{option} {value}: {stored.root} holds no fused experts' LoRA: "
                     "there is nothing to choose"
                 )
-    if variant != "peft" or not fused:
-        return _done(stored, family, variant, _resolved(stored, sizes, family)(variant))
-    return _fused(stored, choices, _resolved(stored, sizes, family))
+        return _done(stored, family, variant, by_variant(variant))
+    return _fused(stored, choices, by_variant)
+
+
+def _is_fused(stored: Stored, normal: Resolved) -> bool:
+    """Whether a pair adapts all experts' weights of a layer, in any orientation."""
+    families = load_model().families
+    known = (families[param] for one in normal.found for param in one.target.params)
+    unknown = any(_FUSED.search(name) for name in stored.tensors) and normal.unfit
+    return bool(unknown) or any(family.encodings for family in known)
 
 
 def named(stored: Stored) -> tuple[str, str]:
@@ -159,13 +168,12 @@ def _order(stored: Stored, down: str, asked: str | None) -> tuple[str, tuple[str
 
 def _marked(stored: Stored) -> Iterator[str]:
     """Every word about the order of columns, wherever Unsloth has put it."""
-    mapping = stored.config.get("auto_mapping")
-    for place in (stored.config, mapping if isinstance(mapping, dict) else {}):
+    for place in (stored.config, _object(stored.config.get("auto_mapping"))):
         yield from _words(stored.where, place)
-        more = place.get("unsloth_fused_expert_lora")
-        parameters = more.get("parameters") if isinstance(more, dict) else None
-        for one in parameters.values() if isinstance(parameters, dict) else ():
-            yield from _words(stored.where, one if isinstance(one, dict) else {})
+        more = _object(place.get("unsloth_fused_expert_lora"))
+        yield from _words(stored.where, more)
+        for one in _object(more.get("parameters")).values():
+            yield from _words(stored.where, _object(one))
 
 
 def _words(where: str, place: Mapping[str, Any]) -> Iterator[str]:
@@ -175,17 +183,21 @@ def _words(where: str, place: Mapping[str, Any]) -> Iterator[str]:
         yield word
 
 
+def _object(value: object) -> Mapping[str, Any]:
+    """What is stored there, nothing if it is no object."""
+    return value if isinstance(value, dict) else {}
+
+
 def _by_unsloth(stored: Stored) -> bool:
-    mapping = stored.config.get("auto_mapping")
-    return isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed"))
+    return bool(_object(stored.config.get("auto_mapping")).get("unsloth_fixed"))
 
 
 def writer(stored: Stored, variant: str) -> str:
     """What wrote the file, as far as it shows."""
-    if variant in {"tinker", "split"}:
-        return "Tinker" if variant == "tinker" else "Tinker's export to PEFT"
     if variant == "automodel" or "automodel_peft_config.json" in stored.also:
         return "NeMo Automodel"
+    if variant in {"tinker", "split"}:
+        return "Tinker" if variant == "tinker" else "Tinker's export to PEFT"
     if variant == "bridge-export":
         return "Megatron-Bridge's export to PEFT"
     version = stored.peft_version or stored.readme.get("peft")

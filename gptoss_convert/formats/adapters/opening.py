@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from gptoss_convert.formats.adapters import bridge
 from gptoss_convert.formats.adapters.adapter import Adapter
 from gptoss_convert.formats.adapters.dialects import recognise
 from gptoss_convert.formats.adapters.options import AdapterOptions
-from gptoss_convert.formats.adapters.resolve import Resolved, Strength, replaced, rows, updates
+from gptoss_convert.formats.adapters.resolve import (
+    Found,
+    Resolved,
+    Strength,
+    replaced,
+    rows,
+    updates,
+)
 from gptoss_convert.formats.adapters.settings import Settings, read_settings
 from gptoss_convert.formats.adapters.stored import Stored, read_stored
 from gptoss_convert.layouts.extents import Extent, overlap
@@ -51,9 +59,14 @@ def open_adapter(
 
 def _open_peft(stored: Stored, sizes: Mapping[str, int], choices: AdapterOptions) -> Adapter:
     root = stored.root
-    settings = read_settings(stored.where, _with_type(stored))
+    settings = read_settings(stored.where, stored.config)
+    if dora := [
+        name for name in stored.tensors if name.endswith("embed_tokens.lora_magnitude_vector")
+    ]:
+        raise InputError(f"{root}: {dora[0]}: DoRA of the embedding cannot be merged")
     dialect = recognise(stored, sizes, choices)
-    found = [*updates(root, dialect.resolved.found, sizes, _strength(settings, dialect.variant))]
+    attached = [_as_attached(one, settings) for one in dialect.resolved.found]
+    found = [*updates(root, attached, sizes, _strength(settings, dialect.variant))]
     _require_settings(settings, dialect.resolved)
     tokens = rows(root, dialect.resolved.found, dict(settings.tokens), sizes)
     held = replaced(root, dialect.resolved, stored.tensors, sizes)
@@ -72,6 +85,14 @@ def _open_peft(stored: Stored, sizes: Mapping[str, int], choices: AdapterOptions
         (*dialect.notes, *_remarks(stored, settings)),
         _details(settings.r, settings.alpha, found, settings),
     )
+
+
+def _as_attached(found: Found, settings: Settings) -> Found:
+    """A pair as PEFT attaches it: to a module, or to the module's weight as a parameter."""
+    weight = f"{found.name}.weight"
+    if found.kind == "module" and "a" in found.held and settings.is_parameter(weight):
+        return replace(found, kind="parameter", name=weight)
+    return found
 
 
 def _details(
@@ -98,15 +119,6 @@ def _remarks(stored: Stored, settings: Settings) -> Iterator[str]:
         yield "bias is lora_only: PEFT before 0.21.2 does not save the biases that it trained"
     if bias not in {"none", "lora_only", "all"}:
         raise InputError(f"{settings.where}: bias is {bias!r:.80}, expects none, all or lora_only")
-
-
-def _with_type(stored: Stored) -> Mapping[str, Any]:
-    """Tinker's configuration says nothing but rank and alpha; all others name their kind."""
-    if "peft_type" not in stored.config and set(stored.config) - {"r", "lora_alpha"}:
-        known = "r, lora_alpha" if "r" in stored.config else "no r"
-        if "base_model_name_or_path" not in stored.config and "target_modules" not in stored.config:
-            raise InputError(f"{stored.where}: no peft_type, {known}: not a LoRA's configuration")
-    return stored.config
 
 
 def _strength(settings: Settings, variant: str) -> Strength:
@@ -136,8 +148,7 @@ def _require_settings(settings: Settings, resolved: Resolved) -> None:
             has = "has such tensors" if roles[role] else "has no such tensor"
             raise InputError(f"{settings.where}: {key} is {str(stated).lower()}, the file {has}")
     for one in resolved.found:
-        pair = "a" in one.held and one.target.kind == "module"
-        if settings.dora and (not pair or "magnitude" not in one.held) and "a" in one.held:
+        if settings.dora and "a" in one.held and "magnitude" not in one.held:
             raise InputError(
                 f"{settings.where}: use_dora: {one.name} has no magnitude: DoRA of embeddings and "
                 "parameters cannot be merged"

@@ -30,7 +30,7 @@ from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.folding import fold
 from gptoss_convert.layouts.layout import shape_of
 from gptoss_convert.layouts.model import Model, load_model
-from gptoss_convert.layouts.updates import RANK, Factor, Update
+from gptoss_convert.layouts.updates import RANK, Factor, Kind, Update
 
 _FLOATS = frozenset(("F32", "F16", "BF16"))
 Strength = Callable[[str, int], Fraction]
@@ -55,6 +55,7 @@ class Found:
     """The tensors that make one update of a target."""
 
     target: Target
+    kind: Kind
     name: str
     """Of the module or parameter, for the patterns of the configuration."""
     held: Mapping[str, Held]
@@ -164,10 +165,11 @@ def _complete(
         for a, b in product(roles.get("a", ()), roles.get("b", ())):
             if a.rank == b.rank:
                 others = {r: held[0] for r, held in roles.items() if r not in {"a", "b"}}
-                yield Found(target, _module(a, table, target), {"a": a, "b": b, **others})
+                name = _module(a, table, target)
+                yield Found(target, target.kind, name, {"a": a, "b": b, **others})
         return
     for held in (one for several in roles.values() for one in several):
-        yield Found(target, _module(held, table, target), {held.rule.role: held})
+        yield Found(target, target.kind, _module(held, table, target), {held.rule.role: held})
 
 
 def _module(held: Held, table: AdapterTable, target: Target) -> str:
@@ -213,7 +215,7 @@ def updates(
                 param,
                 load_model().params[param],
                 _box(param, first.bound, sizes),
-                one.target.kind,
+                one.kind,
                 rank,
                 strength(one.name, rank),
                 factors.get("b") or factors["added"],

@@ -20,7 +20,7 @@ _HARMLESS = frozenset(
         *("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform"),
         *("lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type"),
         *("peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules"),
-        *("target_parameters", "task_type", "velora_config"),
+        *("task_type", "velora_config"),
         *("lora_B_layout", "unsloth_fused_expert_lora", "unsloth_fixed"),
         # They prepare the start of a training; what `init_lora_weights` says of it is checked.
         *("corda_config", "loftq_config", "lora_ga_config"),
@@ -30,7 +30,8 @@ _HARMLESS = frozenset(
 _READ = frozenset(
     (
         *("alpha_pattern", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias", "r"),
-        *("rank_pattern", "trainable_token_indices", "use_dora", "use_rslora"),
+        *("rank_pattern", "target_parameters", "trainable_token_indices"),
+        *("use_dora", "use_rslora"),
     )
 )
 _REFUSED = {
@@ -63,6 +64,12 @@ class Settings:
     alphas: tuple[tuple[str, float], ...] = ()
     tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """The rows that trained tokens replace, by module."""
+    parameters: tuple[str, ...] = ()
+    """The ends of the names of parameters that are adapted as such, not as modules' weights."""
+
+    def is_parameter(self, name: str) -> bool:
+        """Whether a parameter of this full name is adapted as such, as PEFT matches it."""
+        return any(name == end or name.endswith(f".{end}") for end in self.parameters)
 
     def rank(self, name: str) -> int:
         """The rank of a module or parameter of this full name."""
@@ -91,6 +98,7 @@ class Settings:
 
 def read_settings(where: str, content: Mapping[str, Any]) -> Settings:
     """The settings of an adapter; raises InputError naming the key that cannot be merged."""
+    # Tinker names no kind.
     if (kind := content.get("peft_type", "LORA")) != "LORA":
         raise InputError(f"{where}: peft_type {kind!r:.80}; supported: 'LORA'")
     _refuse(where, content)
@@ -109,6 +117,7 @@ def read_settings(where: str, content: Mapping[str, Any]) -> Settings:
         tuple(_patterns(where, content, "rank_pattern", _rank)),
         tuple(_patterns(where, content, "alpha_pattern", _alpha)),
         tuple(_tokens(where, content.get("trainable_token_indices"))),
+        _names(where, "target_parameters", content.get("target_parameters")),
     )
 
 
@@ -163,6 +172,13 @@ def _is_plain(pattern: str) -> bool:
     except re.error:
         return False
     return True
+
+
+def _names(where: str, key: str, value: Any) -> tuple[str, ...]:
+    names = value or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where}: {key} is {value!r:.80}, expects a list of names")
+    return tuple(names)
 
 
 def _tokens(where: str, value: Any):
