@@ -115,7 +115,7 @@ def _headers_of(path: Path, model: str) -> Path:
                 stream.truncate(file.size)
         for name, content in image.closing:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
-            write_file(path / name, pieces(content, {}))
+            write_file(path, name, pieces(content, {}))
     return path
 
 

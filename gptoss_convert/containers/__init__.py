@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from gptoss_convert.containers.refs import Copied
+from gptoss_convert.containers.refs import Copied, Identity
 
 DTYPE_BYTES: dict[str, int] = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 """Item size of each dtype a GPT-OSS weight may be stored in, by its safetensors name."""
@@ -42,6 +42,8 @@ class Chunk:
     """Path relative to the checkpoint directory, POSIX form."""
     offset: int
     """Byte offset of the box's first element in the file."""
+    identity: Identity | None = field(default=None, compare=False, repr=False)
+    """What the file was when this was read from it; None for one that is to be written."""
 
     @property
     def nbytes(self) -> int:

@@ -1,18 +1,29 @@
-"""Paths inside a checkpoint: names from untrusted files never lead out of its directory."""
+"""Untrusted trees: names from checkpoints never lead out of their directory, nor do links.
+
+A path that its user named is settled once: its links are resolved. From then on a link on the way
+to a directory was put there by somebody else, and is refused; within a checkpoint's own directory
+links are resolved by hand, never above it (`walk`).
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
-from gptoss_convert.errors import DiskError, InputError, IntegrityError
+from gptoss_convert.containers.refs import FileRef, Identity
+from gptoss_convert.containers.walk import FOLDER, LinkError, OutsideError, folder, told, walk
+from gptoss_convert.errors import InputError, IntegrityError, TargetError
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that Git LFS has not fetched."""
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+AnyPath = TypeVar("AnyPath", bound=Path)
 
 
 class Followed(type(Path())):
@@ -20,6 +31,15 @@ class Followed(type(Path())):
 
     Every path that is made from it is one, too: whoever opens a file needs no flag.
     """
+
+
+def settled(path: AnyPath) -> AnyPath:
+    """A path that its user named, its links resolved: what is a link later was put there."""
+    if isinstance(path, Followed):
+        return path
+    if any(place.is_symlink() for place in (path, *path.parents)):
+        return type(path)(os.path.realpath(path))
+    return path
 
 
 def safe_name(name: str, folders: bool = False) -> bool:
@@ -38,30 +58,116 @@ def safe_name(name: str, folders: bool = False) -> bool:
 def open_inside(root: Path, name: str) -> BinaryIO:
     """Open `root/name` for reading, unbuffered.
 
-    Links may lead to the Hub cache's blobs, and anywhere if `root` is Followed.
+    Links may lead to other files in `root` and to the Hub cache's blobs, and anywhere if `root` is
+    Followed; on the way to `root` there is none.
     """
     path = root / name
-    try:
-        real = path.resolve(strict=True)
-    except FileNotFoundError:
-        what = "dangling link" if path.is_symlink() else "no such file"
-        raise IntegrityError(f"{path}: {what}") from None
-    except (OSError, RuntimeError) as error:
-        raise DiskError(f"{path}: {error}") from None
-    base = root.resolve()
-    inside = real.is_relative_to(base) or _is_blob(real, base)
-    if not inside and not isinstance(root, Followed):
-        raise InputError(
-            f"{path}: links to {real}, outside the checkpoint; pass --follow-links if you trust it"
-        )
-    try:
-        descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise DiskError(f"{path}: {error.strerror}") from None
+    with told(path):
+        descriptor = _followed(path) if isinstance(root, Followed) else _inside(root, name)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise InputError(f"{path}: not a regular file")
     return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def _followed(path: Path) -> int:
+    try:
+        return os.open(path, _READ)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise IntegrityError(f"{path}: dangling link") from None
+        raise
+
+
+def _inside(root: Path, name: str) -> int:
+    try:
+        with walk(root, name) as place:
+            return os.open(place.last, _READ | os.O_NOFOLLOW, dir_fd=place.folder)
+    except OutsideError as error:
+        blob = error.place
+        if not _is_blob(blob, root.absolute()):
+            raise _outside(root / name, blob) from None
+        try:
+            with folder(blob.parent) as blobs:
+                return os.open(blob.name, _READ | os.O_NOFOLLOW, dir_fd=blobs)
+        except FileNotFoundError:
+            raise IntegrityError(f"{root / name}: dangling link") from None
+
+
+def _outside(path: Path, place: Path) -> InputError:
+    return InputError(
+        f"{path}: links to {place}, outside the checkpoint; pass --follow-links if you trust it"
+    )
+
+
+def _is_blob(place: Path, root: Path) -> bool:
+    """The Hub cache keeps `snapshots/<commit>/file` as links to `blobs/<hash>` of the same repo."""
+    for parent in (root, *root.parents):
+        if parent.parent.name == "snapshots":
+            return place.parent == parent.parent.parent / "blobs"
+    return False
+
+
+def open_file(file: FileRef) -> BinaryIO:
+    """Open a file as `open_inside` does.
+
+    Raises IntegrityError if it is another file, or was written to, since its header was read.
+    """
+    opened = open_inside(file.root, file.name)
+    if file.identity not in {None, Identity.of(opened.fileno())}:
+        opened.close()
+        raise IntegrityError(
+            f"{file}: changed since its header was read: another file, or written to; "
+            "run the command again when nothing changes it"
+        )
+    return opened
+
+
+def folder_inside(root: Path, name: str) -> Path | None:
+    """The directory `root/name` by a way without links; None if there is none.
+
+    Raises InputError if a link leads out of `root`, unless that is Followed.
+    """
+    if isinstance(root, Followed):
+        return root / name if (root / name).is_dir() else None
+    try:
+        with walk(root, name) as place:
+            os.close(os.open(place.last, FOLDER, dir_fd=place.folder))
+            return root.joinpath(*place.names)
+    except OutsideError as error:
+        raise _outside(root / name, error.place) from None
+    except (FileNotFoundError, NotADirectoryError, IntegrityError):
+        return None
+
+
+def create_inside(root: Path, name: str, flags: int) -> int:
+    """Open `root/name` to write; it and its folders are made if they are not there.
+
+    Raises OSError, and TargetError where a link, or a file with a second name, lies in the way.
+    """
+    *folders, last = name.split("/")
+    try:
+        with folder(root) as here, ExitStack() as held:
+            for part in folders:
+                with suppress(FileExistsError):
+                    os.mkdir(part, 0o755, dir_fd=here)
+                here = os.open(part, FOLDER, dir_fd=here)
+                held.callback(os.close, here)
+            kind = flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(last, kind, 0o644, dir_fd=here)
+    except LinkError as error:
+        raise TargetError(str(error)) from None
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENOTDIR}:
+            raise TargetError(
+                f"{root / name}: a link, which no conversion makes; remove it"
+            ) from None
+        raise
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink != 1:
+        os.close(descriptor)
+        raise TargetError(f"{root / name}: not a file of one name alone; remove it")
+    return descriptor
 
 
 def read_text(root: Path, name: str, most: int) -> str:
@@ -77,11 +183,3 @@ def read_text(root: Path, name: str, most: int) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise IntegrityError(f"{root / name}: not UTF-8 at byte {error.start}") from None
-
-
-def _is_blob(real: Path, base: Path) -> bool:
-    """The Hub cache keeps `snapshots/<commit>/file` as links to `blobs/<hash>` of the same repo."""
-    for parent in (base, *base.parents):
-        if parent.parent.name == "snapshots":
-            return real.parent == parent.parent.parent / "blobs"
-    return False

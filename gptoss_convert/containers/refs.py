@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which file an open descriptor is of, and in which state: equal only if nothing was written.
+
+    The time of a change (ctime) cannot be set back, as the time of writing (mtime) can.
+    """
+
+    device: int
+    inode: int
+    size: int
+    written_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> Identity:
+        """The identity of an open file, now."""
+        now = os.fstat(descriptor)
+        return cls(now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +33,8 @@ class FileRef:
 
     root: Path
     name: str
+    identity: Identity | None = field(default=None, compare=False, repr=False)
+    """What it was when its header was read, where one was."""
 
     @property
     def path(self) -> Path:

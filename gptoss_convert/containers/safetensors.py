@@ -18,6 +18,7 @@ from typing import Any
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk, FileImage, Image, TensorSpec
 from gptoss_convert.containers.paths import POINTER, open_inside, read_text, safe_name
+from gptoss_convert.containers.refs import Identity
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
 
@@ -119,10 +120,17 @@ def read_header(root: Path, name: str) -> Header:
         if length > MAX_HEADER:
             raise IntegrityError(f"{where}: header of {length} bytes, at most {MAX_HEADER}")
         raw = file.read(length)
-    return parse_header(where, name, raw, size - 8 - length)
+        identity = Identity.of(file.fileno())
+    return parse_header(where, name, raw, size - 8 - length, identity)
 
 
-def parse_header(where: Path | str, name: str, raw: bytes, data_bytes: int | None) -> Header:
+def parse_header(
+    where: Path | str,
+    name: str,
+    raw: bytes,
+    data_bytes: int | None,
+    identity: Identity | None = None,
+) -> Header:
     """Check a header against the number of data bytes behind it, unless that is still to be
     written; offsets become absolute.
     """
@@ -140,7 +148,7 @@ def parse_header(where: Path | str, name: str, raw: bytes, data_bytes: int | Non
         raise InputError(f"{where}: {len(content)} tensors, at most {MAX_TENSORS}")
     start = 8 + len(raw)
     chunks = sorted(
-        (_entry(where, name, tensor, entry, start) for tensor, entry in content.items()),
+        (_entry(where, name, tensor, entry, start, identity) for tensor, entry in content.items()),
         key=lambda chunk: (chunk.offset, chunk.nbytes),
     )
     end = start
@@ -161,7 +169,9 @@ def parse_header(where: Path | str, name: str, raw: bytes, data_bytes: int | Non
     return Header(text, tuple(chunks), metadata)
 
 
-def _entry(where: Path | str, file: str, name: str, entry: Any, start: int) -> Chunk:
+def _entry(
+    where: Path | str, file: str, name: str, entry: Any, start: int, identity: Identity | None
+) -> Chunk:
     if len(name) > MAX_NAME or _CONTROL.search(name) or ".." in name or "/" in name:
         raise InputError(f"{where}: tensor name {name[:80]!r} is not acceptable")
     place = f"{where}: {name}"
@@ -176,9 +186,8 @@ def _entry(where: Path | str, file: str, name: str, entry: Any, start: int) -> C
         raise InputError(f"{place}: dtype {dtype!r} {what}; expects {', '.join(DTYPE_BYTES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise IntegrityError(f"{place}: shape {shape!r:.80} or offsets {offsets!r:.80} malformed")
-    chunk = Chunk(
-        name, dtype, tuple(shape), (0,) * len(shape), tuple(shape), file, start + offsets[0]
-    )
+    zeros, offset = (0,) * len(shape), start + offsets[0]
+    chunk = Chunk(name, dtype, tuple(shape), zeros, tuple(shape), file, offset, identity)
     if chunk.nbytes != offsets[1] - offsets[0]:
         raise IntegrityError(
             f"{place}: {dtype} {shape} takes {chunk.nbytes} bytes, offsets span "

@@ -238,11 +238,11 @@ def _close(conversion: Conversion, work: Path, done: Mapping[int, Done]) -> int:
         k: v for k, v in conversion.header.items() if k in {"tool", "plan", "from", "to", "adapter"}
     }
     small = {
-        name: write_file(work / name, pieces(content, conversion.places))
+        name: write_file(work, name, pieces(content, conversion.places))
         for name, content in conversion.image.closing
     }
     content = manifest.manifest(header, conversion.image, conversion.plan, done, small)
-    return write_file(work / manifest.NAME, [content])
+    return write_file(work, manifest.NAME, [content])
 
 
 def _is_published(space: Workspace, manifest_crc: int, inode: int) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from gptoss_convert.containers.paths import open_inside
+from gptoss_convert.containers.paths import open_file
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.layouts.extents import Extent
 from gptoss_convert.layouts.updates import CACHED, Factor, Update, largest_bytes
@@ -78,7 +78,7 @@ def pieces(extent: Extent) -> Iterator[tuple[Extent, F32]]:
 def _read(extent: Extent) -> F32:
     first, span = extent.at(extent.box), extent.span(extent.box)
     content = bytearray(span)
-    with open_inside(extent.file.root, extent.file.name) as file:
+    with open_file(extent.file) as file:
         done = 0
         while done < span:
             count = os.preadv(file.fileno(), [memoryview(content)[done:]], first + done)

@@ -6,8 +6,14 @@ import json
 from pathlib import Path, PurePath
 
 from gptoss_convert.containers import Image
-from gptoss_convert.containers.paths import POINTER, Followed, open_inside
-from gptoss_convert.containers.refs import Copied, FileRef
+from gptoss_convert.containers.paths import (
+    POINTER,
+    Followed,
+    folder_inside,
+    open_inside,
+    settled,
+)
+from gptoss_convert.containers.refs import Copied, FileRef, Identity
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.formats import sidecar
 from gptoss_convert.formats.checkpoint import CONFIG, MANIFEST, Checkpoint
@@ -66,20 +72,17 @@ def copies(source: Checkpoint, options: ImageOptions) -> tuple[list[tuple[str, C
     folder = options.tokenizer
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--tokenizer {folder}: no such directory")
-    if folder is not None and isinstance(source.root, Followed):
-        folder = Followed(folder)
+    if folder is not None:
+        folder = Followed(folder) if isinstance(source.root, Followed) else settled(folder)
     paths = carried_files(folder) if folder is not None else source.carried
-    found = [
-        (path.name, Copied(FileRef(path.parent, path.name), path.stat().st_size)) for path in paths
-    ]
+    # Of a repository names and sizes are known so far, and the Hub sends no pointers.
+    known = folder is not None or source.outline is None
+    found = [(path.name, _checked(path) if known else _promised(path)) for path in paths]
     if (nbytes := sum(copied.size for _, copied in found)) > _MOST:
         raise InputError(
             f"{paths[0].parent}: {nbytes} bytes of files beside the weights, at most {_MOST} "
             "are carried; move away what the model does not need"
         )
-    # Of a repository names and sizes are known so far, and the Hub sends no pointers.
-    for _, copied in found if folder is not None or source.outline is None else ():
-        _check(copied.file, copied.size)
     notes: list[str] = []
     if lacking := [name for name in _TOKENIZER if name not in {path.name for path in paths}]:
         missing = " and no ".join(lacking)
@@ -91,9 +94,10 @@ def _left(source: Checkpoint) -> list[str]:
     """A note on what lies beside SOURCE's weights and no server reads, if anything."""
     if source.kind.side is None:
         return []
+    folder = folder_inside(source.base, source.kind.side)
     names = [
         path.name + "/" * path.is_dir()
-        for path in _beside(source.base / source.kind.side)
+        for path in (_beside(folder) if folder else ())
         if not (_is_served(path.name) or path.name in _OURS or path.name.endswith(_WEIGHTS))
     ]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -101,9 +105,16 @@ def _left(source: Checkpoint) -> list[str]:
     return [f"left behind, as no server reads it: {shown}"] * bool(names)
 
 
-def _check(file: FileRef, size: int) -> None:
-    """Refuse a file that is not of the kind its name says."""
-    with open_inside(file.root, file.name) as stream:
+def _promised(path: Path) -> Copied:
+    """A file that is still to be downloaded."""
+    return Copied(FileRef(path.parent, path.name), path.stat().st_size)
+
+
+def _checked(path: Path) -> Copied:
+    """A file by what it is now; refuses one that is not of the kind its name says."""
+    with open_inside(path.parent, path.name) as stream:
+        identity = Identity.of(stream.fileno())
+        file, size = FileRef(path.parent, path.name, identity), identity.size
         start = stream.read(_PARSED if size <= _PARSED else _END)
         stream.seek(max(size - _END, 0))
         end = stream.read(_END)
@@ -120,6 +131,7 @@ def _check(file: FileRef, size: int) -> None:
         raise IntegrityError(
             f"{file}: {problem}; or pass --tokenizer DIR to take such files from there"
         )
+    return Copied(file, size)
 
 
 def _not_json(start: bytes, end: bytes, size: int) -> str | None:

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from gptoss_convert import formats
-from gptoss_convert.containers.paths import Followed
+from gptoss_convert.containers.paths import Followed, folder_inside, settled
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.formats import unsupported
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, Format
@@ -43,8 +43,7 @@ def open_checkpoint(path: Path, choices: Choices = DEFAULT) -> Checkpoint:
 
     Raises UsageError with the choices, InputError or IntegrityError with file and tensor.
     """
-    if choices.follow_links:
-        path = Followed(path)
+    path = Followed(path) if choices.follow_links else settled(path)
     found = formats_in(path)
     format = choices.format
     if format is None:
@@ -55,7 +54,10 @@ def open_checkpoint(path: Path, choices: Choices = DEFAULT) -> Checkpoint:
         problem = unsupported.recognise_files(path)
         held = f"holds {', '.join(found)}" if found else "no config.json and no torch_dist tracker"
         raise problem or InputError(f"{path}: not a GPT-OSS checkpoint: {held}")
-    opened = replace(FORMATS[format].open(found[format], choices), cast=choices.cast)
+    place = folder_inside(path, found[format].relative_to(path).as_posix())
+    if place is None:
+        raise IntegrityError(f"{found[format]}: gone meanwhile")
+    opened = replace(FORMATS[format].open(place, choices), cast=choices.cast)
     if choices.strict and opened.notes:
         raise IntegrityError(f"{opened.notes[0]} (--strict)")
     return opened

@@ -117,7 +117,7 @@ def extents(
 
 
 def _chunk_extents(tensor: Tensor, chunk: Chunk, root: Path) -> Iterator[Extent]:
-    file = FileRef(root, chunk.file)
+    file = FileRef(root, chunk.file, chunk.identity)
     steps = [DTYPE_BYTES[chunk.dtype]]
     for length in reversed(chunk.extent[1:]):
         steps.append(steps[-1] * length)

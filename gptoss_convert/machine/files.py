@@ -13,6 +13,7 @@ import resource
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
@@ -20,9 +21,10 @@ from typing import Generic, Protocol, Self, TypeVar
 from isal import isal_zlib
 
 from gptoss_convert.containers import Content
-from gptoss_convert.containers.paths import open_inside
-from gptoss_convert.containers.refs import FileRef
-from gptoss_convert.errors import DiskError, IntegrityError
+from gptoss_convert.containers.paths import create_inside, open_file, settled
+from gptoss_convert.containers.refs import FileRef, Identity
+from gptoss_convert.containers.walk import folder
+from gptoss_convert.errors import DiskError, InputError, IntegrityError
 
 PAGE = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)
@@ -76,7 +78,7 @@ class _File:
     def __init__(self, path: Path, buffered: int, flags: int) -> None:
         self.path = path
         self.buffered = buffered
-        self.state = os.fstat(buffered)
+        self.identity = Identity.of(buffered)
         self.direct: int | None = None
         self.exact = False
         """Whether bytes that fill no page may be written past the page cache, too."""
@@ -103,6 +105,14 @@ class ByteSource(Protocol):
 
 Places = Mapping[Path, Path]
 """Where directories lie by now, for those that moved since a plan named them."""
+
+
+def moved(file: FileRef, places: Places) -> FileRef:
+    """Where a file lies by now; one that moved is another than when the plan was made."""
+    place = places.get(file.root)
+    return FileRef(settled(place), file.name) if place else file
+
+
 Key = TypeVar("Key", FileRef, str)
 
 
@@ -170,20 +180,21 @@ class SourceFiles(_OpenFiles[FileRef]):
         return crc
 
     def require_unchanged(self) -> None:
-        """Refuse a source that changed since it was opened; raises IntegrityError."""
-        for file in self._open.values():
-            now = os.fstat(file.buffered)
-            same = (now.st_size, now.st_mtime_ns) == (file.state.st_size, file.state.st_mtime_ns)
-            if not same or not file.path.exists() or not os.path.samestat(now, file.path.stat()):
-                raise IntegrityError(f"{file.path}: changed while it was being read")
+        """Refuse a source that changed since its header was read; raises IntegrityError."""
+        for ref, file in self._open.items():
+            now = replace(moved(ref, self._places), identity=file.identity)
+            try:
+                open_file(now).close()
+            except (InputError, IntegrityError):
+                raise IntegrityError(f"{file.path}: changed while it was being read") from None
 
     def _opened(self, file: FileRef) -> _File:
         with self._lock:
             if file not in self._open:
-                root = self._places.get(file.root, file.root)
-                with open_inside(root, file.name) as stream:
+                now = moved(file, self._places)
+                with open_file(now) as stream:
                     descriptor = os.dup(stream.fileno())
-                self._open[file] = _File(root / file.name, descriptor, os.O_RDONLY)
+                self._open[file] = _File(now.path, descriptor, os.O_RDONLY)
             return self._open[file]
 
 
@@ -224,9 +235,7 @@ class TargetFiles(_OpenFiles[str]):
         """Create `name` with its final size, or open what an interrupted run left of it."""
         path = self._root / name
         try:
-            path.parent.mkdir(0o755, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(path, flags, 0o644)
+            descriptor = create_inside(self._root, name, os.O_RDWR)
             os.ftruncate(descriptor, size)
         except OSError as error:
             raise disk_error(path, error) from None
@@ -306,7 +315,7 @@ def pieces(content: Content, places: Places) -> Iterator[bytes]:
         yield content
         return
     file, left = content.file, content.size
-    with open_inside(places.get(file.root, file.root), file.name) as stream:
+    with open_file(moved(file, places)) as stream:
         while piece := stream.read(_PIECE):
             left -= len(piece)
             yield piece
@@ -314,15 +323,13 @@ def pieces(content: Content, places: Places) -> Iterator[bytes]:
         raise IntegrityError(f"{file}: {content.size} bytes when the plan was made, now {-left:+}")
 
 
-def write_file(path: Path, content: Iterable[bytes]) -> int:
+def write_file(root: Path, name: str, content: Iterable[bytes]) -> int:
     """Write a small file anew and wait until it is on the disk; returns its CRC-32."""
     crc = 0
     try:
-        path.parent.mkdir(0o755, exist_ok=True)
-        path.unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o644)
+        descriptor = create_inside(root, name, os.O_WRONLY)
         try:
+            os.ftruncate(descriptor, 0)
             for piece in content:
                 crc = isal_zlib.crc32(piece, crc)
                 left = memoryview(piece)
@@ -332,13 +339,14 @@ def write_file(path: Path, content: Iterable[bytes]) -> int:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise disk_error(path, error) from None
+        raise disk_error(root / name, error) from None
     return crc
 
 
 def sync_directory(path: Path) -> None:
     """Wait until the directory's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with folder(path) as place:
+        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place)
     try:
         os.fsync(descriptor)
     except OSError as error:

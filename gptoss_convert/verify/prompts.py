@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptoss_convert.containers.paths import read_text
 from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.verify.sides import tokenizer_of
@@ -72,8 +73,9 @@ def load_tokenizer(sides: Iterable[Checkpoint]) -> Tokenizer:
         from tokenizers import Tokenizer
     except ImportError:
         raise UsageError("text needs the tokenizers library: pip install tokenizers") from None
+    text = read_text(path.parent, path.name, _MAX_TOKENIZER)
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(text)
     # The library raises nothing narrower.
     except Exception as error:
         raise InputError(f"{path}: no tokenizer: {error}") from None

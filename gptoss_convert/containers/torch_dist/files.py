@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptoss_convert.containers.paths import open_inside
+from gptoss_convert.containers.refs import Identity
 from gptoss_convert.errors import DiskError, IntegrityError
 
 
@@ -19,6 +20,7 @@ class OpenFile:
     path: Path
     descriptor: int
     size: int
+    identity: Identity
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Return exactly `size` bytes. IntegrityError, before allocating, if there are fewer."""
@@ -40,4 +42,5 @@ def open_file(directory: Path, name: str) -> Iterator[OpenFile]:
     """Open a file of a checkpoint directory for as long as the context lasts."""
     with open_inside(directory, name) as stream:
         descriptor = stream.fileno()
-        yield OpenFile(directory / name, descriptor, os.fstat(descriptor).st_size)
+        identity = Identity.of(descriptor)
+        yield OpenFile(directory / name, descriptor, identity.size, identity)

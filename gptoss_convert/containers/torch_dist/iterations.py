@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gptoss_convert.containers.paths import read_text
+from gptoss_convert.containers.paths import folder_inside, read_text
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 
@@ -27,8 +27,8 @@ def find_iteration(root: Path, iteration: int | None) -> Path:
             raise UsageError(f"{root}: is itself an iteration directory; omit --iteration")
         directory = root
     elif iteration is not None:
-        directory = root / f"iter_{iteration:07d}"
-        if not directory.is_dir():
+        directory = folder_inside(root, f"iter_{iteration:07d}")
+        if directory is None:
             raise UsageError(f"{root}: no iteration {iteration}; {_choices(root)}")
     else:
         directory = _latest(root)
@@ -43,13 +43,13 @@ def _latest(root: Path) -> Path:
         name = text if text == RELEASE else f"iter_{int(text):07d}" if _is_number(text) else None
         if name is None:
             raise InputError(f"{tracker}: expected an iteration, found {text[:40]!a}")
-        if not (root / name).is_dir():
-            raise UsageError(f"{tracker}: names {name}, which is missing; {_choices(root)}")
-        return root / name
+        if directory := folder_inside(root, name):
+            return directory
+        raise UsageError(f"{tracker}: names {name}, which is missing; {_choices(root)}")
     present = [f"iter_{number:07d}" for number in _present(root)]
     present += [RELEASE] * (root / RELEASE).is_dir()
-    if len(present) == 1:
-        return root / present[0]
+    if len(present) == 1 and (directory := folder_inside(root, present[0])):
+        return directory
     if not present:
         raise InputError(f"{root}: not a Megatron checkpoint: no {TRACKER}, no iter_* directory")
     raise UsageError(f"{root}: no {TRACKER}; {_choices(root)}")

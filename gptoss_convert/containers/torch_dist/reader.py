@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from gptoss_convert.containers import Chunk
+from gptoss_convert.containers.refs import Identity
 from gptoss_convert.containers.torch_dist import common, metadata
 from gptoss_convert.containers.torch_dist.coverage import require_tiling
 from gptoss_convert.containers.torch_dist.files import open_file
@@ -134,29 +135,30 @@ def _require_weight(directory: Path, tensor: StoredTensor) -> None:
         raise type(error)(f"{where}: {error}") from None
 
 
-def _locate(directory: Path, tensors: Iterable[StoredTensor]) -> dict[Item, int]:
-    """Return the offset of each item's data, visiting files one by one and in file order."""
+def _locate(directory: Path, tensors: Iterable[StoredTensor]) -> dict[Item, tuple[int, Identity]]:
+    """Return the offset of each item's data and the identity of its file, in file order."""
     parts = [(item, box, tensor) for tensor in tensors for box, item in tensor.items.items()]
     parts.sort(key=lambda part: (part[0].file, part[0].offset))
     locator = ItemLocator()
-    offsets: dict[Item, int] = {}
+    offsets: dict[Item, tuple[int, Identity]] = {}
     for file, group in groupby(parts, key=lambda part: part[0].file):
         path = str(directory / file)
         with open_file(directory, file) as opened:
             for item, box, tensor in group:
                 where = f"{path}: {tensor.name} at {box.start}"
-                offsets[item] = locator.locate(
-                    opened.read_at, item, tensor.dtype, box.extent, where
-                )
+                at = locator.locate(opened.read_at, item, tensor.dtype, box.extent, where)
+                offsets[item] = at, opened.identity
     return offsets
 
 
-def _chunks(tensors: Iterable[StoredTensor], offsets: Mapping[Item, int]) -> Iterator[Chunk]:
+def _chunks(
+    tensors: Iterable[StoredTensor], offsets: Mapping[Item, tuple[int, Identity]]
+) -> Iterator[Chunk]:
     for tensor in tensors:
         dtype = DTYPE_NAMES[tensor.dtype]
         for box, item in tensor.items.items():
             yield Chunk(
-                tensor.name, dtype, tensor.shape, box.start, box.extent, item.file, offsets[item]
+                tensor.name, dtype, tensor.shape, box.start, box.extent, item.file, *offsets[item]
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.containers.paths import open_inside
+from gptoss_convert.containers.paths import open_file
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats.adapters.options import AdapterOptions
@@ -87,8 +88,8 @@ class Adapter:
         """SHA-256 of its files, name by name, in hexadecimal digits."""
         total = hashlib.sha256()
         for file in self.files:
-            total.update(f"{file.name}\n{file.path.stat().st_size}\n".encode())
-            with open_inside(file.root, file.name) as opened:
+            with open_file(file) as opened:
+                total.update(f"{file.name}\n{os.fstat(opened.fileno()).st_size}\n".encode())
                 while piece := opened.read(_PIECE):
                     total.update(piece)
         return total.hexdigest()

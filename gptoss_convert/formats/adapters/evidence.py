@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gptoss_convert.containers.paths import open_inside
+from gptoss_convert.containers.paths import open_file
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats.adapters.adapter import Adapter
 from gptoss_convert.layouts.extents import Extent
@@ -39,6 +39,6 @@ def _holder(extents: Sequence[Extent], row: int) -> Extent:
 def _row(extent: Extent, row: int) -> bytes:
     """The bytes of one row of a matrix, which lie together in every format."""
     box = ((row, row + 1), *extent.box[1:])
-    with open_inside(extent.file.root, extent.file.name) as file:
+    with open_file(extent.file) as file:
         file.seek(extent.at(box))
         return file.read(extent.span(box))

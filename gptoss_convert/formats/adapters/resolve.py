@@ -332,5 +332,11 @@ def _row_extents(root: Path, held: Held, param: str, indexes: Sequence[int]) -> 
         box = ((index, index + 1), (0, chunk.shape[1]))
         origin = chunk.offset + (place - index) * step
         yield Extent(
-            param, box, FileRef(root, chunk.file), origin, (step, item), chunk.dtype, held.name
+            param,
+            box,
+            FileRef(root, chunk.file, chunk.identity),
+            origin,
+            (step, item),
+            chunk.dtype,
+            held.name,
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers import Chunk, safetensors, torch_dist
-from gptoss_convert.containers.paths import open_inside, read_text
+from gptoss_convert.containers.paths import open_inside, read_text, settled
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import GptossError, InputError, IntegrityError, UsageError
@@ -54,9 +54,10 @@ class Stored:
     @property
     def files(self) -> tuple[FileRef, ...]:
         """All files that decide what it is."""
-        names = {chunk.file for chunks in self.tensors.values() for chunk in chunks}
+        held = {chunk.file: chunk.identity for chunk in self.chunks}
         beside = (CONFIG,) if self.container == "safetensors" else (".metadata", RUN_CONFIG)
-        return tuple(FileRef(self.root, name) for name in (*beside, *sorted(names)))
+        names = (*beside, *sorted(held))
+        return tuple(FileRef(self.root, name, held.get(name)) for name in names)
 
     @property
     def peft_version(self) -> str | None:
@@ -67,6 +68,7 @@ class Stored:
 
 def is_adapter(root: Path) -> bool:
     """Whether a directory looks like an adapter, of PEFT's kind or of Megatron-Bridge's."""
+    root = settled(root)
     if (root / CONFIG).exists() or (root / WEIGHTS).exists():
         # Beside a model's configuration it is something else, which whoever opens that will name.
         return not (root / "config.json").exists()
@@ -82,6 +84,7 @@ def read_stored(root: Path) -> Stored:
     Raises UsageError for what is no such directory, InputError for what is not read, IntegrityError
     for what is damaged.
     """
+    root = settled(root)
     if not root.is_dir():
         raise UsageError(f"{root}: {'not a directory' if root.exists() else 'no such directory'}")
     if (root / CONFIG).exists() or (root / WEIGHTS).exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.containers.paths import read_text
+from gptoss_convert.containers.paths import folder_inside, read_text
 from gptoss_convert.containers.torch_dist import RELEASE
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats.carried import carried_files
@@ -33,7 +33,8 @@ def root_of(iteration: Path) -> Path:
 def hf_folders(iteration: Path) -> list[Path]:
     """The Hugging Face folders of a checkpoint; that of the iteration itself first."""
     places = dict.fromkeys((iteration, root_of(iteration)))
-    return [place / HF_FOLDER for place in places if (place / HF_FOLDER).is_dir()]
+    found = (folder_inside(place, HF_FOLDER) for place in places)
+    return [folder for folder in found if folder is not None]
 
 
 def hf_config(iteration: Path) -> Path | None:
@@ -45,7 +46,8 @@ def hf_config(iteration: Path) -> Path | None:
 def carried(iteration: Path) -> tuple[Path, ...]:
     """The files of the Hugging Face side that a checkpoint carries, one of each name."""
     files: dict[str, Path] = {}
-    for folder in (*hf_folders(iteration), iteration / TOKENIZER_FOLDER):
+    tokenizer = folder_inside(iteration, TOKENIZER_FOLDER)
+    for folder in (*hf_folders(iteration), *filter(None, [tokenizer])):
         for path in carried_files(folder):
             files.setdefault(path.name, path)
     return tuple(files[name] for name in sorted(files))
