@@ -165,7 +165,7 @@ def test_a_journal_of_another_form_is_refused_and_kept(conversion: Conversion) -
     text = json.dumps(header, separators=(",", ":")).encode()
     journal.write_bytes(b"%08x %s\n" % (zlib.crc32(text), text) + b"".join(others))
     before = journal.read_bytes()
-    with pytest.raises(UsageError, match=r"journal: 1 then, 3 now.*--restart"):
+    with pytest.raises(UsageError, match=r"journal: 1 then, 4 now.*--restart"):
         run(conversion)
     assert journal.read_bytes() == before
     restarting = replace(conversion, options=replace(conversion.options, restart=True))

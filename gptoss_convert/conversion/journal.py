@@ -18,7 +18,7 @@ from gptoss_convert.engine.records import Done
 from gptoss_convert.errors import DiskError, UsageError
 from gptoss_convert.machine.files import disk_error
 
-SCHEMA = 3
+SCHEMA = 4
 _MAX_BYTES = 1 << 30
 
 

@@ -74,7 +74,7 @@ def _ragged(offset: int, length: int) -> set[int]:
 def require_same_plan(conversion: Conversion, lead: Mapping[str, Any], ranks: Ranks) -> None:
     """Refuse a plan that differs from rank 0's; where SOURCE lies may differ."""
     mine = conversion.header
-    for part in ("tool", "options", "plan", "to"):
+    for part in ("tool", "options", "headers", "plan", "to"):
         if mine[part] != lead[part]:
             raise UsageError(
                 f"{conversion.source.place}: another {part} than on rank 0: "

@@ -91,6 +91,7 @@ class Conversion:
             "tool": f"gptoss-convert {VERSION}",
             "options": self.options.decisive,
             "source": {name: self._identity(file) for name, file in sorted(self._named(files))},
+            "headers": self._headers(),
             "plan": digest.hexdigest(),
             "from": self._from(),
             "to": {"format": self.options.to, "variant": self.variant},
@@ -115,16 +116,23 @@ class Conversion:
             yield (str(file.path.relative_to(base)) if inside else str(file)), file
 
     def _identity(self, file: FileRef) -> list[int]:
-        """Size and time of change of a source file, empty for one that lies nowhere."""
+        """Which file it was when its header was read; empty for one that lay nowhere then."""
         outline = self.source.outline
         if outline is not None and file.root.is_relative_to(outline):
             # The commit says more than the time of a download.
             return []
-        if not file.path.exists() or (self.layers and file.root == self.layers.root):
-            # The rounded layers come and go with the run, and say themselves what they are of.
-            return []
-        state = file.path.stat()
-        return [state.st_size, state.st_mtime_ns]
+        # The rounded layers come and go with the run, and say themselves what they are of.
+        one = file.identity
+        # Devices are numbered anew when a machine starts.
+        return [one.size, one.written_ns, one.changed_ns, one.inode] if one else []
+
+    def _headers(self) -> str:
+        """SHA-256 of what the headers say: which tensor lies where."""
+        digest = hashlib.sha256()
+        beside = self.source.scales.chunks if self.source.scales else ()
+        for chunk in (*self.source.chunks, *beside):
+            digest.update(f"{chunk}\n".encode())
+        return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """The conversion as plain data."""
@@ -163,7 +171,7 @@ def plan(
     place, target = locate(source, options.revision), Path(target)
     if options.stream and isinstance(place, Path):
         raise UsageError(f"--stream: {place} is not a repository on the Hub")
-    check_target(place, target)
+    target = check_target(place, target)
     with opening(place, options) as opened:
         opened = with_adapter(opened, options, follow_links=options.follow_links)
         options = _for_adapter(opened, options)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptoss_convert.containers.paths import settled
 from gptoss_convert.errors import (
     DiskError,
     GptossError,
@@ -31,19 +32,23 @@ _HERE, _EXCHANGE = -100, 2
 """Of renameat2: paths as the process sees them, and RENAME_EXCHANGE."""
 
 
-def check_target(source: Path | Repository, target: Path) -> None:
-    """Refuse a TARGET that lies in SOURCE or holds it, or has no writable parent."""
-    parent = target.parent.resolve()
+def check_target(source: Path | Repository, target: Path) -> Path:
+    """TARGET, the links on the way to it resolved.
+
+    Refuses one that lies in SOURCE or holds it, or has no writable parent.
+    """
+    parent = settled(target.parent)
     if not parent.is_dir():
         raise UsageError(f"{target}: its parent directory does not exist")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise DiskError(f"{target}: its parent directory is not writable")
     if target.name in {"", ".."}:
         raise UsageError(f"{target}: TARGET needs a name of its own")
-    if isinstance(source, Path) and _nested(parent / target.name, source.resolve()):
+    if isinstance(source, Path) and _nested(parent.resolve() / target.name, source.resolve()):
         raise UsageError(f"{target}: SOURCE and TARGET lie in each other")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise TargetError(f"{target}: exists and is not a directory")
+    return parent / target.name
 
 
 def _nested(inner: Path, outer: Path) -> bool:

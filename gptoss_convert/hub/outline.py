@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gptoss_convert.containers import safetensors
-from gptoss_convert.containers.paths import safe_name
+from gptoss_convert.containers.paths import safe_name, settled
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import GptossError, InputError, NetworkError, UsageError
 from gptoss_convert.formats import sidecar
@@ -63,8 +63,8 @@ def outline(listing: Listing, format: str | None) -> Iterator[Path]:
     """
     chosen = files_of(listing, format)
     with TemporaryDirectory(prefix="gptoss-convert-") as place:
-        root = Path(place, *listing.repository.name.split("/"))
-        with _named(f"{place}/"):
+        root = settled(Path(place)).joinpath(*listing.repository.name.split("/"))
+        with _named(f"{settled(Path(place))}/"):
             root.mkdir(parents=True)
             _fill(listing, root, [name for name in chosen if not is_weights(name)], frozenset())
             read = _indexed(listing, root, chosen)
@@ -74,6 +74,7 @@ def outline(listing: Listing, format: str | None) -> Iterator[Path]:
 
 def opened(listing: Listing, root: Path, choices: Choices) -> Checkpoint:
     """The checkpoint in an outline or snapshot of a repository, named after it."""
+    root = settled(root)
     found = open_checkpoint(root, choices)
     short = f"{root}".removesuffix(str(listing.repository))
     notes = tuple(note.replace(short, "") for note in found.notes)

@@ -71,9 +71,9 @@ def calibrate_checkpoint(
     sequences = _sequences(text, source, reader.config.vocab)
     made = {
         "source": {
-            str(path): [state.st_size, state.st_mtime_ns]
-            for path in sorted({source.root / chunk.file for chunk in source.chunks})
-            for state in [path.stat()]
+            str(source.root / name): [one.size, one.written_ns, one.changed_ns, one.inode]
+            for name, one in sorted({chunk.file: chunk.identity for chunk in source.chunks}.items())
+            if one is not None
         },
         "base": str(former.checkpoint.root) if former else None,
         **identity(sequences, where),

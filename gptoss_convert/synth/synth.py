@@ -98,7 +98,7 @@ def plan_synth(target: Path, **options: Any) -> Conversion:
     if shards not in SHARDS:
         raise UsageError(f"--shards {shards}: choose {', '.join(SHARDS)}")
     # The source lies in no directory, so there is none that TARGET could damage.
-    check_target(Path(os.devnull), target)
+    target = check_target(Path(os.devnull), target)
     kind = FORMATS[wanted.format]
     source = virtual_checkpoint(wanted.model, wanted.layers, wanted.seed)
     whole = source.config in (MODELS["20b"], MODELS["120b"])

@@ -14,6 +14,8 @@ from gptoss_convert.verify.sides import tokenizer_of
 from gptoss_convert.witness.parity_report import NextTokens
 from gptoss_convert.witness.tokens import TokenSequence
 
+_MAX_TOKENIZER = 256 << 20
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gptoss_convert.containers.paths import read_text
 from gptoss_convert.errors import InputError
 from gptoss_convert.witness.model import ModelConfig
 
+_MOST = 1 << 22
 QUICK_GELU_ALPHA = 1.702
 """Written into OpenAI's and Megatron's code, and implied by configs that lack `swiglu_alpha`."""
 OPENAI_NORM_EPS = 1e-05
@@ -61,8 +63,8 @@ class Section:
 def read_json(path: Path) -> Section:
     """The object in a JSON file; InputError if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(path.parent, path.name, _MOST))
+    except ValueError as error:
         raise InputError(f"{path}: expects a JSON object, found {error}") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: expects a JSON object, found {type(content).__name__}")

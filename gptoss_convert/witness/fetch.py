@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk
+from gptoss_convert.containers.paths import open_file
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import DiskError, IntegrityError
 
 PIECE = 16 << 20
@@ -30,7 +32,7 @@ MAX_AHEAD = 2_000_000_000
 class ByteRange:
     """Bytes that lie together in a file, and where they go."""
 
-    path: Path
+    file: FileRef
     offset: int
     nbytes: int
     position: int
@@ -62,7 +64,7 @@ class Fetcher:
         self._pinned = device.type == "cuda"
         self._max_ahead = max_ahead
         self._ahead: dict[tuple[ByteRange, ...], Loading] = {}
-        self._open: dict[Path, int] = {}
+        self._open: dict[FileRef, int] = {}
 
     def __del__(self) -> None:
         for descriptor in self._open.values():
@@ -84,9 +86,9 @@ class Fetcher:
         content = torch.empty(length(ranges), dtype=torch.uint8, pin_memory=self._pinned)
         view = content.numpy().data
         for one in ranges:
-            if one.path not in self._open:
-                self._open[one.path] = _opened(one.path)
-        pieces = [[(self._open[one.path], one) for one in batch] for batch in _batches(ranges)]
+            if one.file not in self._open:
+                self._open[one.file] = _opened(one.file)
+        pieces = [[(self._open[one.file], one) for one in batch] for batch in _batches(ranges)]
         return Loading(content, [_threads().submit(_fill, piece, view) for piece in pieces])
 
 
@@ -100,11 +102,9 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(len(os.sched_getaffinity(0)) + 1, 16), "fetch")
 
 
-def _opened(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise IntegrityError(f"{path}: {error.strerror}") from None
+def _opened(file: FileRef) -> int:
+    with open_file(file) as stream:
+        return os.dup(stream.fileno())
 
 
 def _batches(ranges: Sequence[ByteRange]) -> Iterator[list[ByteRange]]:
@@ -114,7 +114,7 @@ def _batches(ranges: Sequence[ByteRange]) -> Iterator[list[ByteRange]]:
     for one in ranges:
         for start in range(0, one.nbytes, PIECE):
             nbytes = min(PIECE, one.nbytes - start)
-            batch.append(ByteRange(one.path, one.offset + start, nbytes, one.position + start))
+            batch.append(ByteRange(one.file, one.offset + start, nbytes, one.position + start))
             held += nbytes
             if held >= PIECE:
                 yield batch
@@ -131,10 +131,10 @@ def _fill(piece: Sequence[tuple[int, ByteRange]], view: memoryview) -> None:
             try:
                 count = os.preadv(descriptor, [room], one.offset + done)
             except OSError as error:
-                raise DiskError(f"{one.path}: {error.strerror} at byte {one.offset}") from None
+                raise DiskError(f"{one.file}: {error.strerror} at byte {one.offset}") from None
             if count == 0:
                 raise IntegrityError(
-                    f"{one.path}: truncated: expects {one.nbytes} bytes at {one.offset}, "
+                    f"{one.file}: truncated: expects {one.nbytes} bytes at {one.offset}, "
                     f"found {done}"
                 )
             done += count
@@ -168,11 +168,11 @@ def _chunk_ranges(
     nbytes = item
     for low, high in common[axis:]:
         nbytes *= high - low
-    path = directory / chunk.file
+    file = FileRef(directory, chunk.file, chunk.identity)
     for index in product(*(range(low, high) for low, high in common[:axis])):
         corner = (*index, *(low for low, _ in common[axis:]))
         yield ByteRange(
-            path,
+            file,
             chunk.offset + _distance(corner, held, there),
             nbytes,
             _distance(corner, box, here),

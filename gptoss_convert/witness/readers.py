@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.containers import Chunk, safetensors
+from gptoss_convert.containers.paths import read_text
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.witness.fetch import ByteRange, Fetcher, ranges_of
 from gptoss_convert.witness.model import LayerWeights, ModelConfig, fresh
@@ -206,6 +207,7 @@ def hf_files(directory: Path) -> list[str]:
         every = sorted(path.name for path in directory.glob("*.safetensors"))
         return ["model.safetensors"] if single or not every else every
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        text = read_text(directory, safetensors.INDEX, safetensors.MAX_HEADER)
+        return sorted(set(json.loads(text)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{index}: expects an object weight_map, found {error!r}") from error

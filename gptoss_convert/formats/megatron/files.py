@@ -30,24 +30,24 @@ def root_of(iteration: Path) -> Path:
     return iteration.parent if named else iteration
 
 
-def hf_folders(iteration: Path) -> list[Path]:
-    """The Hugging Face folders of a checkpoint; that of the iteration itself first."""
-    places = dict.fromkeys((iteration, root_of(iteration)))
+def hf_folders(iteration: Path, base: Path) -> list[Path]:
+    """The Hugging Face folders of a checkpoint in `base`; that of the iteration itself first."""
+    places = dict.fromkeys((iteration, base))
     found = (folder_inside(place, HF_FOLDER) for place in places)
     return [folder for folder in found if folder is not None]
 
 
-def hf_config(iteration: Path) -> Path | None:
+def hf_config(iteration: Path, base: Path) -> Path | None:
     """The config.json that a checkpoint carries."""
-    found = (folder / CONFIG for folder in hf_folders(iteration))
+    found = (folder / CONFIG for folder in hf_folders(iteration, base))
     return next((path for path in found if path.is_file()), None)
 
 
-def carried(iteration: Path) -> tuple[Path, ...]:
+def carried(iteration: Path, base: Path) -> tuple[Path, ...]:
     """The files of the Hugging Face side that a checkpoint carries, one of each name."""
     files: dict[str, Path] = {}
     tokenizer = folder_inside(iteration, TOKENIZER_FOLDER)
-    for folder in (*hf_folders(iteration), *filter(None, [tokenizer])):
+    for folder in (*hf_folders(iteration, base), *filter(None, [tokenizer])):
         for path in carried_files(folder):
             files.setdefault(path.name, path)
     return tuple(files[name] for name in sorted(files))

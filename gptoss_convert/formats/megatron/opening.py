@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gptoss_convert.containers import torch_dist
+from gptoss_convert.containers.paths import settled
 from gptoss_convert.containers.torch_dist import TorchDist
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats import config as configs
@@ -27,10 +28,11 @@ from gptoss_convert.formats.megatron.stated import Stated
 def open_megatron(kind: Format, root: Path, choices: Choices) -> Checkpoint:
     """Open the asked or the latest iteration; raises as `open_checkpoint` does."""
     directory = torch_dist.find_iteration(root, choices.iteration)
-    base = files.root_of(directory)
+    # An iteration may be a link within the checkpoint, which says nothing of where that lies.
+    base = files.root_of(root) if directory == root else root
     stored = torch_dist.read(directory)
     said = _stated(directory, stored)
-    config, text, stated_by = _configuration(directory, stored, said, choices)
+    config, text, stated_by = _configuration(directory, base, stored, said, choices)
     chunks, padding = vocabulary.without_padding(stored.chunks, config.vocab_size)
     run = interleave.run_length(said, choices.glu_interleave)
     interleave.check_parallel(said, run)
@@ -63,7 +65,7 @@ def open_megatron(kind: Format, root: Path, choices: Choices) -> Checkpoint:
         {},
         sidecar.read(base),
         beside=base,
-        carried=files.carried(directory),
+        carried=files.carried(directory, base),
         notes=tuple(notes),
         words=() if choices.config else tuple((one.where, one.raw) for one in said),
         details=details,
@@ -82,14 +84,14 @@ def _stated(directory: Path, stored: TorchDist) -> list[Stated]:
 
 
 def _configuration(
-    directory: Path, stored: TorchDist, said: list[Stated], choices: Choices
+    directory: Path, base: Path, stored: TorchDist, said: list[Stated], choices: Choices
 ) -> tuple[Config, str | None, str]:
     """The configuration, Hugging Face's text of it if any, and where it is from.
 
     From --config, else the carried config.json, else what Megatron's own fields state. Fields
     that contradict it are refused; against --config they are only noted.
     """
-    path = choices.config or files.hf_config(directory)
+    path = settled(choices.config) if choices.config else files.hf_config(directory, base)
     if path is not None:
         text, content = read_config(path.parent, path.name)
         config = configs.from_hf(str(path), content)
@@ -109,7 +111,7 @@ def _configuration(
     first, *others = said
     numbers = fields.take(first)
     rows = vocabulary.rows(first, stored.chunks, choices.vocab_size)
-    longest, remark = _longest(directory, said, numbers["max_position_embeddings"])
+    longest, remark = _longest(directory, base, said, numbers["max_position_embeddings"])
     numbers = {**numbers, "max_position_embeddings": longest}
     config = made(first.where, **numbers, vocab_size=rows)
     for one in others:
@@ -117,7 +119,9 @@ def _configuration(
     return replace(config, notes=(*fields.unusual(config), *remark)), None, first.where
 
 
-def _longest(directory: Path, said: list[Stated], implied: int) -> tuple[int, tuple[str, ...]]:
+def _longest(
+    directory: Path, base: Path, said: list[Stated], implied: int
+) -> tuple[int, tuple[str, ...]]:
     """`max_position_embeddings`, and a remark where Megatron's fields leave it open.
 
     A trainer's argument of that name is the length that it trained with, and changes no output of
@@ -127,7 +131,7 @@ def _longest(directory: Path, said: list[Stated], implied: int) -> tuple[int, tu
     stated = next((one.raw[name] for one in said if type(one.raw.get(name)) is int), None)
     if stated == implied:
         return implied, ()
-    if stated is not None and stated > 0 and (files.root_of(directory) / MANIFEST).exists():
+    if stated is not None and stated > 0 and (base / MANIFEST).exists():
         return stated, ()
     found = "not stated" if stated is None else f"{stated} in args, which may be training's"
     taken = f"taken as {implied}, YaRN's original length times its factor"

@@ -1,0 +1,239 @@
+"""What lies in a checkpoint leads nowhere else, and is what it was when it was planned."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptoss_convert.containers.paths import create_inside, folder_inside, open_inside, settled
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.plan import plan
+from gptoss_convert.conversion.run import run
+from gptoss_convert.errors import GptossError, InputError, IntegrityError, TargetError, UsageError
+from gptoss_convert.synth.synth import synth
+from tests.stopping import At, HaltError, halt
+
+HF = Options("hf", workers=1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in three formats, with a tokenizer and its like beside it."""
+    folder = tmp_path_factory.mktemp("trees")
+    synth(folder / "hf", layers=1)
+    (folder / "hf" / "README.md").write_text("a model")
+    (folder / "hf" / "tokenizer.json").write_text("{}")
+    run(plan(folder / "hf", folder / "megatron", Options("megatron", workers=1)))
+    (folder / "openai").mkdir()
+    run(plan(folder / "hf", folder / "openai" / "original", Options("openai", workers=1)))
+    return folder
+
+
+def copied(made: Path, name: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / name, tmp_path / name, copy_function=shutil.copy2))
+
+
+def linked_away(root: Path, name: str, elsewhere: Path) -> None:
+    """A folder's content lies elsewhere, and a link in its place."""
+    (root / name).rename(elsewhere)
+    (root / name).symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("source", "folder"),
+    [
+        ("megatron", "hf"),
+        ("megatron", "iter_0000001"),
+        ("megatron", "iter_0000001/tokenizer"),
+        ("megatron", "iter_0000001/hf"),
+        ("megatron", "mxfp4-scales"),
+        ("openai", "original"),
+        ("openai", "original/hf"),
+    ],
+)
+def test_a_folder_that_is_a_link_leads_out_only_when_asked(
+    made: Path, tmp_path: Path, source: str, folder: str
+) -> None:
+    root = copied(made, source, tmp_path)
+    if not (root / folder).exists():
+        (root / folder).mkdir()
+        (root / folder / "config.json").write_bytes((made / "hf" / "config.json").read_bytes())
+    (root / folder / "NOTICE").write_text("somebody's secret")
+    linked_away(root, folder, tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"outside the checkpoint; pass --follow-links"):
+        run(plan(root, tmp_path / "target", HF))
+    assert {path.name for path in tmp_path.iterdir()} == {source, "elsewhere"}
+    run(plan(root, tmp_path / "target", replace(HF, follow_links=True)))
+    assert (tmp_path / "target" / "config.json").is_file()
+
+
+def test_links_on_the_way_to_source_and_target_are_their_user_s(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "here").symlink_to(made)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to("there")
+    run(plan(tmp_path / "here" / "hf", tmp_path / "out" / "target", HF))
+    assert (tmp_path / "there" / "target" / "README.md").read_text() == "a model"
+
+
+def test_links_within_the_checkpoint_are_followed(made: Path, tmp_path: Path) -> None:
+    root = copied(made, "megatron", tmp_path)
+    (root / "hf").rename(root / "carried")
+    (root / "hf").symlink_to(root / "carried")
+    (root / "iter_0000001").rename(root / "release-1")
+    (root / "iter_0000001").symlink_to("./iter_x/../release-1")
+    (root / "iter_x").mkdir()
+    shard = root / "carried" / "README.md"
+    shard.rename(root / "carried" / "text")
+    shard.symlink_to("text")
+    run(plan(root, tmp_path / "target", HF))
+    assert (tmp_path / "target" / "README.md").read_text() == "a model"
+
+
+@pytest.mark.parametrize("link", ["../x", "/x", "a/../../x", "a/../../root/../x", "b/x", ".."])
+def test_no_way_of_writing_a_link_leads_above_its_directory(tmp_path: Path, link: str) -> None:
+    root = tmp_path / "root"
+    (root / "a").mkdir(parents=True)
+    (root / "b").symlink_to(tmp_path)
+    (tmp_path / "x").write_text("outside")
+    (root / "name").symlink_to(f"{tmp_path}{link}" if link.startswith("/") else link)
+    for call in (open_inside, folder_inside):
+        with pytest.raises(InputError, match=r"name: links to .*, outside the checkpoint"):
+            call(root, "name")
+
+
+def exchanging(
+    monkeypatch: pytest.MonkeyPatch, point: int, exchange: Callable[[], None]
+) -> Callable[[], bool]:
+    """Exchange something right before this system call on the way to a file; tells if it was."""
+    left = [point]
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any, **named: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                exchange()
+            return call(*arguments, **named)
+
+        return counting
+
+    for name in ("open", "readlink", "mkdir"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    return lambda: left[0] <= 0
+
+
+@pytest.mark.parametrize("writing", [False, True])
+@pytest.mark.parametrize("part", ["sub", "sub/deep", "sub/deep/file"])
+def test_what_is_exchanged_for_a_link_meanwhile_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, writing: bool
+) -> None:
+    """At every moment: before each system call of a read and of a write."""
+    reached, point = True, 0
+    while reached:
+        point += 1
+        turn = tmp_path / str(point)
+        for name, text in (("root", "inside"), ("other", "outside")):
+            (turn / name / "sub" / "deep").mkdir(parents=True)
+            (turn / name / "sub" / "deep" / "file").write_text(text)
+        place = turn / "root" / part
+
+        def exchange(place: Path = place, other: Path = turn / "other" / part) -> None:
+            place.rename(place.with_name("real"))
+            place.symlink_to(other)
+
+        with monkeypatch.context() as patched:
+            was = exchanging(patched, point, exchange)
+            for root, name in ((turn / "root", "sub/deep/file"), (place.parent, place.name)):
+                if writing:
+                    with suppress(GptossError, OSError):
+                        descriptor = create_inside(root, name, os.O_WRONLY)
+                        os.write(descriptor, b"written")
+                        os.close(descriptor)
+                else:
+                    with suppress(GptossError), open_inside(root, name) as file:
+                        assert file.read() == b"inside"
+            reached = was()
+        assert (turn / "other" / "sub" / "deep" / "file").read_text() == "outside"
+    assert point > 8
+
+
+def test_what_is_written_has_one_name_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").hardlink_to(tmp_path / "precious")
+    with pytest.raises(TargetError, match=r"out/file: not a file of one name alone"):
+        create_inside(tmp_path / "out", "file", os.O_RDWR)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_plain_path_stays_as_its_user_wrote_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    assert str(settled(Path("a"))) == "a"
+    assert settled(Path("a/../a")) == Path("a/../a")
+
+
+def rewritten(path: Path) -> None:
+    """Other bytes in the same file, its size and time of writing as before."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        last = file.read()
+        file.seek(-4, os.SEEK_END)
+        file.write(bytes(byte ^ 1 for byte in last))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def renamed_over(path: Path) -> None:
+    """Another file in its place, of the same size and time of writing."""
+    shutil.copy2(path, path.with_name("new"))
+    rewritten(path.with_name("new"))
+    path.with_name("new").rename(path)
+
+
+CHANGES = [rewritten, renamed_over]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md"])
+def test_a_source_that_changed_after_the_plan_is_not_mixed_into_it(
+    made: Path, tmp_path: Path, change: Callable[[Path], None], name: str
+) -> None:
+    root = copied(made, "hf", tmp_path)
+    conversion = plan(root, tmp_path / "target", HF)
+    change(root / name)
+    with pytest.raises(IntegrityError, match=rf"{name}: changed since its header was read"):
+        run(conversion)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_megatron_source_that_changed_after_the_plan_is_found_out(
+    made: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    root = copied(made, "megatron", tmp_path)
+    conversion = plan(root, tmp_path / "target", HF)
+    change(max((root / "iter_0000001").glob("*.distcp"), key=lambda path: path.stat().st_size))
+    with pytest.raises(IntegrityError, match=r"distcp: changed since its header was read"):
+        run(conversion)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_changed_between_stop_and_going_on_is_refused(
+    made: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    root = copied(made, "hf", tmp_path)
+    with pytest.raises(HaltError):
+        run(plan(root, tmp_path / "target", HF), At(3, halt))
+    change(root / "model.safetensors")
+    with pytest.raises(UsageError, match=r"source model\.safetensors: .* then, .* now"):
+        run(plan(root, tmp_path / "target", HF))
+    assert not (tmp_path / "target").exists()
