@@ -39,12 +39,15 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 @dataclass(frozen=True)
 class Parallel:
-    """Sizes of the tensor, pipeline, expert and expert-tensor groups; the rest is data parallel."""
+    """Sizes of the tensor, pipeline, expert and expert-tensor groups; the rest is data parallel.
+
+    With `vpp` above 1 each pipeline rank holds so many parts of the model."""
 
     tp: int = 1
     pp: int = 1
     ep: int = 1
     etp: int = 1
+    vpp: int = 1
 
     @property
     def label(self) -> str:
@@ -137,6 +140,7 @@ def model_parallel(parallel: Parallel) -> Iterator[None]:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
     )
@@ -165,11 +169,14 @@ def _rank_main(
         function(*args)
 
 
-def build_gpt_oss(shape: TinyShape, dtype: torch.dtype, *, keys: str = "te") -> GPTModel:
+def build_gpt_oss(
+    shape: TinyShape, dtype: torch.dtype, *, keys: str = "te", part: int | None = None
+) -> GPTModel:
     """Return this rank's part of a GPT-OSS model of the local spec, random weights.
 
     `keys="te"` names the norm before the experts as TransformerEngine's spec does in a
     checkpoint (`decoder.layers.pre_mlp_layernorm.weight`), `keys="local"` as the local spec does.
+    `part` is the one of a virtual pipeline.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -183,17 +190,19 @@ def build_gpt_oss(shape: TinyShape, dtype: torch.dtype, *, keys: str = "te") -> 
     if keys == "te":
         assert isinstance(spec.submodules, TransformerLayerSubmodules)
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    place = {} if part is None else {"ignore_virtual": False, "vp_stage": part}
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=shape.vocab,
         max_sequence_length=4096,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
         parallel_output=False,
         share_embeddings_and_output_weights=False,
         position_embedding_type="yarn",
         rotary_base=int(shape.rope_theta),
+        vp_stage=part,
     ).to(dtype)
 
 
@@ -237,6 +246,9 @@ def _config(shape: TinyShape, dtype: torch.dtype) -> TransformerConfig:
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline_model_parallel_size=(
+            parallel_state.get_virtual_pipeline_model_parallel_world_size()
+        ),
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         expert_tensor_parallel_size=1,
     )
