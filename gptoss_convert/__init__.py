@@ -8,16 +8,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from gptoss_convert.errors import GptossError
 from gptoss_convert.version import VERSION
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from gptoss_convert.check.inspection import Inspection, inspect
     from gptoss_convert.conversion.options import Options
     from gptoss_convert.conversion.plan import Conversion, plan
     from gptoss_convert.conversion.run import Report, convert
+    from gptoss_convert.errors import GptossError
     from gptoss_convert.formats.adapters.options import AdapterOptions
     from gptoss_convert.parameters import Parameter, Parameters, open
     from gptoss_convert.verify.gate import verify_checkpoints
@@ -50,6 +49,7 @@ __version__ = VERSION
 _HOME = {
     "AdapterOptions": "formats.adapters.options",
     "Conversion": "conversion.plan",
+    "GptossError": "errors",
     "Inspection": "check.inspection",
     "Options": "conversion.options",
     "Parameter": "parameters",

@@ -1,26 +1,25 @@
-"""The command's entry: turns errors into one line and an exit status; a bug keeps its traceback."""
+"""The command's entry: turns errors into one line and an exit status; a bug keeps its traceback.
+
+What is not needed to take signals is imported afterwards, where a failure has its status, too.
+"""
 
 from __future__ import annotations
 
-import itertools
+# The signals without the enumerations of their names, which take longer than all else here.
+import _signal as signal  # pyright: ignore[reportMissingImports]
 import os
-import resource
-import shlex
-import signal
 import sys
-from types import FrameType
 
-import click
-
-from gptoss_convert.cli.options import complain, say
-from gptoss_convert.errors import GptossError, ResourceError
-from gptoss_convert.show.documents import document
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
-_LATER = 0.02
+_LATER = 0.002
 """Seconds after which a signal that came during an import is looked at again."""
-_REPORT = "this is a bug in gptoss-convert: please report it with the traceback above"
 _BUG = 70
+_ROOM = 256 << 20
+"""Bytes that a command needs to be able to begin: numpy with its library, and a first buffer."""
 
 
 class StoppedError(BaseException):
@@ -58,122 +57,104 @@ def _imports(frame: FrameType | None) -> bool:
 
 def main() -> None:
     """Run the command line and leave with its exit status."""
-    for number in _STOPS:
-        signal.signal(number, _stop)
-    _allow_open_files()
-    sys.exit(_run())
+    status = _BUG
+    try:
+        for number in _STOPS:
+            signal.signal(number, _stop)
+        from gptoss_convert.machine import streams
+
+        streams.prepare()
+        _allow_open_files()
+        # Workers are threads of ours: a library's own would wait for the same processors.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        status = _run()
+        _flush()
+    except BaseException as error:
+        status = _last_words(error)
+    for number in (*_STOPS, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)
+
+
+def _flush() -> None:
+    """Leave nothing on stdout that Python could fail to write at exit."""
+    from gptoss_convert.machine.streams import discard_output
+
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_output()
 
 
 def _allow_open_files() -> None:
     """As many open files as the system grants: each shard of SOURCE and TARGET takes two."""
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def _last_words(error: BaseException) -> int:
+    """The exit status where nothing else can be done any more, such as an import without memory."""
+    number = getattr(error, "number", signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)
+    usual = 5 if isinstance(error, OSError) else _BUG
+    usual = 7 if isinstance(error, MemoryError | ImportError) else usual
+    status = 128 + number if number else getattr(error, "exit_code", usual)
+    try:
+        text = " ".join(f"error: {error}".split()) if str(error) else "error: out of memory"
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+    except Exception:
+        return status
+    return status
+
+
 def _run() -> int:
+    """Run the command line; returns its exit status, whatever happens."""
+    try:
+        return _command()
+    except (StoppedError, KeyboardInterrupt) as error:
+        from gptoss_convert.cli import ending
+
+        return ending.stopped(error.number if isinstance(error, StoppedError) else signal.SIGINT)
+    except BaseException as error:
+        from gptoss_convert.cli import ending
+        from gptoss_convert.machine.failures import meaning
+
+        known = meaning(error)
+        return ending.bug(error, _BUG) if known is None else ending.failed(known)
+
+
+def _command() -> int:
+    """Run the command line; raises what its commands raise."""
+    from gptoss_convert.machine import streams
+    from gptoss_convert.machine.resources import require_room
+
+    require_room(_ROOM)
+    import click
+
+    from gptoss_convert.cli import ending
     from gptoss_convert.cli.main import cli
 
     try:
         result = cli.main(standalone_mode=False)
         sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has left: nothing more can be said on it, not even at exit.
+        streams.discard_output()
+        return 0
     except click.exceptions.Exit as leave:
         return leave.exit_code
-    except SystemExit:
+    except SystemExit as leave:
         # If whoever read the help has left, click puts another stdout in place: no error.
-        if sys.stdout is not sys.__stdout__:
-            return 0
-        raise
+        wrong = sys.stdout is sys.__stdout__ and leave.code not in (None, 0)
+        return 2 if wrong else 0
     except click.ClickException as error:
         error.show()
-        return _told(error.format_message(), error.exit_code)
-    except (GptossError, OSError, MemoryError) as error:
-        return _failed(error)
-    except (StoppedError, KeyboardInterrupt, click.exceptions.Abort) as error:
-        return _stopped(error.number if isinstance(error, StoppedError) else signal.SIGINT)
-    except Exception as error:
-        import traceback
-
-        from gptoss_convert.machine.ranks import joined
-
-        traceback.print_exc()
-        print(_REPORT, file=sys.stderr)
-        joined().fail("a bug in gptoss-convert", _BUG)
-        return _told(f"{type(error).__name__}: {error}", _BUG)
+        return ending.told(error.format_message(), error.exit_code)
+    except click.exceptions.Abort:
+        raise KeyboardInterrupt from None
     return result if isinstance(result, int) else 0
-
-
-def _failed(error: GptossError | OSError | MemoryError) -> int:
-    """Say in one line what went wrong; returns the exit status."""
-    if isinstance(error, BrokenPipeError):
-        # Whoever read the output has left: nothing more can be said on it, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    if isinstance(error, MemoryError):
-        error = ResourceError("out of memory; lower --workers or --max-memory")
-    elif isinstance(error, OSError):
-        from gptoss_convert.machine.files import disk_error
-
-        error = disk_error(error.filename or "input or output", error)
-    return _ended(error)
-
-
-def _ended(error: GptossError) -> int:
-    """Say why this rank ends, to its user and to the other ranks; returns the exit status."""
-    from gptoss_convert.machine.ranks import joined
-
-    for number in (*_STOPS, signal.SIGALRM):
-        # torchrun terminates who is about to say why another one has ended.
-        signal.signal(number, signal.SIG_IGN)
-    _say(f"error: {error}")
-    joined().fail(str(error), error.exit_code)
-    return _told(str(error), error.exit_code)
-
-
-def _stopped(number: int) -> int:
-    """Say how to go on; returns the exit status that shells know.
-
-    torchrun terminates the ranks of its machine when one has failed: that one's reason counts.
-    """
-    from gptoss_convert.machine.ranks import joined
-
-    ranks = joined()
-    how = "interrupted" if number == signal.SIGINT else "terminated"
-    if reason := ranks.failure(within=1.0):
-        return _ended(reason)
-    ranks.fail(how, 128 + number)
-    command = shlex.join(["gptoss-convert", *sys.argv[1:]])
-    if ranks.size > 1:
-        command = "torchrun with the same words, or with another number of ranks"
-    message = f"{how}: nothing was published; the same command goes on: {command}"
-    _say(message)
-    return _told(message, 128 + number)
-
-
-def _say(text: str) -> None:
-    """A line to stderr, and to this rank's log."""
-    from gptoss_convert.machine.ranks import joined
-
-    complain(text)
-    joined().note(text)
-
-
-def _told(error: str, exit_code: int) -> int:
-    """Say it in JSON too, if stdout is to carry JSON; returns the exit status."""
-    from gptoss_convert.machine.ranks import joined
-
-    if _prints_json(sys.argv[1:]) and joined().rank == 0:
-        say(document("error", {"error": error, "exit_code": exit_code}))
-    return exit_code
-
-
-def _prints_json(words: list[str]) -> bool:
-    """Whether stdout is to carry JSON: verify's --json may name a file instead."""
-    words = list(itertools.takewhile(lambda word: word != "--", words))
-    if "--json" not in words:
-        return False
-    after = words[words.index("--json") + 1 :][:1]
-    return words[0] != "verify" or not after or after[0].startswith("-")
 
 
 if __name__ == "__main__":

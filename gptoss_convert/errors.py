@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from gptoss_convert.machine.secrets import scrub
+
 
 class GptossError(Exception):
-    """Base of all expected errors; the message is one line: where, what, expected, found."""
+    """Base of all expected errors; the message is one line: where, what, expected, found.
+
+    No message holds a secret, wherever it is caught: what it repeats of others is scrubbed here.
+    """
 
     exit_code: int = 3
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(scrub(message))
 
 
 class UsageError(GptossError):
@@ -75,7 +83,7 @@ EXIT_CODES: dict[int, str] = {
     4: "integrity: truncated, missing, non-finite, contradictory",
     5: "disk or I/O",
     6: "network or authentication",
-    7: "memory insufficient",
+    7: "memory insufficient, or no further thread can be started",
     8: "TARGET exists or is busy",
     130: "interrupted (SIGINT)",
     143: "terminated (SIGTERM)",

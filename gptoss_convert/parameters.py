@@ -36,6 +36,7 @@ from gptoss_convert.layouts.extents import Extent, overlap, volume
 from gptoss_convert.layouts.layout import Box
 from gptoss_convert.layouts.model import Family, load_model
 from gptoss_convert.layouts.updates import Update
+from gptoss_convert.machine.failures import absent
 from gptoss_convert.machine.files import Arena, SourceFiles
 
 if TYPE_CHECKING:
@@ -336,5 +337,5 @@ def _torch() -> ModuleType:
     try:
         import torch
     except ImportError as error:
-        raise UsageError(f"tensors need torch (pip install torch): {error}") from None
+        raise absent("tensors need torch (pip install torch)", error) from None
     return torch

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from gptoss_convert import __main__ as entry
+from gptoss_convert.cli import ending
 from gptoss_convert.cli.main import cli
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.plan import Conversion, plan
@@ -333,13 +333,13 @@ def test_a_signal_does_not_cut_off_the_last_words(
     conversion: Conversion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torchrun terminates all ranks as soon as one has ended."""
-    complain = entry.complain
+    complain = ending.complain
 
     def terminated(text: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         complain(text)
 
-    monkeypatch.setattr(entry, "complain", terminated)
+    monkeypatch.setattr(ending, "complain", terminated)
     ended = command("convert", conversion.source.root / "nothing", conversion.target, "--to", "hf")
     assert ended.error.startswith("error: ")
     assert ended.status == 2

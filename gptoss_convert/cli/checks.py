@@ -37,6 +37,7 @@ from gptoss_convert.formats.checkpoint import Choices
 from gptoss_convert.machine import progress
 from gptoss_convert.show import report
 from gptoss_convert.show.documents import document
+from gptoss_convert.show.texts import write_text
 from gptoss_convert.verify.result import VerifyOptions
 
 
@@ -167,9 +168,9 @@ def _write(
     from gptoss_convert.show import report_page
 
     if junit:
-        junit.write_text(report.junit(summary), encoding="utf-8")
+        write_text(junit, report.junit(summary))
     if json_to not in (None, "-"):
-        Path(json_to).write_text(document("verify", summary) + "\n", encoding="utf-8")
+        write_text(Path(json_to), document("verify", summary) + "\n")
     if folder:
         report_page.write(summary, folder, shlex.join(["gptoss-convert", *sys.argv[1:]]))
 

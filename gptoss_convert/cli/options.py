@@ -16,6 +16,9 @@ import click
 
 from gptoss_convert.errors import EXIT_CODES
 from gptoss_convert.formats import registry
+from gptoss_convert.machine.files import disk_error
+from gptoss_convert.machine.secrets import scrub
+from gptoss_convert.machine.streams import discard_output
 from gptoss_convert.machine.terminal import printable
 from gptoss_convert.options import Option
 from gptoss_convert.show.documents import document
@@ -177,14 +180,17 @@ def show(
 def say(text: str) -> None:
     """Print to stdout; that whoever read it has left is no error."""
     try:
-        click.echo(text, color=True)
+        click.echo(scrub(text), color=True)
     except BrokenPipeError:
         # Nothing more can be said on it, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
+    except OSError as error:
+        raise disk_error("stdout", error) from None
 
 
 def complain(text: str) -> None:
     """Print a line to stderr; a terminal shows the word before its colon in red."""
+    text = scrub(text)
     shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
     word, colon, rest = printable(shown).partition(":")
     if is_styled(sys.stderr) and not os.environ.get("NO_COLOR"):

@@ -14,6 +14,7 @@ from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.layouts.extents import Extent
 from gptoss_convert.layouts.model import load_model
+from gptoss_convert.machine.failures import absent
 from gptoss_convert.quantise import rounding
 from gptoss_convert.quantise.layers import RoundedLayers
 
@@ -97,9 +98,9 @@ def calibrate(
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise UsageError(
-            "--lossy calibrated needs torch (pip install 'gptoss-convert[verify]'); plain --lossy "
-            f"needs nothing more: {error}"
+        needed = "needs torch (pip install 'gptoss-convert[verify]')"
+        raise absent(
+            f"--lossy calibrated {needed}; plain --lossy needs nothing more", error
         ) from None
     from gptoss_convert.quantise.run import calibrate_checkpoint
 

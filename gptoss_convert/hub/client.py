@@ -17,6 +17,7 @@ from urllib.parse import quote
 from gptoss_convert.errors import NetworkError
 from gptoss_convert.formats.repository import Repository
 from gptoss_convert.hub.names import similar
+from gptoss_convert.machine.secrets import scrub
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -241,14 +242,14 @@ def translated(repository: Repository, path: str | None = None) -> Iterator[None
 
 
 def _hide_signatures() -> None:
-    """The client's warnings of retries stay, the signed part of addresses in them does not."""
+    """The client's warnings of retries stay, the secret parts of addresses in them do not."""
     for handler in logging.getLogger("huggingface_hub").handlers:
-        if _without_queries not in handler.filters:
-            handler.addFilter(_without_queries)
+        if _scrubbed not in handler.filters:
+            handler.addFilter(_scrubbed)
 
 
-def _without_queries(record: logging.LogRecord) -> bool:
-    record.msg, record.args = re.sub(r"(https?://[^\s?]+)\?[^\s:]+", r"\1", record.getMessage()), ()
+def _scrubbed(record: logging.LogRecord) -> bool:
+    record.msg, record.args = scrub(record.getMessage()), ()
     return True
 
 

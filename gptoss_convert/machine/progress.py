@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Protocol, TextIO
 
+from gptoss_convert.machine.secrets import scrub
 from gptoss_convert.machine.terminal import is_dumb, printable
 
 Advance = Callable[[int], None]
@@ -76,9 +77,9 @@ class Lines:
 
 
 def _log(line: str, stream: TextIO | None = None) -> None:
-    """Print to stderr or a log; that whoever read it has left does not end the work."""
-    with suppress(BrokenPipeError):
-        print(line, file=stream or sys.stderr)
+    """Print to stderr or a log; that it cannot be written there does not end the work."""
+    with suppress(OSError):
+        print(scrub(line), file=stream or sys.stderr)
 
 
 def _line(what: str, done: int, nbytes: int, count: int, steps: int, seconds: float) -> str:

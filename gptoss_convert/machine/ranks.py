@@ -22,6 +22,7 @@ from typing import Any, Self, TextIO
 
 from gptoss_convert.errors import EXIT_LOST, NetworkError, RankError
 from gptoss_convert.machine.introduction import accepted, connected
+from gptoss_convert.machine.secrets import scrub
 from gptoss_convert.machine.terminal import printable
 
 _SILENCE = 10
@@ -72,12 +73,12 @@ class Ranks:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = (folder / f"rank-{self.rank:05d}.log").open("a", 1, "utf-8")
         who = f"rank {self.rank} of {self.size} on {self.host}, process {os.getpid()}:"
-        print(who, *sys.argv[1:], file=self.log)
+        print(who, scrub(" ".join(sys.argv[1:])), file=self.log)
 
     def note(self, text: str) -> None:
         """Write a line to this rank's log, if it keeps one."""
         if self.log:
-            print(printable(text), file=self.log)
+            print(printable(scrub(text)), file=self.log)
 
     def connect(self, peers: Mapping[int, socket.socket]) -> None:
         """Speak through these connections from now on: to every rank from rank 0, else to it."""

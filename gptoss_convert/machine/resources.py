@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import resource
 from pathlib import Path
@@ -22,6 +23,19 @@ def memory_limit() -> int:
         limits.append(soft)
     limits += _cgroup_limits()
     return min(limits)
+
+
+def require_room(nbytes: int) -> None:
+    """Raise ResourceError unless so much address space is left: libraries do not ask, they abort,
+    or end the process with a status of their own."""
+    try:
+        mmap.mmap(-1, nbytes).close()
+    except OSError:
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        raise ResourceError(
+            f"{nbytes / 1e6:.0f} MB more address space needed, the limit is {soft / 1e6:.0f} MB; "
+            "raise ulimit -v"
+        ) from None
 
 
 def _cgroup_limits() -> list[int]:

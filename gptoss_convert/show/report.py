@@ -8,6 +8,7 @@ from typing import Any
 
 from gptoss_convert.layouts.folding import ranges
 from gptoss_convert.show.pages import Facts, Grid, Page
+from gptoss_convert.show.texts import in_xml
 
 
 def size(nbytes: float) -> str:
@@ -302,11 +303,10 @@ def junit(summary: Mapping[str, Any]) -> str:
             f'<testcase classname="gptoss-convert.verify" name={name} time="{seconds}">{body}'
             "</testcase>"
         )
-    return "\n".join(
-        [
-            '<?xml version="1.0" encoding="UTF-8"?>',
-            f'<testsuite name={quoteattr(suite)} tests="{len(cases)}" failures="{failed}">',
-            *cases,
-            "</testsuite>\n",
-        ]
-    )
+    lines = [
+        '<?xml version="1.0" encoding="UTF-8"?>',
+        f'<testsuite name={quoteattr(suite)} tests="{len(cases)}" failures="{failed}">',
+        *cases,
+        "</testsuite>\n",
+    ]
+    return in_xml("\n".join(lines))

@@ -13,6 +13,7 @@ from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.hub.adapters import with_adapter
 from gptoss_convert.hub.sources import open_source
+from gptoss_convert.machine.failures import absent
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
 from gptoss_convert.verify.result import LEVELS, Level, Verification, VerifyOptions
@@ -96,7 +97,5 @@ def need_torch(wanted: str) -> None:
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise UsageError(
-            f"{wanted} needs torch (pip install 'gptoss-convert[verify]'); "
-            f"--level values needs nothing more: {error}"
-        ) from None
+        needed = "needs torch (pip install 'gptoss-convert[verify]')"
+        raise absent(f"{wanted} {needed}; --level values needs nothing more", error) from None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from gptoss_convert.containers.paths import read_text
 from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
+from gptoss_convert.machine.failures import absent, is_panic
 from gptoss_convert.verify.sides import tokenizer_of
 from gptoss_convert.witness.parity_report import NextTokens
 from gptoss_convert.witness.tokens import TokenSequence
@@ -73,14 +74,17 @@ def load_tokenizer(sides: Iterable[Checkpoint]) -> Tokenizer:
         raise UsageError("text needs a tokenizer.json beside SOURCE or TARGET; pass token ids")
     try:
         from tokenizers import Tokenizer
-    except ImportError:
-        raise UsageError("text needs the tokenizers library: pip install tokenizers") from None
+    except ImportError as error:
+        needed = "text needs the tokenizers library (pip install tokenizers)"
+        raise absent(needed, error) from None
     text = read_text(path.parent, path.name, _MAX_TOKENIZER)
     try:
         return Tokenizer.from_str(text)
     # The library raises nothing narrower.
-    except Exception as error:
-        raise InputError(f"{path}: no tokenizer: {error}") from None
+    except BaseException as error:
+        if isinstance(error, Exception) or is_panic(error):
+            raise InputError(f"{path}: no tokenizer: {error!s:.300}") from None
+        raise
 
 
 def shown_tokens(found: Iterable[NextTokens], *sides: Checkpoint) -> list[str]:

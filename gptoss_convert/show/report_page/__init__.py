@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.errors import UsageError
+from gptoss_convert.show.texts import write_text
 
 
 def prepare(folder: Path) -> None:
@@ -33,6 +34,6 @@ def write(summary: Mapping[str, Any], folder: Path, command: str | None = None) 
 
     page = page_of(summary, command)
     path = folder / "report.html"
-    path.write_text(html(page), encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown(page), encoding="utf-8")
+    write_text(path, html(page))
+    write_text(path.with_suffix(".md"), markdown(page))
     return path

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError, NetworkError, UsageError
+from gptoss_convert.machine.secrets import keep
 from gptoss_convert.version import VERSION
 
 _CONNECT_SECONDS = 15.0
@@ -109,6 +110,7 @@ class Connection:
         self.address = Address.of(url)
         self.tries = _TRIES
         self._key, self._seconds, self._sleep = key, seconds, sleep
+        keep(key)
 
     @property
     def notes(self) -> list[str]:

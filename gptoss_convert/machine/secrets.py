@@ -1,0 +1,73 @@
+"""What must not leave: passwords, tokens and the signed part of addresses, in any text."""
+
+from __future__ import annotations
+
+import os
+import re
+
+HIDDEN = "***"
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]{0,20}://)([^\s\"'<>\\]+)", re.IGNORECASE)
+_TOKEN = re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{20,}|(?<=\bbearer )[!-~]+", re.IGNORECASE)
+_NAMED = re.compile(
+    r"(?:.*_)?(?:TOKEN|PASSWORD|PASSWD|SECRET|SECRET_KEY|SECRET_ACCESS_KEY|API_?KEY)", re.IGNORECASE
+)
+"""How environment variables are called that hold nothing but a secret."""
+_ANSWERS = re.compile(r"(?:https?|socks\w*|ftp)://", re.IGNORECASE)
+"""How an address in an environment variable begins that may hold a password."""
+_LEAST = 6
+"""Characters of a secret that is looked for by itself: a shorter one would be found in any text."""
+_MOST = 4096
+_kept: set[str] = set()
+
+
+def keep(secret: str | None) -> None:
+    """Hide this text from now on, wherever `scrub` is used."""
+    if secret:
+        _kept.add(secret)
+
+
+def scrub(text: str) -> str:
+    """The text without secrets, `***` in their places.
+
+    Secrets are the names, passwords and queries of addresses, tokens of the Hub, what the
+    environment holds under a name that says so, or in an address, and what was to be kept.
+    """
+    for secret in _known():
+        text = text.replace(secret, HIDDEN)
+    if "://" in text:
+        text = _ADDRESS.sub(_bare, text)
+    return _TOKEN.sub(HIDDEN, text)
+
+
+def _bare(found: re.Match[str]) -> str:
+    """An address without name and password, query and fragment."""
+    scheme, rest = found.groups()
+    end = min((at for mark in "?#" if (at := rest.find(mark)) >= 0), default=len(rest))
+    rest = rest[:end] + (f"{rest[end]}{HIDDEN}" if end + 1 < len(rest) else rest[end:])
+    host, slash, path = rest.partition("/")
+    _, at, host = host.rpartition("@")
+    return f"{scheme}{HIDDEN * bool(at)}{at}{host}{slash}{path}"
+
+
+def _known() -> list[str]:
+    """Secrets by themselves, the longest first: one may be a part of another."""
+    found = {*_kept}
+    for name, value in os.environ.items():
+        if len(value) <= _MOST:
+            if _NAMED.fullmatch(name):
+                found.add(value)
+            elif _ANSWERS.match(value) and "@" in value:
+                found |= _credentials(value)
+    return sorted((one for one in found if len(one) >= _LEAST), key=len, reverse=True)
+
+
+def _credentials(value: str) -> set[str]:
+    """What stands before the last @ of an address, in whole and in parts, as written and decoded.
+
+    It may hold characters that end the host for whoever reads the address by the rules.
+    """
+    from urllib.parse import unquote
+
+    whole = value.partition("://")[2].rpartition("@")[0]
+    password = whole.partition(":")[2]
+    return {whole, password, unquote(whole), unquote(password)}

@@ -1,0 +1,113 @@
+"""What must not leave: one scrubber, and every way on which text leaves."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from gptoss_convert.errors import GptossError, NetworkError
+from gptoss_convert.machine import secrets
+from gptoss_convert.machine.progress import Lines
+from gptoss_convert.machine.secrets import keep, scrub
+from gptoss_convert.show import report
+from gptoss_convert.show.texts import write_text
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+@pytest.fixture(autouse=True)
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "_kept", set())
+    for name, value in (
+        ("HF_ENDPOINT", "https://user:pa/ss@w0rd%21@hub.example"),
+        ("HTTPS_PROXY", "http://me:pr0xy-word@proxy:8"),
+        ("HF_TOKEN", "the-token-itself"),
+        ("WORK_API_KEY", "sk-key-of-work"),
+        ("TOKENIZERS_PARALLELISM", "parallel-or-not"),
+        ("HF_TOKEN_PATH", "/etc/hub/token"),
+    ):
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:pw@hub/x: 404", "https://***@hub/x: 404"),
+        ("'https://cdn/a?signature=1&x=2' thrown", "'https://cdn/a?***' thrown"),
+        ('{"url": "http://h:8/a?key=1"}', '{"url": "http://h:8/a?***"}'),
+        ("https://h/a#access_token=1 z", "https://h/a#*** z"),
+        ("https://h?token=1", "https://h?***"),
+        ("HTTPS://A:B@H", "HTTPS://***@H"),
+        ("cannot reach https://user:pa/ss@w0rd%21@hub.example/x", "cannot reach https://***@hub"),
+        ("decoded: pa/ss@w0rd!", "decoded: ***"),
+        ("proxy says pr0xy-word", "proxy says ***"),
+        ("Authorization: Bearer abc.def-9", "Authorization: Bearer ***"),
+        (f"token {TOKEN} x", "token *** x"),
+        ("the-token-itself and sk-key-of-work", "*** and ***"),
+    ],
+)
+def test_secrets_are_hidden(text: str, shown: str) -> None:
+    assert scrub(text).startswith(shown)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf://owner/name@main",
+        "hf://openai/gpt-oss-20b: no revision 'v1'",
+        "http://[::1]:8000/v1 answered",
+        "see https://hub.example/docs?",
+        "hf_checkpoint/model.safetensors: truncated",
+        "someone@example.org wrote /etc/hub/token, parallel-or-not",
+        "file:///home/x/model",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert scrub(text) == text
+
+
+def test_what_is_kept_is_hidden() -> None:
+    assert scrub("abcdef") == "abcdef"
+    keep("abcdef")
+    assert scrub("xabcdefx") == "x***x"
+
+
+def test_no_error_holds_a_secret() -> None:
+    for kind in (GptossError, NetworkError):
+        assert str(kind("https://a:b@h/x?y=1")) == "https://***@h/x?***"
+
+
+def test_notes_and_files_hold_no_secret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Lines().note("https://a:bcdefg@h/x")
+    assert capsys.readouterr().err == "note: https://***@h/x\n"
+    write_text(tmp_path / "x", "https://a:bcdefg@h/x the-token-itself \udcff")
+    assert (tmp_path / "x").read_text() == "https://***@h/x *** \\udcff"
+
+
+def test_junit_is_xml_whatever_it_repeats() -> None:
+    odd = "a\x00\x1b[31m\ud800\ufffe\x0b<&'\""
+    level = {"name": "values", "same": False, "findings": [odd, "two"], "seconds": 1.0}
+    summary = {"source": {"path": odd}, "target": {"path": "b"}, "levels": [level]}
+    suite = ElementTree.fromstring(report.junit(summary).encode())
+    shown = "a\\x00\\x1b[31m\\ud800\\ufffe\\x0b<&'\""
+    assert suite.attrib["name"] == f"{shown} against b"
+    failure = suite.find("testcase/failure")
+    assert failure is not None and failure.attrib["message"] == shown
+    assert failure.text == f"{shown}\ntwo"
+
+
+def test_warnings_of_the_client_hold_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    from gptoss_convert.formats.repository import Repository
+    from gptoss_convert.hub.client import translated
+
+    assert huggingface_hub
+    with translated(Repository("a/b")):
+        logging.getLogger("huggingface_hub.utils._http").warning(
+            "retry %s", "https://user:pa/ss@w0rd%21@hub.example/x?sig=1"
+        )
+    said = capsys.readouterr().err
+    assert not [one for one in ("w0rd", "sig=1") if one in said]
