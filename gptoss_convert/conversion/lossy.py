@@ -28,7 +28,7 @@ _NEAREST_RULE = "ceil"
 """As OpenAI's kernels, ModelOpt and Megatron-Bridge choose scales."""
 HINT = (
     "--lossy alone rounds stochastically, which keeps an update on average; --lossy calibrated, "
-    "with torch and best on a GPU, keeps it with a third to two thirds of the noise"
+    "with torch and best on a GPU, keeps a strong update with a third of the noise"
 )
 
 
