@@ -103,7 +103,7 @@ def _data_offset(
         raise IntegrityError(
             f"{where}: declared {dtype} {extent}, the item holds {found.dtype} {found.shape}"
         )
-    if not _is_row_major(found.shape, found.stride):
+    if not is_row_major(found.shape, found.stride):
         raise InputError(f"{where}: strides {found.stride} of shape {found.shape} not row-major")
     data = members.get(f"data/{found.key}")
     item_size = DTYPE_BYTES[DTYPE_NAMES[dtype]]
@@ -154,7 +154,8 @@ def _counts(value: object) -> tuple[int, ...] | None:
     return counts if len(counts) == len(value) else None
 
 
-def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+def is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether strides, in elements, are those of a contiguous tensor of this shape."""
     if len(shape) != len(stride):
         return False
     expected = 1

@@ -45,23 +45,26 @@ class Archive:
     """Offsets of the CRC of each record in the central directory."""
 
 
-def read_archive(read_at: ReadAt, length: int, where: str) -> Archive:
-    """Return the records of the archive that fills `length` bytes.
+def read_archive(
+    read_at: ReadAt, length: int, where: str, most: int = MAX_DIRECTORY_BYTES
+) -> Archive:
+    """Return the records of the archive that fills `length` bytes; their directory takes at `most`
+    so many.
 
     Raises IntegrityError where sizes, magics or ranges contradict each other; InputError for
     compressed or encrypted records and for names that leave the archive.
     """
     try:
-        return _read(read_at, length)
+        return _read(read_at, length, most)
     except (InputError, IntegrityError) as error:
         raise type(error)(f"{where}: {error}") from None
     except (struct.error, IndexError):
         raise IntegrityError(f"{where}: zip archive truncated") from None
 
 
-def _read(read_at: ReadAt, length: int) -> Archive:
+def _read(read_at: ReadAt, length: int, most: int) -> Archive:
     start, size, count, end = _find_directory(read_at, length)
-    if start + size != end or size > MAX_DIRECTORY_BYTES or count > size // ENTRY.size:
+    if start + size != end or size > most or count > size // ENTRY.size:
         raise IntegrityError(
             f"zip directory of {size} bytes at {start} does not reach its end record at {end}"
         )

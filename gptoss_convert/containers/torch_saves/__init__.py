@@ -1,0 +1,8 @@
+"""Files of `torch.save`: tensors located in place, or the parts of them that each rank saved."""
+
+from __future__ import annotations
+
+from gptoss_convert.containers.torch_saves.file import SavedFile, open_saved
+from gptoss_convert.containers.torch_saves.merged import Merged, merged, named_values, read
+
+__all__ = ["Merged", "SavedFile", "merged", "named_values", "open_saved", "read"]

@@ -1,0 +1,120 @@
+"""State dicts of one rank or of all: every tensor whole, from parts that tile it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptoss_convert.containers import Chunk
+from gptoss_convert.containers.torch_dist.coverage import require_tiling
+from gptoss_convert.containers.torch_dist.metadata import ChunkBox
+from gptoss_convert.containers.torch_saves.file import SavedFile, open_saved
+from gptoss_convert.containers.torch_saves.tensors import is_tensor, pieces
+from gptoss_convert.errors import InputError, IntegrityError
+
+_MAX_DEPTH = 16
+_MAX_VALUES = 1 << 20
+_MAX_NAME = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The tensors of one model out of the files of all ranks."""
+
+    chunks: tuple[Chunk, ...]
+    skipped: Mapping[str, int]
+    """What else the files hold, by kind."""
+    replicas: int
+    """Copies of a part of a tensor beyond the first: they are not read."""
+
+
+Skip = Callable[[str], str | None]
+"""The kind of what a name stands for where that is no weight, else None."""
+
+
+def read(root: Path, names: Sequence[str], skip: Skip = lambda name: None) -> Merged:
+    """The tensors of these files, which are one model's; see `merged`."""
+    return merged(str(root), (open_saved(root, name) for name in names), skip)
+
+
+def merged(where: str, files: Iterable[SavedFile], skip: Skip = lambda name: None) -> Merged:
+    """The tensors that the files hold together; one file is in memory at a time.
+
+    Raises IntegrityError where the ranks contradict each other, or leave a gap.
+    """
+    parts: dict[str, list[Chunk]] = defaultdict(list)
+    skipped: Counter[str] = Counter()
+    for file in files:
+        for name, value in named_values(file.value, file.where):
+            kind = skip(name) if is_tensor(value) else "other"
+            if kind is not None:
+                skipped[kind] += 1
+                continue
+            for piece in pieces(value, f"{file.where}: {name}"):
+                parts[name].append(file.chunk(name, piece))
+    chunks: list[Chunk] = []
+    replicas = 0
+    for name, held in parts.items():
+        kept = _tiled(f"{where}: {name}", held)
+        replicas += sum(1 for chunk in held if math.prod(chunk.extent)) - len(kept)
+        chunks += kept
+    return Merged(tuple(chunks), dict(skipped), replicas)
+
+
+def named_values(value: object, where: str, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every value of nested dicts under the keys that lead to it, joined by dots.
+
+    Raises InputError for what is no dict, and beyond what genuine files nest and hold.
+    """
+    if not isinstance(value, dict):
+        kind = getattr(value, "name", type(value).__name__)
+        raise InputError(f"{where}: holds {kind}, expects a state dict: names and tensors")
+    count = 0
+    for name, one in _walk(value, prefix, 0, where):
+        count += 1
+        if count > _MAX_VALUES:
+            raise InputError(f"{where}: more than {_MAX_VALUES} values")
+        yield name, one
+
+
+def _walk(
+    value: Mapping[object, object], prefix: str, depth: int, where: str
+) -> Iterator[tuple[str, object]]:
+    if depth > _MAX_DEPTH:
+        raise InputError(f"{where}: dicts nest deeper than {_MAX_DEPTH} levels")
+    for key, one in value.items():
+        name = f"{prefix}{key}" if isinstance(key, str | int) else ""
+        if not name.isprintable() or not 0 < len(name) <= _MAX_NAME:
+            raise InputError(
+                f"{where}: a key is no printable string of 1 to {_MAX_NAME} characters"
+            )
+        if isinstance(one, dict):
+            yield from _walk(one, f"{name}.", depth + 1, where)
+        else:
+            yield name, one
+
+
+def _tiled(where: str, held: Sequence[Chunk]) -> list[Chunk]:
+    """One chunk for each part of a tensor that any rank holds; parts without elements go."""
+    first = held[0]
+    for chunk in held:
+        if (chunk.dtype, chunk.shape) != (first.dtype, first.shape):
+            raise IntegrityError(
+                f"{where}: {first.dtype} {first.shape} in {first.file}, {chunk.dtype} "
+                f"{chunk.shape} in {chunk.file}"
+            )
+    kept = {
+        ChunkBox(chunk.start, chunk.extent): chunk
+        for chunk in reversed(held)
+        if math.prod(chunk.extent)
+    }
+    if not kept:
+        raise InputError(f"{where}: empty tensor of shape {first.shape}")
+    try:
+        require_tiling(first.shape, kept.keys())
+    except (InputError, IntegrityError) as error:
+        raise type(error)(f"{where}: {error}") from None
+    return [*kept.values()]
