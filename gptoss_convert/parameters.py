@@ -195,7 +195,7 @@ class Parameter:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold it."""
-        return tuple(sorted({extent.file.path for extent in self.extents}))
+        return tuple(sorted({file.path for extent in self.extents for file in extent.files}))
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -168,8 +168,8 @@ UNSUPPORTED: dict[str, tuple[bytes, str]] = {
         "a: dtype 'F4' is unknown; expects U8, BF16, F16, F32",
     ),
     "dtype of other models": (
-        stored({"a": entry("F8_E4M3", [8], 0, 8)}),
-        "a: dtype 'F8_E4M3' has no place in GPT-OSS; expects U8, BF16, F16, F32",
+        stored({"a": entry("F8_E5M2", [8], 0, 8)}),
+        "a: dtype 'F8_E5M2' has no place in GPT-OSS; expects U8, BF16, F16, F32, F8_E4M3, F8_E8M0",
     ),
     "empty tensor": (
         stored({"a": entry("U8", [0, 4], 0, 0)}, 0),

@@ -139,7 +139,8 @@ def _place(base: Path, file: FileRef) -> str:
 
 
 def _weight_files(opened: Checkpoint, base: Path) -> set[str]:
-    return {_place(base, extent.file) for extent in opened.extents(casts(True))}
+    extents = opened.extents(casts(True))
+    return {_place(base, file) for extent in extents for file in extent.files}
 
 
 def _listed_files(base: Path, manifest: Manifest, weights: set[str]) -> Iterator[str]:
@@ -267,11 +268,12 @@ def _tensors(
 ) -> tuple[list[str], set[str]]:
     """The tensors of a layer of a weight and their files; in damaged files, where some are."""
     extents = {
-        (_place(base, extent.file), extent.tensor)
+        (_place(base, file), extent.tensor)
         for step in plan.steps
         if (step.family.weight, step.layer) == group
         for extent in step.sources
-        if not sidecar.holds(extent.file.name)
+        for file in extent.files
+        if not sidecar.holds(file.name)
     }
     extents = {pair for pair in extents if pair[0] in damaged} or extents
     return sorted({tensor for _, tensor in extents}), {file for file, _ in extents}

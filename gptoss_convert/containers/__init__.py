@@ -7,8 +7,16 @@ from dataclasses import dataclass, field
 
 from gptoss_convert.containers.refs import Copied, Identity
 
-DTYPE_BYTES: dict[str, int] = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
-"""Item size of each dtype a GPT-OSS weight may be stored in, by its safetensors name."""
+DTYPE_BYTES: dict[str, int] = {
+    "U8": 1,
+    "BF16": 2,
+    "F16": 2,
+    "F32": 4,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+}
+"""Item size of each dtype that a GPT-OSS weight, or what it is decoded from, may be stored in, by
+its safetensors name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,9 @@ class Chunk:
     """Path relative to the checkpoint directory, POSIX form."""
     offset: int
     """Byte offset of the box's first element in the file."""
+    packed: Packed | None = None
+    """What its values are decoded from. Then it is a whole tensor, `offset` is 0, and its bytes are
+    those of the decoded values, which lie nowhere."""
     identity: Identity | None = field(default=None, compare=False, repr=False)
     """What the file was when this was read from it; None for one that is to be written."""
 
@@ -49,6 +60,18 @@ class Chunk:
     def nbytes(self) -> int:
         """Bytes of the box."""
         return math.prod(self.extent) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A quantised tensor: the stored ones that its values are decoded from, and by what."""
+
+    decoder: str
+    """Name of the module among the codecs' decoders."""
+    members: tuple[tuple[str, Chunk], ...]
+    """Each stored tensor, whole, by the decoder's name for it."""
+    numbers: tuple[tuple[str, float], ...] = ()
+    """What the decoder must know besides, by its names for them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ MAX_NAME = 512
 PAGE = 4096
 _DTYPE_ORDER = ("F32", "BF16", "F16", "U8")
 _OTHER_DTYPES = frozenset(
-    ("BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "F64", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+    ("BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "F64", "F8_E5M2")
 )
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 

@@ -57,8 +57,12 @@ class Conversion:
     @cached_property
     def reads(self) -> Set[FileRef]:
         """Every file that the conversion reads."""
-        files = {extent.file for step in self.plan.steps for extent in step.sources}
-        return files | {c.file for _, c in self.image.closing if isinstance(c, Copied)}
+        return self._weight_files | {c.file for _, c in self.image.closing if isinstance(c, Copied)}
+
+    @cached_property
+    def _weight_files(self) -> Set[FileRef]:
+        held = (extent for step in self.plan.steps for extent in step.sources)
+        return {file for extent in held for file in extent.files}
 
     @cached_property
     def write_bytes(self) -> int:
@@ -86,7 +90,7 @@ class Conversion:
             for piece in pieces(content, self.places):
                 digest.update(piece)
         digest.update(f"{len(self.plan.steps)} steps".encode())
-        files = {extent.file for step in self.plan.steps for extent in step.sources}
+        files = self._weight_files
         return {
             "tool": f"gptoss-convert {VERSION}",
             "options": self.options.decisive,

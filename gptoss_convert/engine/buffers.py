@@ -14,18 +14,12 @@ import numpy.typing as npt
 from gptoss_convert.codecs.mxfp4 import relayout
 from gptoss_convert.containers import DTYPE_BYTES
 from gptoss_convert.engine.steps import Step
+from gptoss_convert.engine.unpacking import Unpacker, array_type
 from gptoss_convert.layouts.extents import Extent, overlap, volume
 from gptoss_convert.layouts.layout import Box
 from gptoss_convert.machine.files import PAGE, Arena, ByteSource
 
 Array = npt.NDArray[Any]
-_FLOATS = {"F16": np.float16, "F32": np.float32}
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-
-
-def array_type(dtype: str) -> type[np.generic]:
-    """The numpy type of a stored dtype; what numpy does not compute with is carried as its bits."""
-    return _FLOATS.get(dtype) or _BITS[DTYPE_BYTES[dtype]]
 
 
 @dataclass(slots=True)
@@ -72,6 +66,7 @@ class StepReader:
     def __init__(self, files: ByteSource, room: int) -> None:
         self._files = files
         self._room = room
+        self._unpacker: Unpacker | None = None
         self.arena = Arena(room)
 
     def begin(self, room: int | None = None) -> None:
@@ -85,9 +80,15 @@ class StepReader:
         held = lay_out(step, extents, self.arena)
         nbytes = 0
         for part in itertools.chain(*held.values()):
-            nbytes += read(part, self._files, self.arena)
+            files = self._files if part.extent.packed is None else self._unpacked(part.extent)
+            nbytes += read(part, files, self.arena)
             seen(part)
         return held, nbytes
+
+    def _unpacked(self, extent: Extent) -> ByteSource:
+        if self._unpacker is None:
+            self._unpacker = Unpacker(self._files)
+        return self._unpacker.of(extent)
 
 
 def lay_out(step: Step, extents: Sequence[Extent], arena: Arena) -> dict[str, list[Part]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from gptoss_convert.containers import Image, safetensors
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
-from gptoss_convert.formats import carried, openai, shards, sidecar, unsupported
+from gptoss_convert.formats import carried, openai, quantised, shards, sidecar, unsupported
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats.checkpoint import (
     CONFIG,
@@ -43,11 +43,15 @@ def _open(root: Path, choices: Choices) -> Checkpoint:
     chunks, headers = safetensors.read_directory(root)
     if not chunks:
         raise IntegrityError(f"{root}: no *.safetensors files beside config.json")
+    stored = chunks
+    found = quantised.decoded(str(root / CONFIG), root, stored, content.get("quantization_config"))
+    chunks = found.chunks
     if problem := unsupported.recognise_tensors(str(root), chunks):
         raise problem
     variant = best_variant(FORMAT.table, config, chunks)
     method = configs.quantization(str(root / CONFIG), content)
-    notes = [*config.notes, *safetensors.remarks(root, chunks)]
+    notes = [*config.notes, *safetensors.remarks(root, stored), *found.notes]
+    method = None if found.decoded else method
     if method not in {None, "mxfp4"} and misfits(FORMAT.table, variant, config, chunks):
         raise InputError(f"{root / CONFIG}: quantised with {method!r}; supported: 'mxfp4' or none")
     if variant == "mis-saved":

@@ -44,12 +44,16 @@ _FORMS = (
         "save with unsloth's save_pretrained_merged in Hugging Face's naming first",
     ),
     Form(r"\.(qweight|qzeros|g_idx)$", "quantised with GPTQ or AWQ", "supported: MXFP4 and BF16"),
-    Form(r"\.(quant_state|absmax)", "quantised with bitsandbytes", "supported: MXFP4 and BF16"),
+    Form(
+        r"\.(quant_state|absmax)",
+        "quantised with bitsandbytes, and not as quantization_config says",
+        "read: 4 bits (NF4, FP4) with their quant_state",
+    ),
     Form(
         r"\.(weight_packed|weight_scale|weight_scale_inv|weight_shape|weight_global_scale)$|"
         r"_weight_scale(_2)?$|[._]input_(global_)?scale$",
-        "quantised with compressed-tensors or FP8",
-        "supported: MXFP4 and BF16",
+        "quantised with compressed-tensors, ModelOpt or FP8, and not as quantization_config says",
+        "read: NVFP4, MXFP4 and FP8 whose scales belong to their tensors",
     ),
     Form(
         r"\.([kv]_scale|[kv]_proj\.output_scale)$",

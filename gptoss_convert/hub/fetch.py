@@ -87,7 +87,8 @@ def _remember(listing: Listing, folder: Path) -> None:
 def weight_files(source: Checkpoint) -> frozenset[str]:
     """The files of the repository that hold the checkpoint's tensors."""
     outline = source.outline or source.root
-    files = {extent.file.path for extent in source.extents(casts(True))}
+    extents = source.extents(casts(True))
+    files = {file.path for extent in extents for file in extent.files}
     mine = (file for file in files if file.is_relative_to(outline))
     return frozenset(file.relative_to(outline).as_posix() for file in mine)
 

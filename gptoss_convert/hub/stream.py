@@ -54,7 +54,10 @@ class Schedule:
 def schedule(plan: Plan, steps: Iterable[int], streamed: Iterable[FileRef]) -> Schedule:
     """The schedule of these steps; `streamed` are all shards that may be needed."""
     known = set(streamed)
-    needed = {step: {extent.file for extent in plan.steps[step].sources} & known for step in steps}
+    needed = {
+        step: {file for extent in plan.steps[step].sources for file in extent.files} & known
+        for step in steps
+    }
 
     # What lies beside the weights is needed throughout: it comes first.
     def urgency(file: FileRef) -> tuple[bool, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from gptoss_convert.containers import DTYPE_BYTES, Chunk
+from gptoss_convert.containers import DTYPE_BYTES, Chunk, Packed
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.layouts.folding import fold
@@ -31,6 +31,16 @@ class Extent:
     dtype: str
     tensor: str
     alias: bool = False
+    packed: Packed | None = None
+    """What its values are decoded from: `origin` counts in their bytes."""
+
+    @property
+    def files(self) -> tuple[FileRef, ...]:
+        """The files that it is read from."""
+        if self.packed is None:
+            return (self.file,)
+        names = dict.fromkeys(chunk.file for _, chunk in self.packed.members)
+        return tuple(FileRef(self.file.root, name) for name in names)
 
     def at(self, box: Box) -> int:
         """Byte offset of the first element of `box`."""
@@ -139,6 +149,7 @@ def _chunk_extents(tensor: Tensor, chunk: Chunk, root: Path) -> Iterator[Extent]
                 chunk.dtype,
                 tensor.name,
                 tensor.rule.alias,
+                chunk.packed,
             )
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from gptoss_convert.errors import InputError
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats.adapters.adapter import Adapter
 from gptoss_convert.formats.checkpoint import Checkpoint
@@ -19,6 +20,11 @@ from gptoss_convert.witness.witness import Given, witness_of
 def open_reader(checkpoint: Checkpoint, fetcher: Fetcher, layers: int | None) -> Reader:
     """The reader of a checkpoint that is open, with its adapter if it has one; of its first
     `layers` layers, if fewer."""
+    if packed := next((c.packed for c in checkpoint.chunks if c.packed), None):
+        raise InputError(
+            f"{checkpoint.place}: quantised ({packed.decoder}), which no witness here reads; "
+            "convert it, and verify what that gives (--level values compares both)"
+        )
     reader = witness_of(checkpoint.format).reader(given(checkpoint), fetcher)
     if checkpoint.adapter is not None:
         reader = _adapted(reader, checkpoint.adapter, fetcher)

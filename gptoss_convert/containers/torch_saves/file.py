@@ -108,10 +108,10 @@ def _require_archive(opened: OpenFile, where: str) -> None:
     head = opened.read_at(0, min(opened.size, at + len(ustar)))
     old = head.startswith(_LEGACY) or head[at:] == ustar
     if old or head[:1] == b"\x80":
+        form = "the form of torch.save before torch 1.6" if old else "a bare pickle"
         raise InputError(
-            f"{where}: {'the form of torch.save before torch 1.6' if old else 'a bare pickle'}, "
-            "whose tensors cannot be found without running it; if you trust it, save it again: "
-            "python -c \"import torch; f = 'FILE'; torch.save(torch.load(f, weights_only=True), f)\""
+            f"{where}: {form}, whose tensors cannot be found without running it; if you trust it, "
+            "save it anew: torch.save(torch.load(path, weights_only=True), path)"
         )
     if head.startswith(POINTER):
         raise IntegrityError(f"{where}: a Git LFS pointer; fetch the file: git lfs pull")

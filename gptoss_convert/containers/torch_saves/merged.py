@@ -72,12 +72,10 @@ def named_values(value: object, where: str, prefix: str = "") -> Iterator[tuple[
     if not isinstance(value, dict):
         kind = getattr(value, "name", type(value).__name__)
         raise InputError(f"{where}: holds {kind}, expects a state dict: names and tensors")
-    count = 0
-    for name, one in _walk(value, prefix, 0, where):
-        count += 1
-        if count > _MAX_VALUES:
+    for count, pair in enumerate(_walk(value, prefix, 0, where)):
+        if count >= _MAX_VALUES:
             raise InputError(f"{where}: more than {_MAX_VALUES} values")
-        yield name, one
+        yield pair
 
 
 def _walk(

@@ -38,6 +38,8 @@ def _holder(extents: Sequence[Extent], row: int) -> Extent:
 
 def _row(extent: Extent, row: int) -> bytes:
     """The bytes of one row of a matrix, which lie together in every format."""
+    if extent.packed is not None:
+        raise InputError(f"{extent.tensor}: quantised in the base; convert that to BF16 first")
     box = ((row, row + 1), *extent.box[1:])
     with open_file(extent.file) as file:
         file.seek(extent.at(box))

@@ -1,0 +1,1 @@
+"""Decoders: encodings that other tools write and that are read only, tensor by tensor."""
