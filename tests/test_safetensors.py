@@ -165,7 +165,7 @@ def test_a_damaged_file_is_refused_with_the_exact_message(fault: str, tmp_path: 
 UNSUPPORTED: dict[str, tuple[bytes, str]] = {
     "unknown dtype": (
         stored({"a": entry("F4", [16], 0, 8)}),
-        "a: dtype 'F4' is unknown; expects U8, BF16, F16, F32",
+        "a: dtype 'F4' is unknown; expects U8, BF16, F16, F32, F8_E4M3, F8_E8M0",
     ),
     "dtype of other models": (
         stored({"a": entry("F8_E5M2", [8], 0, 8)}),
