@@ -123,7 +123,7 @@ SAYS: dict[str, Any] = {
 def modelopt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ModelOpt's NVFP4 of a small model, and beside it what it decodes to, as BF16."""
     folder = tmp_path_factory.mktemp("modelopt")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 4}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 4}
     plain = odd_models.save(folder / "bf16", **sizes)
     tensors = load_file(plain / "model.safetensors")
     generator = torch.Generator().manual_seed(2)

@@ -50,11 +50,11 @@ class Chunk:
     """Path relative to the checkpoint directory, POSIX form."""
     offset: int
     """Byte offset of the box's first element in the file."""
+    identity: Identity | None = field(default=None, compare=False, repr=False)
+    """What the file was when this was read from it; None for one that is to be written."""
     packed: Packed | None = None
     """What its values are decoded from. Then it is a whole tensor, `offset` is 0, and its bytes are
     those of the decoded values, which lie nowhere."""
-    identity: Identity | None = field(default=None, compare=False, repr=False)
-    """What the file was when this was read from it; None for one that is to be written."""
 
     @property
     def nbytes(self) -> int:

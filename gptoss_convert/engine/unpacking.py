@@ -58,7 +58,7 @@ class Unpacker:
         offset, nbytes = chunk.offset + first * size, (last - first) * size
         self._arena.reset(nbytes + 2 * PAGE)
         position = self._arena.take(nbytes, offset)
-        file = FileRef(extent.file.root, chunk.file)
+        file = FileRef(extent.file.root, chunk.file, chunk.identity)
         self._files.read(file, offset, nbytes, self._arena, position)
         raw = bytes(memoryview(self._arena.memory)[position : position + nbytes])
         return np.frombuffer(raw, array_type(chunk.dtype))

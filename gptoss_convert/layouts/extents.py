@@ -39,8 +39,9 @@ class Extent:
         """The files that it is read from."""
         if self.packed is None:
             return (self.file,)
-        names = dict.fromkeys(chunk.file for _, chunk in self.packed.members)
-        return tuple(FileRef(self.file.root, name) for name in names)
+        root = self.file.root
+        held = (FileRef(root, one.file, one.identity) for _, one in self.packed.members)
+        return tuple(dict.fromkeys(held))
 
     def at(self, box: Box) -> int:
         """Byte offset of the first element of `box`."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk
 from gptoss_convert.containers.paths import POINTER
+from gptoss_convert.containers.refs import Identity
 from gptoss_convert.containers.torch_dist import pickles
 from gptoss_convert.containers.torch_dist.files import OpenFile, open_file
 from gptoss_convert.containers.torch_dist.items import (
@@ -44,6 +45,8 @@ class SavedFile:
     value: object
     """What was saved; what is no plain data is an inert `Record`."""
     members: Mapping[str, Member]
+    identity: Identity
+    """What the file was when this was read from it."""
 
     @property
     def where(self) -> str:
@@ -80,7 +83,8 @@ class SavedFile:
         offset = data.offset + record.offset * nbytes
         if offset % nbytes:
             raise InputError(f"{place}: begins at byte {offset}, no multiple of {nbytes}")
-        return Chunk(tensor, dtype, piece.shape, piece.start, piece.extent, self.name, offset)
+        box = piece.shape, piece.start, piece.extent
+        return Chunk(tensor, dtype, *box, self.name, offset, self.identity)
 
 
 def open_saved(root: Path, name: str) -> SavedFile:
@@ -99,7 +103,7 @@ def open_saved(root: Path, name: str) -> SavedFile:
             raise InputError(f"{where}: byte order {order!r}; only little-endian tensors are read")
         pickled = pickled_record(members, opened.read_at, MAX_BYTES, where)
     value = pickles.load(pickled, COMMON, where, open=True)
-    return SavedFile(root, name, value, members)
+    return SavedFile(root, name, value, members, opened.identity)
 
 
 def _require_archive(opened: OpenFile, where: str) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from gptoss_convert.codecs.decoders.decoder import Member, load_decoder
 from gptoss_convert.containers import Chunk, Packed
-from gptoss_convert.containers.paths import open_inside
+from gptoss_convert.containers.paths import open_file
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.formats.quantised.settings import METHODS
@@ -143,7 +144,7 @@ def _read_state(root: Path, chunk: Chunk) -> dict[str, float]:
     place = f"{root / chunk.file}: {chunk.tensor}"
     if chunk.dtype != "U8" or chunk.nbytes > _MAX_STATE:
         raise InputError(f"{place}: {chunk.nbytes} bytes of {chunk.dtype}, expects JSON")
-    with open_inside(root, chunk.file) as file:
+    with open_file(FileRef(root, chunk.file, chunk.identity)) as file:
         file.seek(chunk.offset)
         raw = file.read(chunk.nbytes)
     if len(raw) < chunk.nbytes or not any(raw):
