@@ -192,7 +192,7 @@ def test_a_mistake_within_the_limits_is_named_where_every_one_is_looked_for(fold
     coarse = computed(reader, torch.bfloat16)
 
     def logits(tokens: Sequence[int]) -> Tensor:
-        return coarse(tokens).float() + 0.15 * (wrong(tokens) - right(tokens))
+        return coarse(tokens).float() + 0.34 * (wrong(tokens) - right(tokens))
 
     found = asked(
         folder / "square",
@@ -204,6 +204,8 @@ def test_a_mistake_within_the_limits_is_named_where_every_one_is_looked_for(fold
     likenesses = found.levels[1].numbers["diagnosis"]["likenesses"]
     leaning = {one["mistake"]: one["advantage"] for one in likenesses}
     assert max(leaning, key=lambda name: leaning[name]) == TRUNCATED.name
+    assert not found.same
+    assert TRUNCATED.name in found.verdict
 
 
 def table_of(logprobs: Sequence[dict[int, float]], tokens: Sequence[int]) -> Answers:

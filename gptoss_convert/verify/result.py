@@ -47,9 +47,17 @@ class VerifyOptions(AdapterOptions):
         None, "Show the most likely next tokens of both sides after this text."
     )
     max_length: int | None = option(
-        None, "Longest prompt.", least=1, shown="32768 on a GPU, 4096 on a CPU"
+        None,
+        "Longest prompt.",
+        least=1,
+        shown="32768 on a GPU, 4096 on a CPU; with --served what the server takes",
     )
-    sample: int | None = option(None, "About how many positions to score.", least=1)
+    sample: int | None = option(
+        None,
+        "About how many positions to score.",
+        least=1,
+        shown="all; with --served 96 where each takes a request",
+    )
     layers: int | None = option(None, "Compare only so many layers.", least=1)
     both: bool = option(False, "Compute both sides also where weights are equal.")
     limits: str = option(
