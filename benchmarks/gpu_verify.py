@@ -21,14 +21,14 @@ import torch
 
 from benchmarks.kernels import measured, table
 from gptoss_convert.formats.registry import open_checkpoint
-from gptoss_convert.machine.ranks import ALONE
+from gptoss_convert.machine.ranks import ALONE, join
 from gptoss_convert.verify.oracle_level import distances, oracle_logits
 from gptoss_convert.verify.sides import open_reader
 from gptoss_convert.witness import forward, products
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.limits import load_limits
-from gptoss_convert.witness.node import choose_device
+from gptoss_convert.witness.node import choose_device, sharing
 from gptoss_convert.witness.parity import compare
 from gptoss_convert.witness.parity_report import ParityReport
 from gptoss_convert.witness.readers import Reader
@@ -377,22 +377,34 @@ def different(bench: Bench, name: str) -> None:
 
 
 def clean(bench: Bench) -> None:
-    """Every format in both dtypes, both sides computed, five times: how many false alarms."""
+    """Every format in both dtypes, both sides computed, five times: how many false alarms.
+
+    Under torchrun all ranks compute; then run `synth` and the conversions without it before.
+    """
+    ranks = join()
+    device = choose_device("auto", ranks)
     alarms, runs, where = 0, 0, []
-    for dtype in (torch.float32, torch.bfloat16):
-        for name in ("mxfp4", "bf16", "openai", "megatron"):
-            for _ in range(5):
-                source, target = bench.reader("mxfp4", 4), bench.reader(name, 4)
-                tokens = token_set(source.config, 4097, 0, sample=5000)
-                limits, numerics = load_limits("lossless"), Numerics.on(DEVICE, dtype)
-                found = compare(
-                    source, target, tokens, limits, DEVICE, numerics, extra_rounds=0, both=True
-                )
-                runs += 1
-                if not found.passed:
-                    alarms += 1
-                    where.append(f"{name} {dtype}: {found.violations[0]}")
-    bench.note("clean", f"{alarms} false alarms of {runs} {where[:3]}")
+    with sharing(ranks, device) as new_fetcher:
+        for dtype in (torch.float32, torch.bfloat16):
+            for name in ("mxfp4", "bf16", "openai", "megatron"):
+                for _ in range(5):
+                    source, target = (
+                        open_reader(open_checkpoint(bench.place(one)), new_fetcher(bench.ahead), 4)
+                        for one in ("mxfp4", name)
+                    )
+                    tokens = token_set(source.config, 4097, 0, sample=5000)
+                    limits, numerics = load_limits("lossless"), Numerics.on(device, dtype)
+                    found = compare(
+                        source, target, tokens, limits, device, numerics,
+                        extra_rounds=0, ranks=ranks, both=True,
+                    )  # fmt: skip
+                    runs += 1
+                    if not found.passed:
+                        alarms += 1
+                        where.append(f"{name} {dtype}: {found.violations[0]}")
+    if ranks.rank == 0:
+        of = f"{runs} on {ranks.size} ranks" if ranks.size > 1 else str(runs)
+        bench.note("clean", f"{alarms} false alarms of {of} {where[:3]}")
 
 
 def kernels(bench: Bench) -> None:
