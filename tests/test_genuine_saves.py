@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 
 from gptoss_convert import Options, convert, inspect, plan
 from gptoss_convert.cli.main import cli
+from gptoss_convert.containers import Chunk
 from gptoss_convert.errors import CodecError, InputError, UsageError
+from gptoss_convert.formats.megatron import interleave
 from tests.megatron_witness import assert_same
 from tests.recorded import unpack
 
@@ -92,9 +94,11 @@ def test_to_mxfp4_only_what_is_no_mxfp4_value_needs_an_option(
         convert(saves / name, tmp_path / "t", FORMATS["hf-mxfp4"])
 
 
-@pytest.mark.parametrize("name", ["bridge-0.6.0", "megatron-lm-0.19.0"])
+@pytest.mark.parametrize("name", [*BRIDGE, *MEGATRON_LM, *REFUSED])
 def test_verify_finds_a_save_to_be_its_source(saves: Path, name: str) -> None:
-    words = ["verify", str(source_of(saves, name)), str(saves / name), "--sample", "100"]
+    source = source_of(saves, name)
+    words = ["verify", str(source), str(saves / name), "--sample", "100"]
+    words += ["--config-target", str(source / "config.json")] if name in REFUSED else []
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("same: max |Δlogit| 0 ")
@@ -169,9 +173,10 @@ WRONG = {
     "top-k": ({"moe_router_topk": 2}, "moe_router_topk is 2, GPT-OSS here has 4"),
 }
 CHANGES: dict[str, Callable[..., None]] = {
-    "bridge-0.6.0": change_run_config,
-    "megatron-lm-0.19.0": change_args,
+    **dict.fromkeys(BRIDGE, change_run_config),
+    **dict.fromkeys(MEGATRON_LM, change_args),
 }
+NEWEST = ("bridge-0.6.0", "megatron-lm-0.19.0")
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -190,7 +195,7 @@ def test_a_wrong_field_is_refused_where_a_configuration_is_carried(
 
 
 @pytest.mark.parametrize("what", WRONG)
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", NEWEST)
 def test_a_wrong_field_is_taken_at_its_word_or_refused_and_verify_finds_it(
     saves: Path, tmp_path: Path, name: str, what: str
 ) -> None:
@@ -235,7 +240,7 @@ def interleaved(root: Path, run: int) -> None:
 
 
 @pytest.mark.parametrize("run", [8, 32])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", NEWEST)
 def test_interleaved_rows_of_fc1_are_put_in_order(
     saves: Path, tmp_path: Path, name: str, run: int
 ) -> None:
@@ -251,9 +256,44 @@ def test_interleaved_rows_of_fc1_are_put_in_order(
         options = replace(TO_BF16, glu_interleave=run)
     convert(root, tmp_path / "t", options)
     assert_same(weights(tmp_path / "t"), weights(source_of(saves, name)))
-    words = ["verify", str(source_of(saves, name)), str(root), "--level", "values"]
+    words = ["verify", str(source_of(saves, name)), str(root), "--sample", "100"]
     words += ["--glu-interleave-target", str(run)] if name.startswith("bridge") else []
-    assert CliRunner().invoke(cli, words).exit_code == 0
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("same: max |Δlogit| 0 ")
+
+
+@pytest.mark.parametrize("name", NEWEST)
+def test_the_logits_know_rows_by_themselves(
+    saves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A mistake in the rows is in the values of both sides, and in the logits of one."""
+    root = shutil.copytree(saves / name, tmp_path / name)
+    CHANGES[name](root, moe_mlp_glu_interleave_size=8)
+    interleaved(root, 8)
+    right = interleave.contiguous
+
+    def wrong(chunks: Sequence[Chunk], run: int) -> tuple[Chunk, ...]:
+        return right(chunks, 2 * run)
+
+    monkeypatch.setattr(interleave, "contiguous", wrong)
+    given = 8 if name.startswith("bridge") else None
+    convert(root, tmp_path / "t", replace(TO_BF16, glu_interleave=given))
+    words = ["verify", str(root), str(tmp_path / "t"), "--sample", "100"]
+    words += ["--glu-interleave-source", "8"] if given else []
+    assert CliRunner().invoke(cli, [*words, "--level", "values"]).exit_code == 0
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 1, done.output
+    assert done.stdout.startswith("different: layer 0 experts: ")
+
+
+def test_rows_that_are_said_to_alternate_and_do_not_are_found(saves: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(saves / "megatron-lm-0.19.0", tmp_path / "m")
+    change_args(root, moe_mlp_glu_interleave_size=32)
+    words = ["verify", str(source_of(saves, "megatron-lm-0.19.0")), str(root), "--sample", "100"]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 1, done.output
+    assert "linear_fc1" in done.output or "gate" in done.output
 
 
 def test_rows_that_bridge_put_in_order_stay_so(saves: Path, tmp_path: Path) -> None:

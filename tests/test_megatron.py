@@ -299,8 +299,8 @@ def test_what_args_do_not_state_is_asked_for(tmp_path: Path) -> None:
     older = {name: stated for name, stated in ARGS.items() if not name.startswith("yarn_")}
     root = write_cut(tmp_path / "m" / "iter_0000001", TENSORS, {"args": Namespace(**older)})
     error = str(refusal(root))
-    assert "yarn_rotary_scaling_factor is not stated" in error
-    assert "yarn_original_max_position_embeddings is not stated" in error
+    assert "args: states no yarn_rotary_scaling_factor, yarn_original_max_position_" in error
+    assert error.endswith("; pass --config CONFIG_JSON")
     assert "rotary_scaling_factor is 32" not in error
 
 

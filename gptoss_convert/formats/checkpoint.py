@@ -48,9 +48,13 @@ class Checkpoint:
     """Files of the Hugging Face side that travel byte for byte: tokenizer, template, licence."""
     notes: tuple[str, ...] = ()
     words: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-    """What files other than config.json say of the model, as found, each with its place.
-
-    Empty where --config overrules them."""
+    """What files other than config.json say of the model, as found, each with its place."""
+    overruled: bool = False
+    """Whether --config overrules what `words` say of the arithmetic."""
+    as_stored: tuple[Chunk, ...] | None = None
+    """Where its tensors lie as found, if `chunks` puts rows in order or leaves padding out."""
+    glu_interleave: int | None = None
+    """What --glu-interleave says of it."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What only this format can tell, for people."""
     repository: Repository | None = None

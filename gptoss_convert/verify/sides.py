@@ -48,9 +48,11 @@ def given(checkpoint: Checkpoint) -> Given:
     return Given(
         checkpoint.root,
         layers,
-        checkpoint.chunks,
+        checkpoint.chunks if checkpoint.as_stored is None else checkpoint.as_stored,
         json.loads(text),
         checkpoint.words,
+        overruled=checkpoint.overruled,
+        glu_interleave=checkpoint.glu_interleave,
         packed=checkpoint.encoding == "mxfp4",
         mis_saved=checkpoint.variant == "mis-saved",
         rounded=checkpoint.cast,

@@ -22,6 +22,7 @@ class MegatronReader(Reader):
     """A torch_dist iteration: stacked keys, a key per layer, or a key per layer and expert.
 
     `config` comes from the caller, since the weights carry none; the vocabulary may be padded.
+    `run` rows of gate alternate with as many of up in fc1; 0: all gates come first.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class MegatronReader(Reader):
         device: torch.device,
         fetcher: Fetcher | None = None,
         rounded: bool = False,
+        run: int = 0,
     ):
         self.config = config
+        self._run = run
         self._tensors = StoredTensors(directory, chunks, fetcher or Fetcher(device), rounded)
         self._stacked = "decoder.layers.self_attention.linear_qkv.weight" in self._tensors
         experts = self._layer_key(0, "mlp.experts.experts.0.linear_fc2.weight")
@@ -84,7 +87,7 @@ class MegatronReader(Reader):
             self._tensors.ahead(f"decoder.layers.{index}.")
 
     def _layer(self, index: int) -> LayerWeights:
-        """The weights of layer `index`: rows of q, k, v grouped by kv head, fc1 `[gate; up]`."""
+        """The weights of layer `index`: rows of q, k, v grouped by kv head, fc1 of gate and up."""
         c = self.config
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
 
@@ -129,13 +132,16 @@ class MegatronReader(Reader):
         return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
 
     def _fc1(self, index: int, kind: str, columns: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Gate and up, `[expert, inter, ...]`: halves of one tensor, or `_w` and `_v`."""
+        """Gate and up, `[expert, inter, ...]`: parts of one tensor, or `_w` and `_v`."""
         inter = self.config.inter
         if self._per_expert:
             gate = self._experts(index, f"linear_fc1.{kind}_w", (inter, *columns))
             return gate, self._experts(index, f"linear_fc1.{kind}_v", (inter, *columns))
         fc1 = self._experts(index, f"linear_fc1.{kind}", (2 * inter, *columns))
-        return fc1[:, :inter], fc1[:, inter:]
+        # core's grouped experts: `view(-1, inter // run, 2, run)`, and the 2 is gate and up.
+        run = self._run or inter
+        gate, up = fc1.unflatten(1, (inter // run, 2, run)).unbind(2)
+        return gate.flatten(1, 2), up.flatten(1, 2)
 
     def _experts(self, index: int, name: str, shape: tuple[int, ...]) -> Tensor:
         """One tensor of all experts, `[expert, ...]`."""
@@ -176,12 +182,29 @@ class MegatronReader(Reader):
 def _reader(given: Given, fetcher: Fetcher) -> MegatronReader:
     """The arithmetic is what Megatron's own words say; sizes and vocabulary are config.json's."""
     config = hf_config(Section(given.config, f"{given.root}: config.json"))
-    said = [megatron_config(Section(words, where), config) for where, words in given.words]
+    stated = () if given.overruled else given.words
+    said = [megatron_config(Section(words, where), config) for where, words in stated]
     if any(one != said[0] for one in said):
         places = " and ".join(where for where, _ in given.words)
         raise InputError(f"{places}: state different models")
     config = said[0] if said else config
-    return MegatronReader(given.root, given.chunks, config, fetcher.device, fetcher, given.rounded)
+    run = _interleaved_by(given)
+    device = fetcher.device
+    return MegatronReader(given.root, given.chunks, config, device, fetcher, given.rounded, run)
+
+
+def _interleaved_by(given: Given) -> int:
+    """Rows of gate that alternate with as many of up, 0 where all gate rows come first.
+
+    Megatron-LM's `args` say how it saved; Megatron-Bridge's `model` section, which names a class
+    to be made of it, does not, and the user says.
+    """
+    for _, words in given.words:
+        size = words.get("moe_mlp_glu_interleave_size")
+        if "_target_" not in words and isinstance(size, int):
+            # Experts one by one do not interleave.
+            return size if words.get("moe_grouped_gemm", True) else 0
+    return given.glu_interleave or 0
 
 
 def _oracle(
@@ -189,7 +212,7 @@ def _oracle(
 ) -> list[Tensor] | str:
     if len(config.sliding) < given.layers:
         return "(megatron-core loads all layers or none)"
-    if any(words.get("moe_mlp_glu_interleave_size") for _, words in given.words):
+    if _interleaved_by(given):
         return "(megatron-core's local spec does not read interleaved rows)"
     from gptoss_convert.witness.megatron_oracle import megatron_logits
 

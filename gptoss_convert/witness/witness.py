@@ -30,11 +30,15 @@ class Given:
     root: Path
     layers: int
     chunks: tuple[Chunk, ...]
-    """Where the tensors lie, for a container that its reader does not open by itself."""
+    """Where the tensors lie, as found, for a container that its reader does not open by itself."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The content of a config.json in Hugging Face's words."""
     words: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     """What the ecosystem's own files say of the model, as found, each with its place."""
+    overruled: bool = False
+    """Whether config.json holds instead of what they say of the arithmetic."""
+    glu_interleave: int | None = None
+    """Rows of gate and up that alternate in expert fc1, where the user says so."""
     packed: bool | None = None
     """Whether the experts are MXFP4, whatever config.json says; None is as it says."""
     mis_saved: bool = False

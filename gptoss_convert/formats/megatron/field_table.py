@@ -37,6 +37,10 @@ class Field:
     """The one dialect that has this field, if not both."""
     source: str = "TransformerConfig"
     """Where its meaning, and that of None, stands in Megatron's code."""
+    released: Any = None
+    """The number that all released models share, whatever their size."""
+    mistake: tuple[Any, str] | None = None
+    """A value that no GPT-OSS has and that trainers are known to state of it, and who does."""
 
 
 _GPT = "GPTModel; gpt_builders.py, GPTModelProvider.provide"
@@ -46,29 +50,43 @@ _ARGS = "arguments.py"
 _MODELOPT = "post_training/model_builder.py"
 _SCALE = "rotary_seq_len_interpolation_factor"
 _PROBS = "export_moe_apply_probs_on_input"
+_WIDER = (
+    "a window of 129 tokens, as Megatron-Bridge up to 0.3.1 and NeMo give every GPT-OSS by "
+    "mistake; the released models have 127, 0"
+)
+_LONGER = (
+    "as Megatron-LM's --enable-gpt-oss and NeMo give every GPT-OSS by mistake; the released "
+    "models have 4096"
+)
 _BALANCING = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
 """Sinkhorn and quantile balancing, the others, choose other experts."""
 
 NUMBERS: tuple[Field, ...] = (
     Field("num_layers", "num_hidden_layers"),
     Field("num_moe_experts", "num_local_experts", args=("num_experts",)),
-    Field("moe_router_topk", "num_experts_per_tok", default=2),
+    Field("moe_router_topk", "num_experts_per_tok", default=2, released=4),
     Field("hidden_size", "hidden_size"),
     Field("moe_ffn_hidden_size", "intermediate_size", default=None),
     Field("num_attention_heads", "num_attention_heads"),
     Field("num_query_groups", "num_key_value_heads", default=None),
     Field("kv_channels", "head_dim", default=None),
-    Field("layernorm_epsilon", "rms_norm_eps", default=1e-05, args=("norm_epsilon",)),
-    Field("activation_func_clamp_value", "swiglu_limit", default=None),
-    Field("window_size", "sliding_window", default=None),
-    Field("rotary_base", "rope_theta", default=10000, source=_GPT),
-    Field("yarn_rotary_scaling_factor", "rope_factor", source=_YARN),
     Field(
-        "yarn_original_max_position_embeddings", "original_max_position_embeddings", source=_YARN
+        "layernorm_epsilon", "rms_norm_eps", default=1e-05, args=("norm_epsilon",), released=1e-05
     ),
-    Field("yarn_beta_fast", "beta_fast", source=_YARN),
-    Field("yarn_beta_slow", "beta_slow", source=_YARN),
-    Field("yarn_correction_range_round_to_int", "rope_truncate", source=_YARN),
+    Field("activation_func_clamp_value", "swiglu_limit", default=None, released=7.0),
+    Field("window_size", "sliding_window", default=None, mistake=((128, 0), _WIDER)),
+    Field("rotary_base", "rope_theta", default=10000, source=_GPT, released=150000.0),
+    Field("yarn_rotary_scaling_factor", "rope_factor", source=_YARN, released=32.0),
+    Field(
+        "yarn_original_max_position_embeddings",
+        "original_max_position_embeddings",
+        source=_YARN,
+        released=4096,
+        mistake=(131072, _LONGER),
+    ),
+    Field("yarn_beta_fast", "beta_fast", source=_YARN, released=32.0),
+    Field("yarn_beta_slow", "beta_slow", source=_YARN, released=1.0),
+    Field("yarn_correction_range_round_to_int", "rope_truncate", source=_YARN, released=False),
 )
 """Read: the numbers of the model. What None of a size means, `stated.py` knows."""
 

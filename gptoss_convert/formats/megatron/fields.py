@@ -23,21 +23,6 @@ PARALLEL = (
     "expert_tensor_parallel_size",
 )
 """Fields that say how many ranks shared a tensor, the layers, the experts, and one expert."""
-_MISTAKES: dict[tuple[str, object], str] = {
-    ("window_size", (128, 0)): (
-        "a window of 129 tokens, as Megatron-Bridge up to 0.3.1 and NeMo give every GPT-OSS by "
-        "mistake; the released models have 127, 0"
-    ),
-    ("yarn_original_max_position_embeddings", 131072): (
-        "as Megatron-LM's --enable-gpt-oss and NeMo give every GPT-OSS by mistake; the released "
-        "models have 4096"
-    ),
-}
-"""Values that no GPT-OSS has and that trainers are known to state of it."""
-_USUAL = {"rope_theta": 150000.0, "rope_factor": 32.0, "original_max_position_embeddings": 4096}
-_USUAL |= {"beta_fast": 32.0, "beta_slow": 1.0, "swiglu_limit": 7.0, "rms_norm_eps": 1e-05}
-_USUAL |= {"num_experts_per_tok": 4, "rope_truncate": False}
-"""Numbers that all released models share, whatever their size."""
 
 
 def take(stated: Stated) -> dict[str, Any]:
@@ -48,15 +33,20 @@ def take(stated: Stated) -> dict[str, Any]:
     """
     numbers: dict[str, Any] = {}
     problems = _problems(stated, FIXED, absent=True)
-    another = bool(problems)
+    missing: list[str] = []
     for field in NUMBERS:
+        if stated.fields.get(field.name, field.default) == UNSTATED:
+            missing.append(field.name)
+            continue
         try:
             numbers[field.number or ""] = _number(stated, field)
         except InputError as error:
-            # Another model may lack numbers, those of YaRN say, for good reason.
-            if field.name in stated.fields or not another:
-                problems.append(str(error))
+            problems.append(str(error))
     _refuse(stated, problems + _mistakes(stated))
+    if missing:
+        # Only now: another model lacks numbers, those of YaRN say, for good reason.
+        words = f"states no {', '.join(missing)}; pass --config CONFIG_JSON"
+        raise InputError(f"{stated.where}: {words}")
     experts, chosen = numbers["num_local_experts"], numbers["num_experts_per_tok"]
     if chosen > experts:
         _refuse(stated, [f"{stated.shown('moe_router_topk')} is {chosen}, of {experts} experts"])
@@ -66,11 +56,11 @@ def take(stated: Stated) -> dict[str, Any]:
 
 def unusual(config: Config) -> tuple[str, ...]:
     """Numbers that differ from those that all released models share, in words."""
-    pairs = ((name, getattr(config, name), usual) for name, usual in _USUAL.items())
+    shared = {field.number or "": field.released for field in NUMBERS if field.released is not None}
     return tuple(
         f"{name} is {found!r}, as stated; all released models have {usual!r}"
-        for name, found, usual in pairs
-        if found != usual
+        for name, usual in shared.items()
+        if (found := getattr(config, name)) != usual
     )
 
 
@@ -120,9 +110,9 @@ def _problems(stated: Stated, expected: Iterable[Field], *, absent: bool) -> lis
 
 def _mistakes(stated: Stated) -> list[str]:
     return [
-        f"{stated.says(name)}, {why}"
-        for (name, value), why in _MISTAKES.items()
-        if name in stated.fields and _same(stated.fields[name], value)
+        f"{stated.says(field.name)}, {field.mistake[1]}"
+        for field in NUMBERS
+        if field.mistake and _same(stated.fields.get(field.name, UNSTATED), field.mistake[0])
     ]
 
 

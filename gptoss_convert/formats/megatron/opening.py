@@ -67,7 +67,10 @@ def open_megatron(kind: Format, root: Path, choices: Choices) -> Checkpoint:
         beside=base,
         carried=files.carried(directory, base),
         notes=tuple(notes),
-        words=() if choices.config else tuple((one.where, one.raw) for one in said),
+        words=tuple((one.where, one.raw) for one in said),
+        overruled=choices.config is not None,
+        as_stored=stored.chunks,
+        glu_interleave=choices.glu_interleave,
         details=details,
     )
 
