@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from gptoss_convert.errors import UsageError
@@ -44,10 +42,8 @@ def verify_checkpoints(
     ours = open_source(source, options.source, weights, options.revision)
     ours = with_adapter(ours, options, progress, options.source.follow_links)
     theirs = open_source(target, options.target, weights)
-    names = LEVELS[: LEVELS.index(options.level) + 1]
-    _import_ahead(names)
     levels: list[Level] = []
-    for name in names:
+    for name in LEVELS[: LEVELS.index(options.level) + 1]:
         # Of models of different sizes there is nothing to hold side by side.
         if levels and not levels[0].same:
             break
@@ -67,29 +63,11 @@ def side(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _import_ahead(names: Sequence[str]) -> None:
-    """Import torch, which takes seconds, while the levels that do without it read files."""
-    wanted = [name for name in names if name in _ON_TORCH][:1]
-
-    def load() -> None:
-        # What is wrong is said where the level begins.
-        with suppress(Exception):
-            for name in wanted:
-                import_module(_module(name))
-
-    if wanted:
-        Thread(target=load, name="importing torch").start()
-
-
 def _level(name: str) -> LevelOf:
     """The function that answers at a level: `<name>_level` of the module of that name."""
     if name in _ON_TORCH:
         need_torch("--level logits")
-    return getattr(import_module(_module(name)), f"{name}_level")
-
-
-def _module(level: str) -> str:
-    return f"{__package__}.{level}_level"
+    return getattr(import_module(f"{__package__}.{name}_level"), f"{name}_level")
 
 
 def need_torch(wanted: str) -> None:
