@@ -55,6 +55,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.folder: Path = options.folder
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.target_folder: Path = options.target_folder or options.folder
         self.model: str = options.model
         self.layers: int | None = options.layers

@@ -121,6 +121,7 @@ class StoredTensors:
         self._directory = directory
         self._fetcher = fetcher
         self._chunks: dict[str, list[Chunk]] = {}
+        self._by_index: dict[str, dict[int, list[Chunk]]] = {}
         for chunk in chunks:
             self._chunks.setdefault(chunk.tensor, []).append(chunk)
 
@@ -184,7 +185,20 @@ class StoredTensors:
     def _ranges(self, name: str, prefix: tuple[int, ...]) -> tuple[ByteRange, ...]:
         whole = [(0, length) for length in self.shape(name)[len(prefix) :]]
         box = (*((index, index + 1) for index in prefix), *whole)
-        return ranges_of(self._directory, self._chunks[name], box)
+        return ranges_of(self._directory, self._holding(name, prefix), box)
+
+    def _holding(self, name: str, prefix: tuple[int, ...]) -> Sequence[Chunk]:
+        """The chunks of a tensor that may hold what lies at a prefix."""
+        if not prefix:
+            return self._chunks[name]
+        # Of all layers' and experts' chunks a tensor may have thousands.
+        if name not in self._by_index:
+            found: dict[int, list[Chunk]] = {}
+            for chunk in self._chunks[name]:
+                for index in range(chunk.start[0], chunk.start[0] + chunk.extent[0]):
+                    found.setdefault(index, []).append(chunk)
+            self._by_index[name] = found
+        return self._by_index[name].get(prefix[0], [])
 
 
 def safetensors_chunks(directory: Path, names: Iterable[str]) -> list[Chunk]:
