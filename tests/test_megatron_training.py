@@ -4,6 +4,7 @@ bit, whoever held it, and experts that nobody trained are the published bytes.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from gptoss_convert import Options, convert, inspect
 from gptoss_convert.cli.main import cli
 from gptoss_convert.errors import CodecError, UsageError
 from gptoss_convert.formats.checkpoint import Choices
+from tests import megatron_recipes
 from tests.megatron_arguments import recorded
 from tests.megatron_cpu import Parallel, run_ranks
+from tests.megatron_recipes import commands, way_back
 from tests.megatron_training import STEPS, Run, train
 from tests.megatron_witness import assert_same, gpt_model_parameters, safetensors_in
 from tests.tiny_files import write_hf_mxfp4
@@ -147,3 +150,18 @@ def test_trained_experts_are_no_mxfp4_and_round_as_their_bf16_does(
     convert(folder / "experts", tmp_path / "bf16", TO_BF16)
     convert(tmp_path / "bf16", tmp_path / "again", replace(TO_MXFP4, lossy=True))
     assert_same(safetensors_in(tmp_path / "packed"), safetensors_in(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("name", ["parts", "frozen"])
+def test_the_recipe_leads_from_a_run_to_the_closing_verify(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    section = "Fine-tune with Megatron-LM"
+    shutil.copytree(folder / "published", tmp_path / "gpt-oss-20b")
+    shutil.copytree(folder / name, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    megatron_recipes.run(commands(section, "1. Convert"))
+    *_, verified = megatron_recipes.run(way_back(section))
+    assert verified.startswith("same: ")
+    back = safetensors_in(tmp_path / "tuned-again")
+    assert_same(gpt_model_parameters(SHAPE, back), memory(folder / name))
