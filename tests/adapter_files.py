@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -107,6 +108,8 @@ def write_bridge(root: Path, record: Mapping[str, Any]) -> Path:
 def bridge_values(key: str, shape: Sequence[int]) -> Tensor:
     """A stored tensor's values: by the names of its layers' parameters, one after the other."""
     plain = key.replace("mlp.experts.experts.", "mlp.experts.")
+    if re.match(r"decoder\.layers\.\d", plain):
+        return torch.from_numpy(adapter_values(f"module.{plain}", shape)).bfloat16()
     names = [
         plain.replace("decoder.layers.", f"module.decoder.layers.{n}.") for n in range(shape[0])
     ]

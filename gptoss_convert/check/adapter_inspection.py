@@ -76,16 +76,17 @@ def inspect_adapter(
     """
     stored = read_stored(root)
     options = options or AdapterOptions()
-    problem: InputError | IntegrityError | None = None
+    problems: list[InputError | IntegrityError] = []
     for name, numbers in _candidates(base):
         try:
             return AdapterInspection(stored, open_adapter(root, numbers, options), name, None)
         except UsageError as error:
             return AdapterInspection(stored, None, name, str(error))
         except (InputError, IntegrityError) as error:
-            problem = problem or error
-    if base is not None and problem is not None:
-        raise problem
+            problems.append(error)
+    # Shapes that do not fit are of another base, what no base can take is told.
+    if base is not None or all(isinstance(one, InputError) for one in problems):
+        raise problems[0]
     return AdapterInspection(stored, None, None, None)
 
 

@@ -108,8 +108,11 @@ def remarks(root: Path, chunks: Iterable[Chunk]) -> list[str]:
     return notes
 
 
-def read_header(root: Path, name: str) -> Header:
-    """The header of one file, fully checked against its size; nothing past the header is read."""
+def read_header(root: Path, name: str, most: int = MAX_TENSORS) -> Header:
+    """The header of one file, fully checked against its size; nothing past the header is read.
+
+    Raises InputError for more than so many tensors, before they are looked at.
+    """
     where = root / name
     with open_inside(root, name) as file:
         size = file.seek(0, 2)
@@ -121,6 +124,9 @@ def read_header(root: Path, name: str) -> Header:
             raise IntegrityError(f"{where}: header of {length} bytes, at most {MAX_HEADER}")
         raw = file.read(length)
         identity = Identity.of(file.fileno())
+    # Every tensor has this key, and names that hold it only count too often.
+    if (count := raw.count(b'"data_offsets"')) > most:
+        raise InputError(f"{where}: {count} tensors, at most {most}")
     return parse_header(where, name, raw, size - 8 - length, identity)
 
 

@@ -43,6 +43,15 @@ def examine(work: Work, finite: bool) -> Anomalies:
     return Anomalies(nonfinite, first, tuple(zeros))
 
 
+def made_odd(piece: Work) -> Anomalies:
+    """The infinities and NaN in what was made of a weight, where the source may have had none."""
+    found = [_nonfinite(piece.step, part) for part in piece.held[piece.step.family.weight]]
+    first = next((where for count, where in found if count), "")
+    return Anomalies(
+        sum(count for count, _ in found), f"{first}, as the changes on the way made it"
+    )
+
+
 def _all_zero(parts: Sequence[Part], axis: int, expert: int, mask: int) -> bool:
     views = [part.array for part in parts]
     if axis >= 0:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from isal import isal_zlib
 
 from gptoss_convert.codecs.stats import EncodeStats
-from gptoss_convert.engine.anomalies import examine
+from gptoss_convert.engine.anomalies import examine, made_odd
 from gptoss_convert.engine.buffers import Parts, StepReader, byte_ranges, lay_out, scratch
 from gptoss_convert.engine.fingerprint import MASK
-from gptoss_convert.engine.records import Digest, Done, Effect, Region
+from gptoss_convert.engine.records import Anomalies, Digest, Done, Effect, Region
 from gptoss_convert.engine.steps import Plan, Step
 from gptoss_convert.engine.work import Work
 from gptoss_convert.layouts.extents import Extent
@@ -65,21 +66,29 @@ class _Worker:
         scales = work.statistics()
         written = _Written()
         self._write(outputs, written)
+        made: list[Anomalies] = []
         if weight:
-            digests, more = self._make_weight(step, held, weight, written)
+            digests, more = self._make_weight(step, held, weight, written, made)
             effect += more
         else:
             digests = [work.digest(effect.encoded)]
         marks = [one.fingerprint for one in digests if one.fingerprint is not None]
         mark = sum(marks) & MASK if marks else None
         anomalies = examine(work, all(one.finite for one in digests))
+        if made and not anomalies.nonfinite:
+            anomalies = replace(made[0], zeros=anomalies.zeros)
         regions = written.regions()
         nbytes += sum(region.length for region in regions)
         done = Done(number, regions, mark, scales, effect.encoded, effect.cast_values, anomalies)
         return done, nbytes
 
     def _make_weight(
-        self, step: Step, held: Parts, weight: Sequence[Extent], written: _Written
+        self,
+        step: Step,
+        held: Parts,
+        weight: Sequence[Extent],
+        written: _Written,
+        odd: list[Anomalies],
     ) -> tuple[list[Digest], Effect]:
         """Make and write the target's weight, one piece after the other in the same memory."""
         digests: list[Digest] = []
@@ -91,6 +100,8 @@ class _Worker:
             part = Work(piece, held, outputs)
             effect += part.run(piece.recipe.by_piece)
             digests.append(part.digest(EncodeStats()))
+            if not digests[-1].finite:
+                odd.append(made_odd(part))
             self._write(outputs, written)
         return digests, effect
 

@@ -131,7 +131,10 @@ def recognise_files(root: Path) -> GptossError | None:
             "model itself in Hugging Face's naming first"
         )
     if any(root.glob("adapter_model.*")):
-        return InputError(f"{root}: LoRA weights (adapter_model.*); {_MERGE}")
+        return InputError(
+            f"{root}: LoRA weights (adapter_model.*), not a model; name their base as SOURCE, and "
+            "this, with its adapter_config.json, as --adapter"
+        )
     if any(root.glob("*.gguf")):
         return InputError(f"{root}: a GGUF file; supported: safetensors and torch_dist")
     if any(root.glob("*.incomplete")):

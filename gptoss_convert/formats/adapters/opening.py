@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.errors import InputError, UsageError
+from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.formats.adapters import bridge
 from gptoss_convert.formats.adapters.adapter import Adapter
 from gptoss_convert.formats.adapters.dialects import recognise
@@ -21,6 +21,7 @@ from gptoss_convert.formats.adapters.resolve import (
     replaced,
     rows,
     updates,
+    whole_names,
 )
 from gptoss_convert.formats.adapters.settings import Settings, read_settings
 from gptoss_convert.formats.adapters.stored import Stored, read_stored
@@ -65,6 +66,7 @@ def _open_peft(stored: Stored, sizes: Mapping[str, int], choices: AdapterOptions
     ]:
         raise InputError(f"{root}: {dora[0]}: DoRA of the embedding cannot be merged")
     dialect = recognise(stored, sizes, choices)
+    _require_saved(settings, dialect.resolved, sizes)
     attached = [_as_attached(one, settings) for one in dialect.resolved.found]
     found = [*updates(root, attached, sizes, _strength(settings, dialect.variant))]
     _require_settings(settings, dialect.resolved)
@@ -113,11 +115,11 @@ def _details(
 
 def _remarks(stored: Stored, settings: Settings) -> Iterator[str]:
     """What a version of PEFT is known not to have saved."""
-    bias = stored.config.get("bias", "none")
+    bias = stored.config.get("bias") or "none"
     saved = any(name.endswith(("_proj.bias", "_proj_bias")) for name in stored.tensors)
     if bias == "lora_only" and not saved:
         yield "bias is lora_only: PEFT before 0.21.2 does not save the biases that it trained"
-    if bias not in {"none", "lora_only", "all"}:
+    if bias not in ("none", "lora_only", "all"):
         raise InputError(f"{settings.where}: bias is {bias!r:.80}, expects none, all or lora_only")
 
 
@@ -134,6 +136,18 @@ def _strength(settings: Settings, variant: str) -> Strength:
         return settings.scale(name, rank or stated)
 
     return strength
+
+
+def _require_saved(settings: Settings, resolved: Resolved, sizes: Mapping[str, int]) -> None:
+    """Modules that the configuration says were trained whole are there, if the base has them."""
+    held = [f".{name}" for name in resolved.whole.values()]
+    for module in settings.saved:
+        inside = f".{module}."
+        known = any(inside in f".{name}" for name in whole_names(sizes))
+        if known and not any(inside in name for name in held):
+            raise IntegrityError(
+                f"{settings.where}: modules_to_save names {module}, the file holds no tensor of it"
+            )
 
 
 def _require_settings(settings: Settings, resolved: Resolved) -> None:

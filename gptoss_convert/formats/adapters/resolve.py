@@ -69,7 +69,7 @@ class Resolved:
     whole: Mapping[str, str]
     """Tensors that are a whole parameter, by their names in Hugging Face's BF16 layout."""
     unfit: tuple[str, ...]
-    """Why a tensor belongs to no update, in words; empty if all do."""
+    """Why the first tensor that belongs to no update does not, in words, then the others."""
 
 
 def resolve(
@@ -82,15 +82,18 @@ def resolve(
             rules[template(rule)].append((target, rule))
     groups: dict[tuple[Any, ...], tuple[Target, dict[str, list[Held]]]] = {}
     whole: dict[str, str] = {}
-    known: dict[str, list[str]] = {}
-    names = _whole_names(sizes)
+    known: dict[str, list[Rule]] = {}
+    names = whole_names(sizes)
+    stored: dict[tuple[str, int], str] = {}
     for name in tensors:
         plain, level = table.plain(name)
+        if (twin := stored.setdefault((plain, level), name)) != name:
+            raise IntegrityError(f"{name}: stored twice, once more as {twin}")
         form, numbers = holes_of(plain)
         if plain in names:
             whole[name] = plain
         for target, rule in rules.get(form, ()):
-            known.setdefault(name, []).append(rule.layout.text)
+            known.setdefault(name, []).append(rule)
             if held := _fit(name, tensors[name], rule, numbers, sizes, target):
                 key = (id(target), numbers, level)
                 group = groups.setdefault(key, (target, defaultdict(list)))
@@ -106,11 +109,12 @@ def resolve(
         params = " or ".join(one.target.params[0] for one in users[name])
         raise InputError(f"{name}: its shape {list(_shape(tensors, name))} fits {params}")
     lost = [name for name in tensors if name not in users and name not in whole]
-    unfit = tuple(_why(name, tensors, known.get(name, [])) for name in lost)
+    first = [_why(name, tensors, known.get(name, []), sizes, table) for name in lost[:1]]
+    unfit = (*first, *lost[1:])
     return Resolved(tuple(found), whole, unfit)
 
 
-def _whole_names(sizes: Mapping[str, int]) -> frozenset[str]:
+def whole_names(sizes: Mapping[str, int]) -> frozenset[str]:
     """The tensors of Hugging Face's BF16 layout."""
     return frozenset(t.name for t in checkpoints.load_table("hf").tensors("bf16", sizes))
 
@@ -185,14 +189,36 @@ def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
     return tensors[name][0].shape
 
 
-def _why(name: str, tensors: Tensors, layouts: Sequence[str]) -> str:
-    shape = list(_shape(tensors, name))
-    if not layouts:
+def _why(
+    name: str,
+    tensors: Tensors,
+    rules: Sequence[Rule],
+    sizes: Mapping[str, int],
+    table: AdapterTable,
+) -> str:
+    """Why a tensor belongs to no update."""
+    if not rules:
         return f"{name}: no tensor of this dialect and this base has this name"
-    if len(layouts) == 1:
-        return f"{name}: shape {shape} and the other half do not fit layout {layouts[0]!r}"
-    fits = " or ".join(repr(text) for text in layouts[:4])
-    return f"{name}: shape {shape} and the other half fit no layout: {fits}"
+    indexes = bound(rules[0], holes_of(table.plain(name)[0])[1])
+    for axis, index in indexes.items():
+        if index >= sizes[axis]:
+            return f"{name}: {axis} {index}, the base has {sizes[axis]}: of another model"
+    shape = f"shape {list(_shape(tensors, name))}"
+    if rules[0].role in {"a", "b"}:
+        if (other := _other_half(name)) not in tensors:
+            return f"{name}: its other half, {other}, is missing"
+        shape += f" beside the other half's {list(_shape(tensors, other))}"
+    fits = " or ".join(dict.fromkeys(repr(rule.layout.text) for rule in rules[:4]))
+    return f"{name}: {shape} does not fit {fits}"
+
+
+def _other_half(name: str) -> str:
+    """The tensor that makes an update together with this one."""
+    for mine, other in (("lora_A", "lora_B"), ("linear_in", "linear_out")):
+        for here, there in ((mine, other), (other, mine)):
+            if here in name:
+                return name.replace(here, there)
+    return f"{name[:-1]}{'B' if name.endswith('A') else 'A'}"
 
 
 def updates(

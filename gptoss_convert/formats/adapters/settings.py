@@ -18,7 +18,7 @@ _HARMLESS = frozenset(
     (
         *("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config"),
         *("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform"),
-        *("lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type"),
+        *("lora_dropout", "megatron_config", "megatron_core", "peft_type"),
         *("peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules"),
         *("task_type", "velora_config"),
         *("lora_B_layout", "unsloth_fused_expert_lora", "unsloth_fixed"),
@@ -30,7 +30,7 @@ _HARMLESS = frozenset(
 _READ = frozenset(
     (
         *("alpha_pattern", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias", "r"),
-        *("rank_pattern", "target_parameters", "trainable_token_indices"),
+        *("modules_to_save", "rank_pattern", "target_parameters", "trainable_token_indices"),
         *("use_dora", "use_rslora"),
     )
 )
@@ -39,7 +39,6 @@ _REFUSED = {
     "arrow_config": "Arrow chooses among adapters for each token",
     "kasa_config": "KaSA is not a low-rank sum",
     "layer_replication": "layer_replication changes the number of layers",
-    "mica": "MiCA is not read",
     "monteclora_config": "MonteCLoRA is not a low-rank sum",
     "use_bdlora": "BD-LoRA has block-diagonal halves",
     "use_qalora": "QALoRA pools its input by groups",
@@ -47,7 +46,12 @@ _REFUSED = {
 """Keys that make the adapter something that no sum to the weights equals."""
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` after which the base that was trained is not the published."""
+_STARTS = frozenset((None, True, False, "gaussian", "eva", "orthogonal", "mica"))
+"""The values of `init_lora_weights` that leave the base as it was."""
 _PATTERN = re.compile(r"[\w.\\|()\[\]^$*+?-]{1,300}")
+_BEFORE = r"(.*\.)?("
+"""PEFT matches a pattern against the whole name, or against its end behind a dot."""
+_MAX_COST = 100_000
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,15 @@ class Settings:
     rslora: bool = False
     dora: bool = False
     lora_bias: bool = False
-    ranks: tuple[tuple[str, int], ...] = ()
-    alphas: tuple[tuple[str, float], ...] = ()
+    ranks: tuple[tuple[re.Pattern[str], int], ...] = ()
+    alphas: tuple[tuple[re.Pattern[str], float], ...] = ()
     tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """The rows that trained tokens replace, by module."""
     parameters: tuple[str, ...] = ()
     """The ends of the names of parameters that are adapted as such, not as modules' weights."""
+
+    saved: tuple[str, ...] = ()
+    """The modules that were trained and saved whole."""
 
     def is_parameter(self, name: str) -> bool:
         """Whether a parameter of this full name is adapted as such, as PEFT matches it."""
@@ -81,14 +88,13 @@ class Settings:
         alpha = self.alpha if alpha is None else alpha
         return Fraction(alpha / math.sqrt(rank)) if self.rslora else Fraction(alpha) / rank
 
-    def _pattern(self, patterns: Sequence[tuple[str, Any]], name: str, key: str) -> Any:
+    def _pattern(self, patterns: Sequence[tuple[re.Pattern[str], Any]], name: str, key: str) -> Any:
         """The value of the patterns that match; PEFT takes the first in an order that saving
         changes, so all must say the same.
         """
-        # As PEFT matches them: the whole name, or its end behind a dot.
-        hits = [(p, v) for p, v in patterns if re.match(rf"(.*\.)?({p})$", name)]
+        hits = [(p, v) for p, v in patterns if p.match(name)]
         if len({value for _, value in hits}) > 1:
-            said = ", ".join(f"{pattern!r}: {value}" for pattern, value in hits)
+            said = ", ".join(f"{p.pattern[len(_BEFORE) : -2]!r}: {v}" for p, v in hits)
             raise InputError(
                 f"{self.where}: {key}: {name} matches {said}; PEFT takes the first in an order "
                 "that saving changes: keep one"
@@ -118,6 +124,7 @@ def read_settings(where: str, content: Mapping[str, Any]) -> Settings:
         tuple(_patterns(where, content, "alpha_pattern", _alpha)),
         tuple(_tokens(where, content.get("trainable_token_indices"))),
         _names(where, "target_parameters", content.get("target_parameters")),
+        _names(where, "modules_to_save", content.get("modules_to_save")),
     )
 
 
@@ -131,11 +138,18 @@ def _refuse(where: str, content: Mapping[str, Any]) -> None:
                 "changes, so it cannot be merged"
             )
     start = content.get("init_lora_weights", True)
+    if not isinstance(start, str | bool | None):
+        raise InputError(f"{where}: init_lora_weights is {start!r:.80}, expects a word")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
         raise InputError(
             f"{where}: init_lora_weights is {start!r:.40}: training changed the base, so that the "
             "published one does not fit; save it converted (path_initial_model_for_weight_"
             "conversion) and merge that"
+        )
+    if start not in _STARTS:
+        raise InputError(
+            f"{where}: init_lora_weights is {start!r:.80}: this version does not know whether that "
+            "changed the base, so it cannot be merged"
         )
 
 
@@ -154,24 +168,36 @@ def _alpha(where: str, key: str, value: Any) -> float:
 def _patterns(where: str, content: Mapping[str, Any], key: str, check: Any):
     patterns = content.get(key) or {}
     if not isinstance(patterns, dict) or len(patterns) > _MAX_PATTERNS:
-        raise InputError(f"{where}: {key} is {patterns!r:.80}, expects an object")
+        raise InputError(
+            f"{where}: {key} is {patterns!r:.80}, expects an object of at most {_MAX_PATTERNS} "
+            "patterns"
+        )
+    left = _MAX_COST
     for pattern, value in patterns.items():
-        if not _is_plain(pattern):
-            raise InputError(f"{where}: {key}: {pattern!r:.80} is no pattern that is read here")
-        yield pattern, check(where, f"{key}: {pattern}", value)
+        compiled = _compiled(pattern)
+        left -= _cost(pattern)
+        if compiled is None or left < 0:
+            why = "is no pattern that is read here" if left >= 0 else "could take too long to match"
+            raise InputError(f"{where}: {key}: {pattern!r:.80} {why}")
+        yield compiled, check(where, f"{key}: {pattern}", value)
 
 
-def _is_plain(pattern: str) -> bool:
-    """Whether a regular expression is valid and cannot take long on the names of modules."""
-    if not _PATTERN.fullmatch(pattern) or re.search(r"[)*+?][*+?]|\)\{", pattern):
-        return False
-    if len(re.findall(r"(?<!\\)[*+]", pattern)) > 3:
-        return False
+def _compiled(pattern: str) -> re.Pattern[str] | None:
+    """A plain regular expression as PEFT matches it, None for any other."""
+    if not _PATTERN.fullmatch(pattern) or re.search(r"[)*+?][*+?]", pattern):
+        return None
     try:
-        re.compile(pattern)
+        return re.compile(f"{_BEFORE}{pattern})$")
     except re.error:
-        return False
-    return True
+        return None
+
+
+def _cost(pattern: str) -> int:
+    """How many ways there are at most to match a name with a pattern without nested repetition."""
+    repeated = len(re.findall(r"(?<!\\)[*+]", pattern))
+    # Each group or option multiplies what the others allow; a name has some forty characters.
+    choices = [part.count("|") + 1 for part in re.split(r"[()]", pattern)]
+    return 40**repeated * 2 ** len(re.findall(r"(?<!\\)\?", pattern)) * math.prod(choices)
 
 
 def _names(where: str, key: str, value: Any) -> tuple[str, ...]:

@@ -18,10 +18,11 @@ from gptoss_convert.errors import GptossError, InputError, IntegrityError, Usage
 from gptoss_convert.formats.adapters.settings import CONFIG
 
 WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 RUN_CONFIG = "run_config.yaml"
 _MAX_TEXT = 1 << 22
-_MAX_TENSORS = 200_000
-"""Ten times what a module for each expert of 120b takes."""
+_MAX_TENSORS = 60_000
+"""Twice what three modules for each expert of 120b take."""
 _MAX_METADATA = 1 << 28
 _MARKER = b".adapter."
 """In the names of Megatron-Bridge's adapter tensors, and in no other's."""
@@ -69,7 +70,7 @@ class Stored:
 def is_adapter(root: Path) -> bool:
     """Whether a directory looks like an adapter, of PEFT's kind or of Megatron-Bridge's."""
     root = settled(root)
-    if (root / CONFIG).exists() or (root / WEIGHTS).exists():
+    if any((root / name).exists() for name in (CONFIG, WEIGHTS, PICKLE)):
         # Beside a model's configuration it is something else, which whoever opens that will name.
         return not (root / "config.json").exists()
     try:
@@ -89,7 +90,7 @@ def read_stored(root: Path) -> Stored:
         raise UsageError(f"{root}: {'not a directory' if root.exists() else 'no such directory'}")
     if (root / CONFIG).exists() or (root / WEIGHTS).exists():
         return _read_safetensors(root)
-    if (root / "adapter_model.bin").exists():
+    if (root / PICKLE).exists():
         raise InputError(_pickled(root))
     if directory := _bridge_directory(root):
         return _read_bridge(directory)
@@ -101,7 +102,7 @@ def read_stored(root: Path) -> Stored:
 
 def _pickled(root: Path) -> str:
     return (
-        f"{root / 'adapter_model.bin'}: pickled weights are never loaded; save the adapter with "
+        f"{root / PICKLE}: pickled weights are never loaded; save the adapter with "
         "safe_serialization=True"
     )
 
@@ -111,11 +112,11 @@ def _read_safetensors(root: Path) -> Stored:
         raise IntegrityError(f"{root}: {WEIGHTS} without {CONFIG}")
     text = read_text(root, CONFIG, _MAX_TEXT)
     if not (root / WEIGHTS).exists():
-        if (root / "adapter_model.bin").exists():
+        if (root / PICKLE).exists():
             raise InputError(_pickled(root))
         raise IntegrityError(f"{root}: {CONFIG} without {WEIGHTS}")
     config = parse_object(str(root / CONFIG), text)
-    header = safetensors.read_header(root, WEIGHTS)
+    header = safetensors.read_header(root, WEIGHTS, _MAX_TENSORS)
     also = frozenset(path.name for path in root.iterdir() if path.suffix == ".json")
     tensors = _by_name(root / WEIGHTS, header.chunks)
     return Stored(
