@@ -8,21 +8,25 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from huggingface_hub import constants
 
 from gptoss_convert import Options, convert, inspect, plan, verify_checkpoints
+from gptoss_convert.cli.main import cli
 from gptoss_convert.compare.diff import diff
 from gptoss_convert.conversion.run import run
-from gptoss_convert.errors import IntegrityError, NetworkError, UsageError
+from gptoss_convert.errors import InputError, IntegrityError, NetworkError, UsageError
 from gptoss_convert.formats.repository import Repository
 from gptoss_convert.hub.push import destination, push
 from gptoss_convert.verify.result import VerifyOptions
 from tests.hub_server import Fault, Hub, serving
 from tests.stopping import At, HaltError, halt
 from tests.test_golden import inventory, published_config, write_header_only
+from tests.tiny_adapters import ATTENTION, write_peft
 from tests.tiny_files import write_hf_mxfp4, write_openai
 from tests.tiny_models import SQUARE, random_weights
 
@@ -362,3 +366,53 @@ def test_an_upload_that_fails_says_how_to_go_on(hub: Hub, published: Path, tmp_p
 def test_a_directory_is_not_streamed(published: Path, tmp_path: Path):
     with pytest.raises(UsageError, match=r"--stream: .* is not a repository on the Hub"):
         plan(published, tmp_path / "out", Options(to="hf", stream=True))
+
+
+def test_an_adapter_of_a_repository_is_merged_into_a_repository(
+    hub: Hub, published: Path, tmp_path: Path
+):
+    lora = write_peft(tmp_path / "lora", SQUARE, [ATTENTION])
+    (lora / "training_args.bin").write_bytes(bytes(100))
+    commit = hub.add("lab/lora", lora)
+    keep = Options(to="hf", format="hf")
+    convert(NAME, tmp_path / "hub", replace(keep, adapter="lab/lora"))
+    convert(published, tmp_path / "local", replace(keep, adapter=str(lora)))
+    names = files(tmp_path / "hub")
+    odd = filecmp.cmpfiles(tmp_path / "hub", tmp_path / "local", names, False)[1]
+    assert names == files(tmp_path / "local") and odd == ["gptoss-convert.json"]
+    made, local = (
+        json.loads((tmp_path / place / "gptoss-convert.json").read_text())["adapter"]
+        for place in ("hub", "local")
+    )
+    assert made == local | {"path": f"hf://lab/lora@{commit}"}
+    assert not hub.asked("GET", "training_args")
+    options = VerifyOptions(level="values", adapter="lab/lora")
+    assert verify_checkpoints(NAME, tmp_path / "hub", options).same
+    streamed = replace(keep, adapter=f"hf://lab/lora@{commit}", stream=True)
+    convert(NAME, tmp_path / "streamed", streamed)
+    assert same_files(tmp_path / "hub", tmp_path / "streamed")
+
+
+def test_an_adapter_of_a_repository_is_inspected_and_refused_by_name(
+    hub: Hub, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lora = write_peft(tmp_path / "lora", SQUARE, [ATTENTION])
+    hub.add("lab/lora", lora)
+    shown = CliRunner().invoke(cli, ["inspect", "lab/lora", "--base", NAME, "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert (found["dialect"], found["fits"], found["ranks"]) == ("peft", NAME, [3])
+    (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
+    hub.add("lab/pickle", lora)
+    for name, error, words in (
+        ("lab/pickle", InputError, "adapter_model.bin is pickled, and never loaded"),
+        ("lab/none", NetworkError, "lab/none"),
+        (NAME, InputError, "lacks adapter_config.json and adapter_model.safetensors"),
+    ):
+        with pytest.raises(error, match=words):
+            convert(NAME, tmp_path / "out", Options(to="hf", format="hf", adapter=name))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(NetworkError, match="lab/pickle: not in the cache"):
+        convert(published, tmp_path / "out", Options(to="hf", format="hf", adapter="lab/pickle"))
+    convert(published, tmp_path / "out", Options(to="hf", format="hf", adapter="lab/lora"))

@@ -191,8 +191,8 @@ def _for_adapter(opened: Checkpoint, options: Options) -> Options:
     stored = encoding(kind.table, variant)
     if stored != "bf16" and not options.lossy:
         raise UsageError(
-            f"--adapter {opened.adapter.root}: changes the experts, which {stored.upper()} rounds; "
-            "pass --dtype bf16 where --to allows it, or --lossy to round them"
+            f"--adapter {opened.adapter.place}: changes the experts, which {stored.upper()} "
+            "rounds; pass --dtype bf16 where --to allows it, or --lossy to round them"
         )
     # Scales of the experts as they were before would restore nothing.
     return replace(options, keep_scales=False)

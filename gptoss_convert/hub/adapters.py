@@ -11,7 +11,7 @@ from gptoss_convert.formats.adapters.evidence import base_remarks
 from gptoss_convert.formats.adapters.opening import open_adapter
 from gptoss_convert.formats.adapters.options import AdapterOptions
 from gptoss_convert.formats.adapters.settings import CONFIG
-from gptoss_convert.formats.adapters.stored import WEIGHTS, is_adapter
+from gptoss_convert.formats.adapters.stored import PICKLE, WEIGHTS, is_adapter
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.hub.names import repository
 from gptoss_convert.machine.progress import SILENT, Progress
@@ -31,8 +31,9 @@ def adapter_directory(name: str | Path, progress: Progress = SILENT) -> Path:
     from gptoss_convert.hub.fetch import in_cache
 
     listing = resolve(found)
-    if not {CONFIG, WEIGHTS} <= listing.files.keys():
-        raise InputError(f"{found}: no adapter: lacks {CONFIG} or {WEIGHTS}")
+    if lost := [one for one in (CONFIG, WEIGHTS) if one not in listing.files]:
+        pickled = f"; {PICKLE} is pickled, and never loaded" if PICKLE in listing.files else ""
+        raise InputError(f"{found}: no adapter: lacks {' and '.join(lost)}{pickled}")
     names = [one for one in (CONFIG, WEIGHTS, *_BESIDE) if one in listing.files]
     return in_cache(listing, names, progress)
 
@@ -61,7 +62,10 @@ def with_adapter(
     root = adapter_directory(options.adapter, progress)
     root = Followed(root) if follow_links else root
     adapter = open_adapter(root, base.config.numbers, options)
+    if found := repository(options.adapter):
+        # The cache's directory of a commit has its name.
+        adapter = replace(adapter, repository=f"hf://{found.name}@{root.name}")
     # Of a repository only headers are here.
     proof = base_remarks(adapter, base.extents()) if base.outline is None else ()
-    notes = tuple(f"adapter {adapter.root}: {note}" for note in (*adapter.notes, *proof))
+    notes = tuple(f"adapter {adapter.place}: {note}" for note in (*adapter.notes, *proof))
     return replace(base, adapter=adapter, notes=(*base.notes, *notes))

@@ -44,6 +44,13 @@ class Adapter:
     notes: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     """What only people want to know of it."""
+    repository: str | None = None
+    """Where it was downloaded from, its commit included."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people and for whoever wants the same again."""
+        return self.repository or str(self.root)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -97,7 +104,7 @@ class Adapter:
     def summary(self) -> dict[str, Any]:
         """What people and programs want to know of it, as plain data."""
         return {
-            "path": str(self.root),
+            "path": self.place,
             "dialect": self.dialect,
             "written_by": self.written_by,
             "base_model": self.base_model,
