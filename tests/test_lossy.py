@@ -24,7 +24,7 @@ from gptoss_convert.witness.hf import HfReader
 from gptoss_convert.witness.oracles import transformers_logits
 from gptoss_convert.witness.walk import Prompts, all_logits
 from tests.test_convert import Notes
-from tests.tiny_adapters import EXPERTS, write_peft
+from tests.tiny_adapters import ATTENTION, EXPERTS, write_peft
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4
 from tests.tiny_models import TinyShape, random_weights
 
@@ -153,7 +153,11 @@ def test_outputs_stay_nearer_to_the_tune_than_by_any_rule(
 
 
 def test_an_adapter_is_calibrated_as_the_merged_model_is(folder: Path, tmp_path: Path):
-    adapter = str(write_peft(tmp_path / "adapter", SHAPE, [EXPERTS]))
+    """Attention and the experts of one layer: those of the other keep the base's bytes."""
+    adapter = str(write_peft(tmp_path / "adapter", SHAPE, [ATTENTION, EXPERTS]))
+    path = Path(adapter, "adapter_model.safetensors")
+    kept = {k: v for k, v in load_file(path).items() if ".layers.0.mlp." not in k}
+    save_file(kept, path, metadata={"format": "pt"})
     straight = options(folder, adapter=adapter, scales=None)
     convert(folder / "base", tmp_path / "straight", straight)
     convert(folder / "base", tmp_path / "merged", Options(to="hf", dtype="bf16", adapter=adapter))
@@ -161,11 +165,31 @@ def test_an_adapter_is_calibrated_as_the_merged_model_is(folder: Path, tmp_path:
     one, other = experts(tmp_path / "straight"), experts(tmp_path / "by way")
     base = experts(folder / "base")
     assert all(torch.equal(one[name], other[name]) for name in base)
-    assert not any(torch.equal(one[name], base[name]) for name in base if "_blocks" in name)
+    for name in base:
+        untouched = ".layers.0." in name or name.endswith("_scales")
+        assert untouched or not torch.equal(one[name], base[name]), name
+    assert all(torch.equal(one[name], base[name]) for name in base if ".layers.0." in name)
 
 
 class StopError(Exception):
     pass
+
+
+def test_another_adapter_is_another_calibration(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(*arguments: Any) -> Any:
+        raise StopError
+
+    first, second = (
+        str(write_peft(tmp_path / str(seed), SHAPE, [EXPERTS], seed)) for seed in (1, 2)
+    )
+    monkeypatch.setattr(calibration, "round_layer", stop)
+    with pytest.raises(StopError):
+        convert(folder / "base", tmp_path / "out", options(folder, scales=None, adapter=first))
+    for more in ({"adapter": second}, {"adapter": first, "adapter_scale": 0.5}):
+        with pytest.raises(UsageError, match="unfinished .* another .*adapter"):
+            convert(folder / "base", tmp_path / "out", options(folder, scales=None, **more))
 
 
 def test_a_calibration_goes_on_after_the_last_layer_that_is_there(
@@ -256,8 +280,15 @@ def test_words_that_do_not_go_together_are_refused(
 
 
 def test_nothing_is_calibrated_of_an_mxfp4_source(folder: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match="is MXFP4, nothing is to be rounded"):
-        convert(folder / "base", tmp_path / "out", options(folder, scales=None))
+    attention = str(write_peft(tmp_path / "attention", SHAPE, [ATTENTION]))
+    for adapter in (None, attention):
+        with pytest.raises(UsageError, match="is MXFP4, nothing is to be rounded"):
+            convert(
+                folder / "base", tmp_path / "out", options(folder, scales=None, adapter=adapter)
+            )
+    convert(folder / "base", tmp_path / "out", Options(to="hf", adapter=attention, lossy=True))
+    base, made = experts(folder / "base"), experts(tmp_path / "out")
+    assert all(torch.equal(made[name], base[name]) for name in base)
 
 
 def test_stochastic_rounding_does_not_depend_on_layout_or_workers(folder: Path, tmp_path: Path):

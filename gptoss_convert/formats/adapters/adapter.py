@@ -114,6 +114,10 @@ class Adapter:
             "arithmetic": self.options.adapter_arithmetic,
         }
 
+    def identity(self) -> dict[str, Any]:
+        """What decides what it adds, wherever it lies."""
+        return {**self.summary(), "path": None, "sha256": self.digest()}
+
     def scaled(self, by: Fraction) -> Adapter:
         """The same adapter, its updates so many times as strong."""
         updates = tuple(replace(one, scale=one.scale * by) for one in self.updates)
