@@ -188,7 +188,7 @@ def test_another_adapter_is_another_calibration(
     with pytest.raises(StopError):
         convert(folder / "base", tmp_path / "out", options(folder, scales=None, adapter=first))
     for more in ({"adapter": second}, {"adapter": first, "adapter_scale": 0.5}):
-        with pytest.raises(UsageError, match="unfinished .* another .*adapter"):
+        with pytest.raises(UsageError, match=r"unfinished .* another .*adapter"):
             convert(folder / "base", tmp_path / "out", options(folder, scales=None, **more))
 
 
@@ -230,7 +230,7 @@ def test_other_tokens_are_another_calibration(
     other.write_text((folder / "tokens.jsonl").read_text().replace("[", "[7, ", 1))
     shutil.rmtree(tmp_path / ".out.gptoss-convert")
     (tmp_path / ".out.gptoss-convert.journal").unlink()
-    with pytest.raises(UsageError, match="unfinished calibration of another kind"):
+    with pytest.raises(UsageError, match=r"unfinished calibration of another kind"):
         convert(folder / "tuned", tmp_path / "out", options(folder, calibrate=str(other)))
     convert(folder / "tuned", tmp_path / "out", options(folder, calibrate=str(other), restart=True))
 
