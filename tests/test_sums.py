@@ -13,6 +13,8 @@ from gptoss_convert.codecs.mxfp4 import library
 from gptoss_convert.engine import sums
 
 KINDS = ("normal", "many ties", "subnormal")
+HARD = ("cancelling", "powers of two", "huge", "tiny halves")
+"""What float32 cannot settle."""
 SCALES = (Fraction(2), Fraction(16, 3), Fraction(1, 2**40), Fraction(0.7))
 
 
@@ -35,11 +37,23 @@ def operands(kind: str, seed: int) -> Iterator[tuple[sums.U16, sums.F32, sums.F3
             p, q = rng.integers(-4, 5, p.shape) / 8, rng.integers(-4, 5, q.shape) / 256
         if kind == "subnormal":
             p, q, weights = p * 1e-20, q * 1e-18, rng.integers(-3, 3, weights.shape) * 1e-39
+        if kind == "cancelling":
+            weights = -2 * (p @ q)
+        if kind == "powers of two":
+            p, q = p * 2.0**-8, q * 2.0**-8
+            weights = np.exp2(rng.integers(-6, 3, weights.shape))
+        if kind == "huge":
+            p, q, weights = p * 2.0**60, q * 2.0**61, weights * 2.0**124
+        if kind == "tiny halves":
+            p, q, weights = p * 1e-25, q * 1e-20, weights * 1e-37
         yield sums.to_bf16(weights.astype(np.float32)), p.astype(np.float32), q.astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scale", SCALES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "scale"),
+    [*((kind, scale) for scale in SCALES for kind in KINDS), *((kind, SCALES[0]) for kind in HARD)],
+    ids=str,
+)
 def test_a_sum_is_the_nearest_bf16_to_the_rational_sum(way: str, kind: str, scale: Fraction):
     for weights, p, q in operands(kind, 1):
         made = weights.copy()

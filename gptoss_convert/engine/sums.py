@@ -12,7 +12,6 @@ with fused multiply-adds, as torch multiplies on CPUs up to rank 192, then one r
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,36 +64,45 @@ def add_exact(values: U16, p: F32, q: F32, scale: Fraction) -> None:
 
 
 def _add_by_kernel(kernels: Kernels, values: U16, p: F32, q: F32, scale: Fraction) -> None:
-    """The same by the compiled loop, which lists the elements that are in doubt."""
-    p64 = np.ascontiguousarray(p, np.float64)
-    q64 = _padded(q, np.float64)
-    lengths = np.sqrt(np.einsum("xk,xk->x", p64, p64)), np.sqrt(np.einsum("ky,ky->y", q64, q64))
+    """The same by the compiled loop, which lists the elements that are in doubt.
+
+    It computes in float32, and anew in float64 where that leaves a doubt.
+    """
+    own, other = np.ascontiguousarray(p, np.float32), _padded(q)
+    lengths = [_lengths(own), _lengths(other.T)]
     step = max(1, _AT_ONCE // values.shape[1])
     unsure = np.empty(min(step, len(values)) * values.shape[1], np.int64)
     for start in range(0, len(values), step):
-        part, own = values[start : start + step], p64[start : start + step]
+        part, some = values[start : start + step], own[start : start + step]
         count = kernels.add_exact(
             address(part),
             numbers(part.strides),
             *part.shape,
-            address(own),
-            address(q64),
-            q64.shape[1],
+            address(some),
+            address(other),
+            other.shape[1],
             q.shape[0],
             float(scale),
-            address(lengths[0], 8 * start),
+            address(lengths[0], 4 * start),
             address(lengths[1]),
             address(unsure),
         )
         if count:
             x, y = np.divmod(unsure[:count], part.shape[1])
-            part[x, y] = _settled(part[x, y], own[x], q64[:, y].T, scale)
+            sides = some[x].astype(np.float64), other[:, y].T.astype(np.float64)
+            part[x, y] = _settled(part[x, y], *sides, scale)
 
 
-def _padded(q: F32, dtype: type[np.floating[Any]]) -> NDArray[Any]:
+def _lengths(rows: F32) -> F32:
+    """The length of each row."""
+    wide = rows.astype(np.float64)
+    return np.sqrt(np.einsum("xk,xk->x", wide, wide)).astype(np.float32)
+
+
+def _padded(q: F32) -> F32:
     """Rows of whole spans of columns, zeros at their ends."""
     width = -(-q.shape[1] // _SPAN) * _SPAN
-    padded = np.zeros((len(q), width), dtype)
+    padded = np.zeros((len(q), width), np.float32)
     padded[:, : q.shape[1]] = q
     return padded
 
@@ -108,8 +116,9 @@ def _rounded(sums: F64, bound: F64, rank: int) -> tuple[U16, NDArray[np.bool_]]:
     """(the BF16 nearest to each sum, which of them could be another within the error)."""
     bits = sums.view(np.int64)
     # The rank's additions, the scale, the scaling and the last addition err by at most 2^-53 of
-    # what they give; 2^-52 leaves room for the errors of the bound itself.
-    error = ((rank + 1) * bound + np.abs(sums)) * 2.0**-52
+    # what they give. Twice that leaves room for the errors of the bound itself, and twice again
+    # for the next middle below a power of two, which is half as far.
+    error = ((rank + 1) * bound + np.abs(sums)) * 2.0**-51
     middle = ((bits & ~_BELOW) | _HALF).view(np.float64)
     unsure = (np.abs(sums - middle) <= error) | (np.abs(sums) < _SMALLEST)
     return nearest(sums), unsure
@@ -208,7 +217,7 @@ def _of_bits(bits: int) -> Fraction:
 def add_as_peft(values: U16, p: F32, q: F32, scale: Fraction, twice: bool) -> None:
     """The same in PEFT's float32 arithmetic; `twice` rounds the update to BF16 before adding it."""
     if kernels := library.load():
-        own, other = np.ascontiguousarray(p, np.float32), _padded(q, np.float32)
+        own, other = np.ascontiguousarray(p, np.float32), _padded(q)
         sides = address(own), address(other), other.shape[1], q.shape[0]
         factor = float(np.float32(float(scale)))
         steps = numbers(values.strides)

@@ -651,12 +651,12 @@ INLINE void store(u8 *row, i64 step, i64 count, const u16 *from)
 }
 
 /* sums[j]: over k, p[k] times row k of q. */
-INLINE void products(double *restrict sums, const double *p, const double *q, i64 rank, i64 columns)
+INLINE void products(float *restrict sums, const float *p, const float *q, i64 rank, i64 columns)
 {
     i64 k = 0;
     for (int j = 0; j < SPAN; j++) sums[j] = 0;
     for (; k + 4 <= rank; k += 4) {
-        const double *a = q + k * columns, *b = a + columns, *c = b + columns, *d = c + columns;
+        const float *a = q + k * columns, *b = a + columns, *c = b + columns, *d = c + columns;
         for (int j = 0; j < SPAN; j++)
             sums[j] += (p[k] * a[j] + p[k + 1] * b[j]) + (p[k + 2] * c[j] + p[k + 3] * d[j]);
     }
@@ -664,54 +664,78 @@ INLINE void products(double *restrict sums, const double *p, const double *q, i6
         for (int j = 0; j < SPAN; j++) sums[j] += p[k] * q[k * columns + j];
 }
 
-/* Add and round where the error, at most margin times length, leaves no doubt; is there any? */
-INLINE int settle(u16 *restrict values, const double *restrict sums, double scale, double margin,
-                  const double *restrict lengths, u8 *restrict doubt)
+/* Add and round where the error, at most `floor` and margin times length, leaves no doubt; is
+   there any? What is no number is in doubt, too. */
+INLINE int settle(u16 *restrict values, const float *restrict sums, float scale, float margin,
+                  float floor, const float *restrict lengths, u8 *restrict doubt)
 {
     int any = 0;
     for (int j = 0; j < SPAN; j++) {
-        union real sum = {widened(values[j]) + sums[j] * scale}, middle, kept;
-        double size = size_of(sum.value), bound = margin * lengths[j];
-        middle.bits = (sum.bits & ~BELOW) | HALF;
-        kept.bits = (sum.bits + (HALF - 1) + (sum.bits >> 45 & 1)) & ~BELOW;
-        int unsure = size_of(sum.value - middle.value) <= bound + size * 0x1p-52;
-        unsure = (unsure | (size < 0x1p-126)) & (bound != 0);
-        u16 made = ((union single){(float)kept.value}).bits >> 16;
-        values[j] = unsure | (bound == 0) ? values[j] : made;
+        union single sum = {widened(values[j]) + sums[j] * scale}, middle;
+        middle.bits = (sum.bits & 0xFFFF0000) | 0x8000;
+        float size = __builtin_fabsf(sum.value), away = __builtin_fabsf(sum.value - middle.value);
+        int sure = (away > margin * lengths[j] + (size * 0x1p-22f + floor))
+                 & (size >= 0x1p-126f) & (size < 0x1p126f);
+        int added = lengths[j] != 0, unsure = added & (sure ^ 1);
+        values[j] = sure & added ? even(sum.bits) >> 16 : values[j];
         doubt[j] = unsure;
         any |= unsure;
     }
     return any;
 }
 
-/* values += scale * p q, each exact sum rounded once. What is in doubt stays, and its places, row
-   times columns plus column, are listed; returns how many. Rows of q are padded with zeros. */
-INLINE i64 add_exact(u8 *values, const i64 *steps, i64 rows, i64 columns, const double *p,
-                     const double *q, i64 padded, i64 rank, double scale,
-                     const double *row_lengths, const double *lengths, i64 *unsure)
+/* The same for one value whose products are summed in double; is it settled? */
+INLINE int settle_one(bf16 *value, const float *p, const float *q, i64 rank, i64 columns,
+                      double scale, double length)
+{
+    double total = 0;
+    for (i64 k = 0; k < rank; k++) total += (double)p[k] * q[k * columns];
+    union real sum = {widened(*value) + total * scale}, middle, kept;
+    double size = size_of(sum.value), bound = (rank + 1) * size_of(scale) * length;
+    middle.bits = (sum.bits & ~BELOW) | HALF;
+    kept.bits = (sum.bits + (HALF - 1) + (sum.bits >> 45 & 1)) & ~BELOW;
+    if (!(size_of(sum.value - middle.value) > (bound + size) * 0x1p-51) | !(size >= 0x1p-126))
+        return 0;
+    *value = ((union single){(float)kept.value}).bits >> 16;
+    return 1;
+}
+
+/* values += scale * p q, each exact sum rounded once: in float, where that leaves a doubt in
+   double, and where that does, too, the value stays and its place, row times columns plus column,
+   is listed; returns how many. Rows of q are padded with zeros. */
+INLINE i64 add_exact(u8 *values, const i64 *steps, i64 rows, i64 columns, const float *p,
+                     const float *q, i64 padded, i64 rank, double scale,
+                     const float *row_lengths, const float *lengths, i64 *unsure)
 {
     i64 count = 0;
-    double margin = (rank + 1) * size_of(scale) * 0x1p-52;
+    double size = size_of(scale);
+    /* Each operation errs by at most 2^-24 of its result, or by 2^-150; a doubt begins at four
+       times the sum of all errors, since below a power of two the next middle is half as far. */
+    double margin = (rank + 2) * size * 0x1p-22, floor = (rank + 2) * (1 + size) * 0x1p-147;
+    if (!(size >= 0x1p-100) | !(size < 0x1p100)) floor = 1e38; /* no factor for floats */
     for (i64 first = 0; first < columns; first += SPAN) {
         i64 width = least(SPAN, columns - first);
         for (i64 row = 0; row < rows; row++) {
-            double sums[SPAN];
+            float sums[SPAN];
             u16 held[SPAN] = {0};
             u8 doubt[SPAN], *place = values + row * steps[0] + first * steps[1];
             if (row_lengths[row] == 0) continue;
             load(place, steps[1], width, held);
             products(sums, p + row * rank, q + first, rank, padded);
-            int any = settle(held, sums, scale, margin * row_lengths[row], lengths + first, doubt);
-            store(place, steps[1], width, held);
+            int any = settle(held, sums, scale, margin * row_lengths[row], floor, lengths + first,
+                             doubt);
             for (i64 j = 0; any && j < width; j++)
-                if (doubt[j]) unsure[count++] = row * columns + first + j;
+                if (doubt[j] && !settle_one(held + j, p + row * rank, q + first + j, rank, padded,
+                                            scale, (double)row_lengths[row] * lengths[first + j]))
+                    unsure[count++] = row * columns + first + j;
+            store(place, steps[1], width, held);
         }
     }
     return count;
 }
-KERNEL(i64, add_exact, (u8 *v, const i64 *steps, i64 rows, i64 columns, const double *p,
-                        const double *q, i64 padded, i64 rank, double scale, const double *pl,
-                        const double *ql, i64 *unsure),
+KERNEL(i64, add_exact, (u8 *v, const i64 *steps, i64 rows, i64 columns, const float *p,
+                        const float *q, i64 padded, i64 rank, double scale, const float *pl,
+                        const float *ql, i64 *unsure),
        (v, steps, rows, columns, p, q, padded, rank, scale, pl, ql, unsure))
 
 /* The same in float32, a fused multiply-add for each rank; `twice` rounds the update first. */
