@@ -98,22 +98,42 @@ def gate_for_up(update: Tensor) -> Tensor:
 
 
 RIGHT = Merge()
-MUTANTS: dict[str, tuple[Merge, str]] = {
-    "lora_B read in the other order": (Merge(grouped=True), "experts"),
-    "alpha / sqrt(r)": (Merge(scale=ALPHA / RANK**0.5), "attention"),
-    "scale dropped": (Merge(scale=1.0), "attention"),
-    "pattern ignored": (Merge(pattern=False), "layer 2 attention"),
-    "transposed down": (Merge(down=lambda update: update.T), "experts"),
-    "gate and up exchanged": (Merge(gate_up=gate_for_up), "experts"),
-    "halves for interleaved": (Merge(gate_up=halves_for_interleaved), "experts"),
-    "a layer dropped": (Merge(without="layers.3."), "layer 3 attention"),
-    "experts dropped": (Merge(without="mlp.experts"), "experts"),
-    "attention dropped": (Merge(without="self_attn"), "attention"),
-    "shifted experts": (Merge(expert=1), "experts"),
-    "applied twice": (Merge(times=2), "attention"),
-    "not applied": (Merge(times=0), "attention"),
+MUTANTS: dict[str, tuple[Merge, str, str]] = {
+    "lora_B read in the other order": (
+        Merge(grouped=True),
+        "experts",
+        "merged with lora_B read in the other order",
+    ),
+    "alpha / sqrt(r)": (
+        Merge(scale=ALPHA / RANK**0.5),
+        "attention",
+        "merged 1.73 times as strong",
+    ),
+    "scale dropped": (Merge(scale=1.0), "attention", "merged 0.25 times as strong"),
+    "pattern ignored": (Merge(pattern=False), "layer 2 attention", "merged 0.25 times as strong"),
+    "transposed down": (
+        Merge(down=lambda update: update.T),
+        "experts",
+        "merged with its update transposed",
+    ),
+    "gate and up exchanged": (
+        Merge(gate_up=gate_for_up),
+        "experts",
+        "merged with its update exchanged between gate and up",
+    ),
+    "halves for interleaved": (
+        Merge(gate_up=halves_for_interleaved),
+        "experts",
+        "merged with its update in halves for interleaved",
+    ),
+    "a layer dropped": (Merge(without="layers.3."), "layer 3 attention", "not merged"),
+    "experts dropped": (Merge(without="mlp.experts"), "experts", "not merged"),
+    "attention dropped": (Merge(without="self_attn"), "attention", "not merged"),
+    "shifted experts": (Merge(expert=1), "experts", "merged with its update shifted by one expert"),
+    "applied twice": (Merge(times=2), "attention", "merged 2 times as strong"),
+    "not applied": (Merge(times=0), "attention", "not merged"),
 }
-"""By name: the merge, and how the first finding begins to say where it is."""
+"""By name: the merge, how the first finding begins to say where it is, and what it looks like."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +175,13 @@ def test_the_right_merge_is_the_same_model(case: Case, tmp_path: Path):
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_wrong_merge_is_caught_by_values_and_by_logits(case: Case, name: str, tmp_path: Path):
-    merge, place = MUTANTS[name]
+    merge, place, looks = MUTANTS[name]
     found = judged(case, merge, tmp_path / "merged", case.tensors)
     _, values, logits = found.levels
     assert not values.same
     assert not logits.same, "the witness alone must notice"
     assert place in values.findings[0]
+    assert any(f"looks {looks};" in finding for finding in values.findings), values.findings[:3]
 
 
 def test_a_merge_into_another_base_is_caught(case: Case, tmp_path: Path):

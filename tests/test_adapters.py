@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,32 @@ def test_expert_adapters_are_rounded_to_mxfp4_only_if_asked(
     gptoss_convert.convert(tmp_path / "exact", tmp_path / "rounded", again)
     straight, by_way = merged_tensors(tmp_path / "out"), merged_tensors(tmp_path / "rounded")
     assert all(torch.equal(tensor, by_way[name]) for name, tensor in straight.items())
+
+
+def test_equal_blocks_are_no_equal_values_where_one_side_is_merged(models: Mapping[str, Path]):
+    """The base against itself: of the weights that the adapter changes, none is as it should be."""
+    base = models["hf-mxfp4"]
+    for adapter, blocks in (
+        ("experts", {"attention", "experts"}),
+        ("attention", {"attention", "router"}),
+    ):
+        asked = VerifyOptions(level="values", adapter=str(models[adapter]))
+        findings = verify_checkpoints(base, base, asked).levels[-1].findings
+        places = {(text.split()[1], text.split()[2].strip(":")) for text in findings}
+        assert places == {(str(n), block) for n in range(4) for block in blocks}
+        assert all("looks not merged;" in text for text in findings)
+
+
+def test_peft_s_own_rounding_is_told_from_a_wrong_merge(models: Mapping[str, Path], tmp_path: Path):
+    options = options_for("hf-bf16", models, "experts", adapter_arithmetic="peft")
+    gptoss_convert.convert(models["hf-bf16"], tmp_path / "out", options)
+    asked = VerifyOptions(level="values", adapter=str(models["experts"]))
+    found = verify_checkpoints(models["hf-bf16"], tmp_path / "out", asked)
+    texts = found.levels[-1].findings
+    assert any("experts" in text for text in texts)
+    assert all("looks merged, but rounded otherwise;" in text for text in texts), texts
+    same = replace(asked, adapter_arithmetic="peft")
+    assert verify_checkpoints(models["hf-bf16"], tmp_path / "out", same).same
 
 
 def test_no_sidecar_remembers_scales_of_experts_that_were_changed(
@@ -265,5 +292,9 @@ def test_the_command_line_merges_inspects_and_verifies(models: Mapping[str, Path
     seen = runner.invoke(cli, ["inspect", adapter, "--base", base])
     assert "peft, written by PEFT 0.18.1" in seen.stdout
     assert "rank 3, alpha 12" in seen.stdout
+    experts = json.loads(
+        runner.invoke(cli, ["inspect", str(models["experts"]), "--base", base, "--json"]).stdout
+    )
+    assert (experts["layers"], experts["experts"]) == ([0, 1, 2, 3], [*range(8)])
     wrong = runner.invoke(cli, ["convert", base, out + "2", "--to", "hf", "--adapter-scale", "2"])
     assert isinstance(wrong.exception, UsageError)

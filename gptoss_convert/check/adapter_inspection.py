@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ class AdapterInspection:
 
     stored: Stored
     adapter: Adapter | None
-    """As opened for its base; None if none is known, or if something is left open."""
+    """As opened for its base, by one of the answers where something is left open; None if no base
+    is known."""
     fits: str | None
     """The base that its shapes fit, if one was found."""
     ambiguous: str | None
@@ -45,12 +47,15 @@ class AdapterInspection:
         variant = dialects.named(stored)[1]
         named = "bridge" if stored.container == "torch_dist" else variant
         known = adapter.summary() if adapter else {}
+        if self.ambiguous is not None:
+            known |= {"dialect": named}
+        base = stored.config.get("base_model_name_or_path")
         chunks = stored.chunks
         return {
             "path": str(stored.root),
             "dialect": known.get("dialect", named),
             "written_by": known.get("written_by", dialects.writer(stored, named)),
-            "base_model": known.get("base_model", stored.config.get("base_model_name_or_path")),
+            "base_model": known.get("base_model", base if isinstance(base, str) else None),
             "r": known.get("r", stored.config.get("r")),
             "alpha": known.get("alpha", stored.config.get("lora_alpha")),
             "ranks": known.get("ranks", []),
@@ -58,6 +63,7 @@ class AdapterInspection:
             "dora": bool(stored.config.get("use_dora")),
             "parameters": known.get("parameters", []),
             "layers": known.get("layers", []),
+            "experts": known.get("experts", []),
             "fits": self.fits,
             "ambiguous": self.ambiguous,
             "tensors": len(stored.tensors),
@@ -81,13 +87,24 @@ def inspect_adapter(
         try:
             return AdapterInspection(stored, open_adapter(root, numbers, options), name, None)
         except UsageError as error:
-            return AdapterInspection(stored, None, name, str(error))
+            return AdapterInspection(stored, _by_any(root, numbers, options), name, str(error))
         except (InputError, IntegrityError) as error:
             problems.append(error)
     # Shapes that do not fit are of another base, what no base can take is told.
     if base is not None or all(isinstance(one, InputError) for one in problems):
         raise problems[0]
     return AdapterInspection(stored, None, None, None)
+
+
+def _by_any(root: Path, numbers: Mapping[str, int], options: AdapterOptions) -> Adapter | None:
+    """The adapter by whichever answer opens it: what it changes is the same by all."""
+    for layout, down in product((None, "peft"), (None, "normal")):
+        try:
+            answered = replace(options, adapter_layout=layout, adapter_down=down)
+            return open_adapter(root, numbers, answered)
+        except UsageError:
+            continue
+    return None
 
 
 def _candidates(base: Checkpoint | None) -> Iterator[tuple[str, Mapping[str, int]]]:

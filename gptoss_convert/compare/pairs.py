@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
 from gptoss_convert.compare.diagnosis import Bits
+from gptoss_convert.compare.merge_diagnosis import Readings
 from gptoss_convert.engine.buffers import Parts, StepReader, scratch
 from gptoss_convert.engine.changes import Changes
 from gptoss_convert.engine.derivations import Change, Recipe, choose
@@ -40,6 +42,8 @@ class Side:
     where they hold the same blocks and scales."""
     parts: Parts
     """The same as it was read: BF16, or blocks and scales."""
+    readings: Readings = field(default_factory=dict)
+    """What the weight would be if what changes it did otherwise; computed when asked for."""
 
 
 Judge = Callable[[int, Step, Side, Side], T]
@@ -56,21 +60,27 @@ def judge_steps(
     progress: Progress,
     processes: int = 1,
     changes: Changes | None = None,
+    readings: Mapping[str, Changes] | None = None,
 ) -> list[T]:
     """What `judge` says of the steps of these numbers, in any order; the plan leads to the
     second side.
 
-    The first side's values are those after the `changes`. So many `processes` compare on this
+    The first side's values are those after the `changes`; `readings` are other changes of it, by
+    name, which the judge may ask for. So many `processes` compare on this
     machine. Raises ResourceError where memory is too small for one step.
     """
-    room = max(map(_room, plan.steps), default=0)
     changes = changes or Changes()
+    room = max((_room(step, changes) for step in plan.steps), default=0)
     each = room + changes.worker_bytes
     count = resources.choose_workers(each, max_memory, workers, processes, changes.shared_bytes)
     recipes = (
         _recipes(plan.steps, "sources", changes.by_weight),
         _recipes(plan.steps, "targets", {}),
     )
+    others = {
+        name: _recipes(plan.steps, "sources", one.by_weight)
+        for name, one in (readings or {}).items()
+    }
     judged: list[T] = []
     with ExitStack() as stack:
         files = stack.enter_context(SourceFiles())
@@ -79,7 +89,7 @@ def judge_steps(
         advance = stack.enter_context(progress.phase("comparing", total, len(numbers)))
         run_all(
             numbers,
-            lambda: _Worker(plan, recipes, StepReader(files, room), judge).run,
+            lambda: _Worker(plan, recipes, others, StepReader(files, room), judge).run,
             workers=count,
             finished=judged.extend,
             advance=advance,
@@ -90,10 +100,16 @@ def judge_steps(
 
 class _Worker(Generic[T]):
     def __init__(
-        self, plan: Plan, recipes: Sequence[Recipes], reader: StepReader, judge: Judge[T]
+        self,
+        plan: Plan,
+        recipes: Sequence[Recipes],
+        others: Mapping[str, Recipes],
+        reader: StepReader,
+        judge: Judge[T],
     ) -> None:
         self._plan = plan
         self._recipes = recipes
+        self._others = others
         self._reader = reader
         self._judge = judge
 
@@ -107,7 +123,21 @@ class _Worker(Generic[T]):
         # Equal blocks are equal values, unless one side's are changed on the way.
         same = not _changes(source) and _same_blocks(step, ours, theirs)
         others = values if same else self._values(step, theirs, target)
-        return self._judge(number, step, Side(values, ours), Side(others, theirs)), read + more
+        readings: Readings = {}
+        if _changes(source):
+            readings = {
+                name: partial(self._otherwise, step, ours, recipes[step.family.weight])
+                for name, recipes in self._others.items()
+            }
+        sides = Side(values, ours, readings), Side(others, theirs)
+        return self._judge(number, step, *sides), read + more
+
+    def _otherwise(self, step: Step, held: Parts, recipe: Recipe) -> Bits:
+        """The step's weight by another recipe, which takes room for no longer than it is made."""
+        mark = self._reader.arena.mark()
+        values = self._values(step, held, recipe).copy()
+        self._reader.arena.rewind(mark)
+        return values
 
     def _values(self, step: Step, held: Parts, recipe: Recipe) -> Bits:
         """The step's weight as BF16 bits, contiguous, in the order of its axes."""
@@ -157,6 +187,8 @@ def _recipes(
     }
 
 
-def _room(step: Step) -> int:
-    """Bytes of buffer for both sides of a step, as they are read and as contiguous values."""
-    return step.source_bytes() + step.target_bytes() + 2 * (2 * volume(step.box) + PAGE)
+def _room(step: Step, changes: Changes) -> int:
+    """Bytes of buffer for both sides of a step, as they are read and as contiguous values, and for
+    what a weight that is changed would be otherwise."""
+    count = 3 if changes.by_weight.get(step.family.weight) else 2
+    return step.source_bytes() + step.target_bytes() + count * (2 * volume(step.box) + PAGE)

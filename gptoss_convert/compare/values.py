@@ -14,14 +14,16 @@ import numpy.typing as npt
 
 from gptoss_convert.compare.changes import Distance
 from gptoss_convert.compare.diagnosis import Bits, expert_digests, looks
+from gptoss_convert.compare.merge_diagnosis import UNMERGED, looks_merged
 from gptoss_convert.compare.pairs import Side, judge_steps
 from gptoss_convert.compare.value_statistics import distances_of, step_statistics
 from gptoss_convert.compare.values_report import Compared, Element, ValuesReport, summed_up
 from gptoss_convert.containers.json_records import from_json, to_json
-from gptoss_convert.engine.changes import merges_of
+from gptoss_convert.engine.changes import Changes, merges_of
 from gptoss_convert.engine.fingerprint import fingerprint
 from gptoss_convert.engine.steps import Step, make_plan
 from gptoss_convert.errors import InputError
+from gptoss_convert.formats.adapters.opening import other_readings
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.layouts.extents import Extent, volume
 from gptoss_convert.layouts.model import load_model
@@ -63,7 +65,7 @@ def compare_values(
         ranks.check()
         same = ours.values is theirs.values and not statistics
         distances = {} if same else distances_of(step, ours.values, theirs.values)
-        found = _compare(number, step, ours.values, theirs.values, distances.values())
+        found = _compare(number, step, ours, theirs.values, distances.values())
         if not statistics:
             return found
         held = [ours.parts, theirs.parts]
@@ -78,6 +80,7 @@ def compare_values(
         progress=progress,
         processes=ranks.local_size,
         changes=merges_of(*source.updates),
+        readings=_readings(source),
     )
     if ranks.size > 1:
         told = ranks.gather([to_json(one) for one in compared])
@@ -99,15 +102,30 @@ def _stored(checkpoint: Checkpoint) -> list[Extent]:
     return [extent for extent in found if extent.param not in lone]
 
 
+def _readings(source: Checkpoint) -> dict[str, Changes]:
+    """What would be of the source's adapter otherwise: nothing, or another reading of its file."""
+    if source.adapter is None:
+        return {}
+    read = other_readings(source.adapter, source.config.numbers)
+    arithmetic = source.updates[1]
+    return {
+        UNMERGED: Changes(),
+        **{name: merges_of(one.updates, arithmetic) for name, one in read.items()},
+    }
+
+
 def _compare(
-    number: int, step: Step, ours: Bits, theirs: Bits, distances: Iterable[Distance]
+    number: int, step: Step, side: Side, theirs: Bits, distances: Iterable[Distance]
 ) -> Compared:
+    ours = side.values
     share = fingerprint(ours, step.box, step.lengths, step.layer_axis)
     differing = sum(one.changed for one in distances)
     if not differing:
         return Compared(number, 0, None, None, None, (), share, share)
     first, worst = _first_and_worst(step, ours.reshape(-1), theirs.reshape(-1))
     explained = looks(step, ours, theirs)
+    if explained is None and side.readings:
+        explained = looks_merged(step, ours, theirs, side.readings)
     found = expert_digests(step, ours, theirs)
     other = fingerprint(theirs, step.box, step.lengths, step.layer_axis)
     return Compared(number, differing, first, worst, explained, found, share, other)

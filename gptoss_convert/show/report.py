@@ -84,6 +84,8 @@ def adapter(summary: Mapping[str, Any]) -> Page:
         rows["changes"] = ", ".join(summary["parameters"])
     if summary["layers"]:
         rows["layers"] = ranges(summary["layers"])
+    if summary["experts"]:
+        rows["experts"] = ranges(summary["experts"])
     if summary["ambiguous"]:
         rows["left open"] = summary["ambiguous"]
     return [Facts(rows), "", tensors(summary["tensor_groups"]), *_notes(summary)]

@@ -9,11 +9,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.errors import InputError, IntegrityError, UsageError
+from gptoss_convert.errors import GptossError, InputError, IntegrityError, UsageError
 from gptoss_convert.formats.adapters import bridge
 from gptoss_convert.formats.adapters.adapter import Adapter
 from gptoss_convert.formats.adapters.dialects import recognise
-from gptoss_convert.formats.adapters.options import AdapterOptions
+from gptoss_convert.formats.adapters.options import LAYOUTS, ORIENTATIONS, AdapterOptions
 from gptoss_convert.formats.adapters.resolve import (
     Found,
     Resolved,
@@ -56,6 +56,23 @@ def open_adapter(
             "strength"
         )
     return adapter.scaled(Fraction(choices.adapter_scale))
+
+
+def other_readings(adapter: Adapter, numbers: Mapping[str, int]) -> dict[str, Adapter]:
+    """The same files by the other answers to what they leave open, by what is said of them."""
+    mine = adapter.options
+    order, turned = "merged with lora_B read in the other order", "merged with down transposed"
+    answers = [(order, replace(mine, adapter_layout=one)) for one in LAYOUTS]
+    answers += [(turned, replace(mine, adapter_down=one)) for one in ORIENTATIONS]
+    found: dict[str, Adapter] = {}
+    for name, options in answers:
+        try:
+            other = open_adapter(adapter.root, numbers, options)
+        except GptossError:
+            continue
+        if other.dialect != adapter.dialect:
+            found[name] = other
+    return found
 
 
 def _open_peft(stored: Stored, sizes: Mapping[str, int], choices: AdapterOptions) -> Adapter:
@@ -101,7 +118,12 @@ def _details(
     r: object, alpha: float, found: Sequence[Update], settings: Settings | None = None
 ) -> dict[str, Any]:
     """What people want to know: strengths, and where it acts."""
-    layers = {one.box[one.axes.index("layer")] for one in found if "layer" in one.axes}
+
+    def indexes(axis: str, updates: Iterable[Update] = found) -> list[int]:
+        spans = {one.box[one.axes.index(axis)] for one in updates if axis in one.axes}
+        return sorted({index for span in spans for index in range(*span)})
+
+    families = load_model().families
     ranks = sorted({one.rank for one in found if one.rank})
     return {
         "r": r,
@@ -109,7 +131,8 @@ def _details(
         "ranks": ranks,
         "rslora": settings is not None and settings.rslora,
         "dora": settings is not None and settings.dora,
-        "layers": sorted({layer for span in layers for layer in range(*span)}),
+        "layers": indexes("layer"),
+        "experts": indexes("expert", [one for one in found if families[one.param].encodings]),
     }
 
 
