@@ -279,6 +279,25 @@ def test_whole_experts_on_an_mxfp4_base_take_the_place_of_its_blocks(tmp_path: P
         gptoss_convert.plan(base, tmp_path / "none", options)
 
 
+def test_lengths_of_another_base_s_rows_are_noted(tmp_path: Path):
+    """DoRA starts from the lengths of the rows of the base that it was trained on."""
+    record = records("peft-0.21.2-transformers-5.24.0.json")["dora"]
+    adapter = write_recorded(tmp_path / "adapter", record)
+    base = write_base(tmp_path / "base", "distinct")
+    held, path = base_tensors("distinct"), adapter / "adapter_model.safetensors"
+    for factor, noted in ((1.02, False), (1.5, True)):
+        lengths = {
+            f"base_model.model.{name.removesuffix('.weight')}.lora_magnitude_vector": factor
+            * tensor.float().norm(dim=1)
+            for name, tensor in held.items()
+            if "_proj.weight" in name
+        }
+        save_file(load_file(path) | lengths, path, {"format": "pt"})
+        options = Options(to="hf", adapter=str(adapter))
+        notes = gptoss_convert.plan(base, tmp_path / "out", options).notes
+        assert any("DoRA lengths are 1.5 times" in note for note in notes) is noted, notes
+
+
 def test_the_command_line_merges_inspects_and_verifies(models: Mapping[str, Path], tmp_path: Path):
     runner = CliRunner()
     base, adapter, out = map(str, (models["hf-bf16"], models["attention"], tmp_path / "out"))
