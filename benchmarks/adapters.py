@@ -129,7 +129,15 @@ def merge(folder: Path, asked: argparse.Namespace) -> None:
     if asked.peft:
         converted(base, folder / "bf16", "bf16", None)
         for name in ("attention", "experts"):
-            words = [asked.peft, __file__, "peft", folder / "bf16", adapters[name], out]
+            words = [
+                asked.peft,
+                "-m",
+                "benchmarks.adapters",
+                "peft",
+                folder / "bf16",
+                adapters[name],
+                out,
+            ]
             print(subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip())
             shutil.rmtree(out)
     shutil.rmtree(folder)
