@@ -307,7 +307,14 @@ def test_the_command_line_merges_inspects_and_verifies(models: Mapping[str, Path
         cli, ["verify", base, out, "--adapter", adapter, "--level", "values", "--json"]
     )
     assert judged.exit_code == 0
-    assert json.loads(judged.stdout)["source"]["adapter"]["dialect"] == "peft"
+    told = json.loads(judged.stdout)["source"]["adapter"]
+    manifest = json.loads((tmp_path / "out" / "gptoss-convert.json").read_text())["adapter"]
+    assert told == manifest and told["dialect"] == "peft"
+    page = tmp_path / "page"
+    words = ["--adapter", adapter, "--level", "values", "--report", str(page)]
+    shown = runner.invoke(cli, ["verify", base, out, *words]).stdout
+    assert f"adapter  peft       {adapter}" in shown
+    assert told["sha256"] in (page / "report.html").read_text()
     seen = runner.invoke(cli, ["inspect", adapter, "--base", base])
     assert "peft, written by PEFT 0.18.1" in seen.stdout
     assert "rank 3, alpha 12" in seen.stdout

@@ -110,7 +110,7 @@ class Conversion:
     def _adapter(self) -> dict[str, Any] | None:
         """What is merged, so that nobody need ask: dialect, strength and digest."""
         adapter = self.source.adapter
-        return adapter.summary() | {"sha256": adapter.digest()} if adapter else None
+        return adapter.record() if adapter else None
 
     def _named(self, files: Iterable[FileRef]) -> Iterator[tuple[str, FileRef]]:
         """Files by names that stay the same wherever SOURCE lies."""

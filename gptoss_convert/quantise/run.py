@@ -76,7 +76,7 @@ def calibrate_checkpoint(
             if one is not None
         },
         "base": str(former.checkpoint.root) if former else None,
-        "adapter": source.adapter.identity() if source.adapter else None,
+        "adapter": source.adapter.record() | {"path": None} if source.adapter else None,
         **identity(sequences, where),
     }
     layers.begin(made, restart)

@@ -186,6 +186,8 @@ def verification(summary: Mapping[str, Any]) -> Page:
         "source": f"{source['format']:<9}  {source['path']}",
         "target": f"{target['format']:<9}  {target['path']}",
     }
+    if merged := source["adapter"]:
+        sides["adapter"] = f"{merged['dialect']:<9}  {merged['path']}"
     levels = Grid(
         ("level", "answer", "time", "what"),
         [_level(level) for level in summary["levels"]],

@@ -59,7 +59,7 @@ def side(checkpoint: Checkpoint) -> dict[str, Any]:
         "model": checkpoint.config.size,
         "bytes": sum(chunk.nbytes for chunk in checkpoint.chunks),
         "notes": list(checkpoint.notes),
-        "adapter": checkpoint.adapter.summary() if checkpoint.adapter else None,
+        "adapter": checkpoint.adapter.record() if checkpoint.adapter else None,
     }
 
 

@@ -114,9 +114,9 @@ class Adapter:
             "arithmetic": self.options.adapter_arithmetic,
         }
 
-    def identity(self) -> dict[str, Any]:
-        """What decides what it adds, wherever it lies."""
-        return {**self.summary(), "path": None, "sha256": self.digest()}
+    def record(self) -> dict[str, Any]:
+        """The same with its digest, for whoever wants to know later what was merged."""
+        return self.summary() | {"sha256": self.digest()}
 
     def scaled(self, by: Fraction) -> Adapter:
         """The same adapter, its updates so many times as strong."""

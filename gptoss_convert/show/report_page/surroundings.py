@@ -28,6 +28,10 @@ _PACKAGES = ("numpy", "torch", "transformers", "megatron-core", "matplotlib")
 def side(found: Mapping[str, Any]) -> Facts:
     """What one of the two checkpoints is."""
     notes = tuple(("note", visible(note)) for note in found["notes"])
+    if merged := found["adapter"]:
+        told = f"{merged['dialect']}, by {visible(merged['written_by'])}, SHA-256 "
+        digest = f"{told}{merged['sha256']}"
+        notes = (("with adapter", Code(visible(merged["path"]))), ("", digest), *notes)
     return Facts((
         ("path", Code(visible(found["path"]))),
         ("format", found["format"]),
