@@ -19,8 +19,8 @@ class Option:
     among: tuple[str, ...] = ()
     """The words that it accepts."""
     kind: str | None = None
-    """`size`: bytes such as 5GB; `format`: the name of a checkpoint format; `place`: a directory or
-    a repository on the Hub."""
+    """`size`: bytes such as 5GB; `format`: the name of a checkpoint format; `target`: of one that
+    is written, too; `place`: a directory or a repository on the Hub."""
     least: int | None = None
     most: int | None = None
     alone: str | None = None

@@ -12,14 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from gptoss_convert import __main__ as entry
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.plan import plan
 from gptoss_convert.conversion.run import run
 from gptoss_convert.synth.synth import synth
+from tests import test_trainers
 from tests.faults.cases import edit_json
+from tests.test_torch_dist import save_with_dcp
 
 STARTS = {
     "many": Options("hf", workers=1, max_shard_size=700_000),
@@ -27,6 +31,23 @@ STARTS = {
     "openai": Options("openai", workers=1),
     "megatron": Options("megatron", workers=1),
 }
+
+
+def write_dcp(source: Path, target: Path) -> None:
+    """The model as torch.distributed.checkpoint saves it, with an optimizer's state."""
+    model = load_file(source / "model.safetensors")
+    save_with_dcp(target, {"model": model, "optim": {"step": torch.ones(1)}})
+    shutil.copyfile(source / "config.json", target / "config.json")
+
+
+def write_shards(source: Path, target: Path) -> None:
+    """The same as two ranks' safetensors."""
+    test_trainers.write_shards(target, load_file(source / "model.safetensors"), 2)
+    shutil.copyfile(source / "config.json", target / "config.json")
+
+
+TRAINERS = {"dcp": write_dcp, "dcp-safetensors": write_shards}
+"""Forms that trainers leave; each has its own way of being written here."""
 Payload = Callable[[Path], bytes]
 
 
@@ -73,6 +94,8 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     synth(folder / "one", layers=1, workers=1)
     for name, options in STARTS.items():
         run(plan(folder / "one", folder / name, options))
+    for name, save in TRAINERS.items():
+        save(folder / "bf16", folder / name)
     return folder
 
 
@@ -111,7 +134,7 @@ def test_the_payloads_are_live(tmp_path: Path) -> None:
         assert (tmp_path / payload.__name__).is_dir(), payload.__name__
 
 
-@pytest.mark.parametrize("start", ["one", *STARTS])
+@pytest.mark.parametrize("start", ["one", *STARTS, *TRAINERS])
 def test_a_pickle_in_place_of_any_file_is_not_loaded(
     starts: Path, tmp_path: Path, use: Callable[[Path], list[int]], start: str
 ) -> None:

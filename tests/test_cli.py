@@ -236,7 +236,7 @@ USAGE = {
     "not a checkpoint": (
         "inspect {root}",
         3,
-        "error: {root}: not a GPT-OSS checkpoint: no config.json and no torch_dist tracker",
+        "error: {root}: not a GPT-OSS checkpoint: no weights in a known form",
     ),
     "another format": (
         "inspect {mxfp4} --from openai",

@@ -38,7 +38,10 @@ def test_every_table_loads(format: str):
 
 def test_the_variants_are_these():
     assert {f: [*load_table(f).variants] for f in FORMATS} == {
-        "hf": ["mxfp4", "bf16", "mis-saved"],
+        "hf": [
+            *("mxfp4", "bf16", "mis-saved", "mis-saved-rows"),
+            *("expert-rows", "expert-split", "expert-halves", "expert-gates"),
+        ],
         "openai": ["mxfp4"],
         "megatron": [
             *("stacked", "stacked-local", "stacked-both"),
@@ -135,7 +138,7 @@ def refusal_of_model(change: Callable[[dict[str, Any]], object]) -> str:
 
 def hf_rule(changes: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
     name = "model.layers.{layer}.mlp.experts.gate_up_proj_bias"
-    return lambda table: table["common"][name].update(changes)
+    return lambda table: table["biases"][name].update(changes)
 
 
 BIAS = "hf.toml: model.layers.{layer}.mlp.experts.gate_up_proj_bias"
@@ -157,7 +160,7 @@ BAD_TABLES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "unknown key": (
         hf_rule({"dtype": "BF16"}),
-        f"{BIAS}: unknown key 'dtype'; known: alias, at, chunk, layout, param",
+        f"{BIAS}: unknown key 'dtype'; known: alias, at, chunk, layout, param, part",
     ),
     "no layout": (lambda t: t["common"][NORM].pop("layout"), f"hf.toml: {NORM}: no 'layout'"),
     "no param": (lambda t: t["common"][NORM].pop("param"), f"hf.toml: {NORM}: no 'param'"),
@@ -213,15 +216,24 @@ BAD_TABLES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "hf.toml: mxfp4: 'down.weight' is held by no tensor",
     ),
     "held plain and encoded": (
-        lambda t: t["variants"].update(mxfp4=["common", "mxfp4", "bf16"]),
+        lambda t: t["variants"].update(mxfp4=["common", "biases", "mxfp4", "bf16"]),
         "hf.toml: mxfp4: 'gate_up.weight' is held plain and as 'gate_up.weight.blocks'",
     ),
     "tensor twice in a variant": (
-        lambda t: t["variants"].update(mxfp4=["common", "mxfp4", "common"]),
+        lambda t: t["variants"].update(mxfp4=["common", "biases", "mxfp4", "common"]),
         "hf.toml: mxfp4: tensor 'model.embed_tokens.weight' appears twice",
     ),
     "only one index of an axis": (
         hf_rule({"layout": "expert inter", "at": {"glu": 0}}),
+        "hf.toml: mxfp4: 'gate_up.bias' is held by "
+        "model.layers.{layer}.mlp.experts.gate_up_proj_bias",
+    ),
+    "a part of nothing": (
+        hf_rule({"part": [3, 2]}),
+        f"{BIAS}: part [3, 2], expects [i, n]: the i-th of n equal parts",
+    ),
+    "a part without the others": (
+        hf_rule({"part": [1, 2]}),
         "hf.toml: mxfp4: 'gate_up.bias' is held by "
         "model.layers.{layer}.mlp.experts.gate_up_proj_bias",
     ),

@@ -294,12 +294,6 @@ def test_an_unfinished_save_is_an_integrity_error(tmp_path: Path) -> None:
         find_iteration(tmp_path, None)
 
 
-def test_a_nested_state_dict_is_named(tmp_path: Path) -> None:
-    save_with_dcp(tmp_path / "it", {"model": {"module.embedding.weight": torch.zeros(2)}})
-    with pytest.raises(InputError, match="fsdp_dtensor or torch_dcp"):
-        read(tmp_path / "it")
-
-
 class Scope(enum.Enum):
     LAYER = "layer"
 

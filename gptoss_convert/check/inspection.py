@@ -76,7 +76,7 @@ def _inspected(checkpoint: Checkpoint) -> Inspection:
     parameters = sum(
         math.prod(sizes[axis] for axis in family.axes) for family in model.families.values()
     )
-    order = checkpoint.kind.table.tensors(checkpoint.variant, sizes)
+    order = checkpoint.table.tensors(checkpoint.variant, sizes)
     names = sorted({chunk.file for chunk in checkpoint.chunks})
     return Inspection(
         checkpoint,

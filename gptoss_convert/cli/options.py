@@ -27,6 +27,7 @@ from gptoss_convert.show.pages import Page, is_styled, render
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 FORMATS = [*registry.FORMATS]
+WRITTEN = [one.name for one in registry.FORMATS.values() if one.written]
 _LONGEST = 10_000
 """Characters of a line on stderr: values from untrusted files may be of any length."""
 F = TypeVar("F", bound=Callable[..., Any])
@@ -87,7 +88,12 @@ quiet_flag = click.option(
 rank_log_option = click.option(
     "--rank-log", type=PATH, help="Under torchrun: directory for a log of each rank."
 )
-_KINDS = {"size": Size, "format": lambda: Choice(FORMATS), "place": lambda: SOURCE}
+_KINDS = {
+    "size": Size,
+    "format": lambda: Choice(FORMATS),
+    "target": lambda: Choice(WRITTEN),
+    "place": lambda: SOURCE,
+}
 
 
 def options_of(kind: type, *only: str, place: str = "SOURCE") -> Callable[[F], F]:
@@ -146,6 +152,8 @@ def _option(
     if str(one.type) == "bool":
         more |= {"is_flag": True, "flag_value": not one.default, "default": one.default}
         more["show_default"] = False
+    elif str(one.type).startswith("tuple"):
+        more |= {"type": str, "multiple": True, "default": one.default, "metavar": "PATTERN"}
     else:
         more["type"] = _type_of(str(one.type), how)
         more |= {"is_flag": False, "flag_value": how.alone} if how.alone else {}

@@ -20,7 +20,7 @@ Contents = Mapping[WeightLayer, Sequence[Extent]]
 def contents_of(checkpoint: Checkpoint) -> tuple[Contents, list[str]]:
     """The extents of every weight and layer that the checkpoint holds whole, and other tensors."""
     sizes = load_model().sizes(checkpoint.config.numbers)
-    known = [*checkpoint.kind.table.tensors(checkpoint.variant, sizes)]
+    known = [*checkpoint.table.tensors(checkpoint.variant, sizes)]
     names, stored = {t.name for t in known}, {chunk.tensor for chunk in checkpoint.chunks}
     found = extents(
         str(checkpoint.root),

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from gptoss_convert.errors import InputError, IntegrityError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 """The weights of a model in one file: where it is, transformers looks at no index."""
+SHARDING = "DCP_SHARDING_INFO"
+"""Key of a header whose tensors are boxes of larger ones; a rank may have an empty one."""
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 500_000
 MAX_NAME = 512
@@ -34,6 +36,10 @@ _OTHER_DTYPES = frozenset(
     ("BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "F64", "F8_E5M2")
 )
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+Left = Callable[[str], bool]
+"""Whether a tensor of a name is left out, whatever it is."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,12 @@ class Header:
         return 8 + len(self.text.encode())
 
 
-def read_directory(root: Path) -> tuple[tuple[Chunk, ...], dict[str, Header]]:
+def read_directory(
+    root: Path, left: Left = lambda name: False
+) -> tuple[tuple[Chunk, ...], dict[str, Header]]:
     """All tensors of the shards in `root`, and each file's header.
 
+    What is `left` out later may be of any dtype, and is bytes here.
     With an index, exactly the files it names are read and both must agree; without one,
     `model.safetensors` as transformers does, else every `*.safetensors` file.
     Raises InputError or IntegrityError naming file and tensor.
@@ -73,7 +82,7 @@ def read_directory(root: Path) -> tuple[tuple[Chunk, ...], dict[str, Header]]:
             raise IntegrityError(
                 f"{root / INDEX}: {len(lost)} of {len(names)} shards missing: {', '.join(lost)}"
             )
-    headers = {name: read_header(root, name) for name in names}
+    headers = {name: read_header(root, name, left=left) for name in names}
     home: dict[str, str] = {}
     for name, header in headers.items():
         for chunk in header.chunks:
@@ -108,7 +117,9 @@ def remarks(root: Path, chunks: Iterable[Chunk]) -> list[str]:
     return notes
 
 
-def read_header(root: Path, name: str, most: int = MAX_TENSORS) -> Header:
+def read_header(
+    root: Path, name: str, most: int = MAX_TENSORS, left: Left = lambda name: False
+) -> Header:
     """The header of one file, fully checked against its size; nothing past the header is read.
 
     Raises InputError for more than so many tensors, before they are looked at.
@@ -127,7 +138,7 @@ def read_header(root: Path, name: str, most: int = MAX_TENSORS) -> Header:
     # Every tensor has this key, and names that hold it only count too often.
     if (count := raw.count(b'"data_offsets"')) > most:
         raise InputError(f"{where}: {count} tensors, at most {most}")
-    return parse_header(where, name, raw, size - 8 - length, identity)
+    return parse_header(where, name, raw, size - 8 - length, identity, left)
 
 
 def parse_header(
@@ -136,6 +147,7 @@ def parse_header(
     raw: bytes,
     data_bytes: int | None,
     identity: Identity | None = None,
+    left: Left = lambda name: False,
 ) -> Header:
     """Check a header against the number of data bytes behind it, unless that is still to be
     written; offsets become absolute.
@@ -154,11 +166,16 @@ def parse_header(
         raise InputError(f"{where}: {len(content)} tensors, at most {MAX_TENSORS}")
     start = 8 + len(raw)
     chunks = sorted(
-        (_entry(where, name, tensor, entry, start, identity) for tensor, entry in content.items()),
+        (
+            _entry(where, name, tensor, entry, start, identity, left(tensor))
+            for tensor, entry in content.items()
+        ),
         key=lambda chunk: (chunk.offset, chunk.nbytes),
     )
     end = start
     for chunk in chunks:
+        if not (chunk.nbytes or SHARDING in metadata or left(chunk.tensor)):
+            raise InputError(f"{where}: {chunk.tensor}: empty tensor of shape {[*chunk.shape]}")
         if chunk.offset != end:
             kind = (
                 "overlaps the tensor before it" if chunk.offset < end else "leaves a hole before it"
@@ -176,7 +193,13 @@ def parse_header(
 
 
 def _entry(
-    where: Path | str, file: str, name: str, entry: Any, start: int, identity: Identity | None
+    where: Path | str,
+    file: str,
+    name: str,
+    entry: Any,
+    start: int,
+    identity: Identity | None,
+    left: bool,
 ) -> Chunk:
     if len(name) > MAX_NAME or _CONTROL.search(name) or ".." in name or "/" in name:
         raise InputError(f"{where}: tensor name {name[:80]!r} is not acceptable")
@@ -186,12 +209,14 @@ def _entry(
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
         raise IntegrityError(f"{place}: dtype {dtype!r:.80} is not a string")
-    if dtype not in DTYPE_BYTES:
+    if dtype not in DTYPE_BYTES and not left:
         known = dtype in _OTHER_DTYPES
         what = "has no place in GPT-OSS" if known else "is unknown"
         raise InputError(f"{place}: dtype {dtype!r} {what}; expects {', '.join(DTYPE_BYTES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise IntegrityError(f"{place}: shape {shape!r:.80} or offsets {offsets!r:.80} malformed")
+    if left:
+        dtype, shape = "U8", [max(offsets[1] - offsets[0], 0)]
     zeros, offset = (0,) * len(shape), start + offsets[0]
     chunk = Chunk(name, dtype, tuple(shape), zeros, tuple(shape), file, offset, identity)
     if chunk.nbytes != offsets[1] - offsets[0]:
@@ -199,8 +224,6 @@ def _entry(
             f"{place}: {dtype} {shape} takes {chunk.nbytes} bytes, offsets span "
             f"{offsets[1] - offsets[0]}"
         )
-    if chunk.nbytes == 0:
-        raise InputError(f"{place}: empty tensor of shape {shape}")
     return chunk
 
 

@@ -81,8 +81,11 @@ class Options(Choices, AdapterOptions, ImageOptions):
         free |= {"revision", "stream", "follow_links"}
         # Nor where an adapter lay: what it holds does.
         free |= {"adapter"}
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(self).items()
-            if name not in free
-        }
+        return {name: _plain(value) for name, value in vars(self).items() if name not in free}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON makes of an option."""
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

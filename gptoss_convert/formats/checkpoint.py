@@ -10,6 +10,7 @@ from typing import Any
 from gptoss_convert.containers import Chunk, Image, safetensors
 from gptoss_convert.containers.paths import read_text
 from gptoss_convert.containers.strict_json import parse_object
+from gptoss_convert.errors import UsageError
 from gptoss_convert.formats import sidecar
 from gptoss_convert.formats.adapters.adapter import Adapter
 from gptoss_convert.formats.config import Config
@@ -65,6 +66,15 @@ class Checkpoint:
     """Whether float32 and float16 are read as the BF16 that they round to."""
     adapter: Adapter | None = None
     """What is merged into it wherever its values are asked for."""
+    naming: Table | None = None
+    """The table of its names, where that is not its format's own."""
+    dressed: bool = False
+    """Whether its tensors' names, or its configuration, are not literally those of its files."""
+
+    @property
+    def table(self) -> Table:
+        """The table that says what its tensors hold."""
+        return self.naming or self.kind.table
 
     @property
     def format(self) -> str:
@@ -84,7 +94,7 @@ class Checkpoint:
     @property
     def encoding(self) -> str:
         """`mxfp4` or `bf16`: how the experts are stored."""
-        return encoding(self.kind.table, self.variant)
+        return encoding(self.table, self.variant)
 
     @property
     def label(self) -> str:
@@ -95,7 +105,7 @@ class Checkpoint:
     def extents(self, casts: frozenset[str] = frozenset()) -> list[Extent]:
         """Where every parameter lies, sidecar scales included; each tensor's shape is checked."""
         sizes = load_model().sizes(self.config.numbers)
-        tensors = self.kind.table.tensors(self.variant, sizes)
+        tensors = self.table.tensors(self.variant, sizes)
         accepted = casts | (_CASTS if self.cast else frozenset())
         found = extents(str(self.root), tensors, self.chunks, accepted, self.root)
         result = [extent for extent in found if not extent.alias]
@@ -137,14 +147,20 @@ class Choices:
     format: str | None = option(
         None, "Format to read, where SOURCE holds several.", flag="--from", kind="format"
     )
-    repair: bool = option(False, "Read what transformers 5.21 to 5.23 mis-saved.")
+    repair: bool = option(
+        False, "Read what transformers 5.21 to 5.23, or torchtitan's export, mis-saved."
+    )
     iteration: int | None = option(None, "Megatron SOURCE: not the latest iteration.", least=0)
     config: Path | None = option(
-        None, "Megatron SOURCE: a Hugging Face config.json, where it carries none."
+        None, "A Hugging Face config.json, where SOURCE (Megatron's, a trainer's) carries none."
+    )
+    drop: tuple[str, ...] = option(
+        (), "Leave out tensors of SOURCE whose names match, such as 'v_head.*'; may be repeated."
     )
     vocab_size: int | None = option(
         None,
-        "Megatron SOURCE: rows of the vocabulary without padding, where nothing says so.",
+        "Rows of SOURCE's vocabulary: without Megatron's padding where nothing says so, or as "
+        "training resized it where config.json is older.",
         least=1,
     )
     glu_interleave: int | None = option(
@@ -152,6 +168,12 @@ class Choices:
         "Megatron SOURCE: rows of gate and of up in expert fc1 that alternate by so many, 0 for "
         "none, where only Megatron-Bridge's run_config.yaml tells.",
         least=0,
+    )
+    gate_proj: str | None = option(
+        None,
+        "What a gate_proj of each expert holds, where names (experts.0.gate_proj) leave it open: "
+        "its gate, or half of the rows in which gate and up alternate.",
+        among=("gate", "half"),
     )
     strict: bool = option(False, "Refuse what is only remarked on: files that nothing names.")
     cast: bool = option(False, "Round a float32 or float16 SOURCE to BF16.")
@@ -185,6 +207,8 @@ class Format:
     """The folder in which the tokenizer and its like lie, None if the format keeps none."""
     published: bool = False
     """Whether OpenAI published models in it."""
+    written: bool = True
+    """Whether TARGET can have it; what trainers leave is read only (`read_only`)."""
     launch_words: Callable[[Config, str], Sequence[str]] | None = None
     """Lines on how a trainer loads a TARGET, for formats that do not say all by themselves."""
     launch_page: Callable[[Config], str] | None = None
@@ -194,6 +218,25 @@ class Format:
     def table(self) -> Table:
         """Its mapping table."""
         return self.load()
+
+
+def read_only(
+    name: str,
+    load: Callable[[], Table],
+    recognise: Callable[[Path], Path | None],
+    open: Callable[[Path, Choices], Checkpoint],
+) -> Format:
+    """A format that is read and never written, from a directory alone."""
+
+    def variant(encoding: str, options: ImageOptions) -> str:
+        raise UsageError(f"--to {name}: {name} is read, not written")
+
+    def image(source: Checkpoint, variant: str, options: ImageOptions) -> tuple[Image, list[str]]:
+        raise UsageError(f"--to {name}: {name} is read, not written")
+
+    return Format(
+        name, load, recognise, open, lambda names: frozenset(), variant, image, written=False
+    )
 
 
 def casts(allowed: bool) -> frozenset[str]:

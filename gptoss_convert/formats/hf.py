@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from gptoss_convert.containers import Image, safetensors
+from gptoss_convert.containers.sharded_safetensors import is_sharded
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.formats import carried, openai, quantised, shards, sidecar, unsupported
@@ -16,68 +17,104 @@ from gptoss_convert.formats.checkpoint import (
     Checkpoint,
     Choices,
     Format,
-    best_variant,
     misfits,
     read_config,
 )
 from gptoss_convert.formats.config import Config
+from gptoss_convert.formats.heads import configure, require_rows
+from gptoss_convert.formats.names import left_out, read_names
 from gptoss_convert.formats.options import ImageOptions
+from gptoss_convert.formats.trained import (
+    MIS_SAVED,
+    best_naming,
+    lacking_in,
+    repaired,
+    skipped_notes,
+    told,
+    trainer_tables,
+    wrong_rows,
+)
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import load_table
 
+_WRITERS = {
+    "mis-saved": "transformers 5.21 to 5.23",
+    "mis-saved-rows": "torchtitan's export",
+    "expert-rows": "unsloth",
+    "expert-split": "llm-compressor before #2647",
+    "expert-halves": "llm-compressor from #2647 to #3100",
+    "expert-gates": "llm-compressor since #3100",
+}
+"""Whose arrangements the variants are that are read only."""
 _PUBLISHED_BYTES = 4_800_000_000
 
 
 def _recognise(path: Path) -> Path | None:
-    if not (path / CONFIG).exists():
+    if not (path / CONFIG).exists() or is_sharded(path):
         return None
     keys = read_config(path)[1]
     return path if "model_type" in keys or "architectures" in keys else None
 
 
 def _open(root: Path, choices: Choices) -> Checkpoint:
-    if problem := unsupported.recognise_files(root):
+    if problem := unsupported.recognise_files(root, claimed=True):
         raise problem
-    text, content = read_config(root)
-    config = configs.from_hf(str(root / CONFIG), content)
-    chunks, headers = safetensors.read_directory(root)
-    if not chunks:
-        raise IntegrityError(f"{root}: no *.safetensors files beside config.json")
-    stored = chunks
-    found = quantised.decoded(str(root / CONFIG), root, stored, content.get("quantization_config"))
-    chunks = found.chunks
+    path = choices.config or root / CONFIG
+    content = read_config(path.parent, path.name)[1]
+    configs.require_gpt_oss(str(path), content)
+    stored, headers = safetensors.read_directory(root, left_out(choices.drop))
+    if not stored:
+        raise unsupported.no_weights(root)
+    found = quantised.decoded(str(path), root, stored, content.get("quantization_config"))
+    held = (chunk.tensor for chunk in found.chunks)
+    names = read_names(str(root), held, trainer_tables(), choices.drop)
+    chunks = names.chunks(found.chunks)
     if problem := unsupported.recognise_tensors(str(root), chunks):
         raise problem
-    variant = best_variant(FORMAT.table, config, chunks)
-    method = configs.quantization(str(root / CONFIG), content)
-    notes = [*config.notes, *safetensors.remarks(root, stored), *found.notes]
-    method = None if found.decoded else method
-    if method not in {None, "mxfp4"} and misfits(FORMAT.table, variant, config, chunks):
-        raise InputError(f"{root / CONFIG}: quantised with {method!r}; supported: 'mxfp4' or none")
-    if variant == "mis-saved":
-        what = "BF16 experts under the names of packed blocks, as transformers 5.21 to 5.23 save"
-        if not choices.repair:
-            raise IntegrityError(f"{root}: {what}; pass --repair to read them as BF16")
-        notes.append(f"{what}; --repair reads them as BF16")
-    elif method != ("mxfp4" if variant == "mxfp4" else None):
+    tables = names.tables or (FORMAT.table,)
+    said = configure(path, tables, chunks, choices.vocab_size)
+    table, variant = best_naming(root, tables, said.config, said.chunks, choices)
+    require_rows(path, said.config, tables, wrong_rows(table, variant, said.config, said.chunks))
+    notes = [*said.config.notes, *said.notes, *found.notes]
+    notes += [*safetensors.remarks(root, stored), *skipped_notes(names.skipped)]
+    # A config.json from elsewhere, often the base model's, says nothing of how these are stored.
+    own = configs.quantization(str(path), content)
+    method = None if choices.config or found.decoded else own
+    if method not in {None, "mxfp4"} and misfits(table, variant, said.config, said.chunks):
+        raise InputError(f"{path}: quantised with {method!r}; supported: 'mxfp4' or none")
+    notes += repaired(root, variant, choices)
+    stated = choices.config is None and variant not in MIS_SAVED
+    if stated and method != ("mxfp4" if variant == "mxfp4" else None):
         says = f"has quantization_config {method!r}" if method else "has no quantization_config"
         held = "MXFP4" if variant == "mxfp4" else "BF16"
-        problem = f"{root / CONFIG}: {says}, the experts are {held}"
+        problem = f"{path}: {says}, the experts are {held}"
         if not choices.repair:
             raise IntegrityError(f"{problem}; pass --repair to go by the tensors")
         notes.append(problem)
     scales = sidecar.read(root) if variant != "mxfp4" else None
+    dressed = path.parent != root or {c.tensor for c in stored} != {c.tensor for c in said.chunks}
+    details = {
+        "form": "safetensors, as a trainer or a tool saved them",
+        "written_by": _WRITERS.get(variant, "whatever merged or wrapped the model"),
+        "configuration": str(path),
+        "naming": f"{table.format}: {variant}",
+        **told(names, stored),
+        "lacks": lacking_in([root]),
+    }
     return Checkpoint(
         FORMAT,
         variant,
         root,
-        config,
-        text,
-        chunks,
+        said.config,
+        said.text,
+        said.chunks,
         headers,
         scales,
         carried=carried.carried_files(root),
         notes=tuple(notes),
+        naming=table,
+        dressed=dressed,
+        details=details if dressed or variant in _WRITERS else {},
     )
 
 

@@ -12,7 +12,7 @@ from gptoss_convert.options import option
 class ImageOptions:
     """How TARGET is laid out; the defaults are the command line's."""
 
-    to: str = option(MISSING, "Format of TARGET.", kind="format")
+    to: str = option(MISSING, "Format of TARGET.", kind="target")
     dtype: str = option(
         "keep", "Encoding of the expert weights in TARGET.", among=("keep", "mxfp4", "bf16")
     )

@@ -12,7 +12,7 @@ from gptoss_convert import formats
 from gptoss_convert.containers.paths import Followed, folder_inside, settled
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.formats import unsupported
-from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, Format
+from gptoss_convert.formats.checkpoint import CONFIG, DEFAULT, Checkpoint, Choices, Format
 
 
 def _found() -> Iterator[Format]:
@@ -35,7 +35,17 @@ def formats_in(path: Path) -> dict[str, Path]:
         what = "not a directory" if path.exists() else "no such directory"
         raise UsageError(f"{path}: {what}")
     places = {name: one.recognise(path) for name, one in FORMATS.items()}
-    return {name: place for name, place in places.items() if place is not None}
+    found = {name: place for name, place in places.items() if place is not None}
+    if len(found) < 2:
+        return found
+    # A config.json without weights of its own lies there for those that something else holds.
+    return {name: place for name, place in found.items() if not _bare(FORMATS[name], place)}
+
+
+def _bare(format: Format, place: Path) -> bool:
+    """Whether a folder is a format's by its config.json alone."""
+    mine = format.written and format.table.container == "safetensors"
+    return mine and not any(place.glob("*.safetensors*"))
 
 
 def open_checkpoint(path: Path, choices: Choices = DEFAULT) -> Checkpoint:
@@ -44,15 +54,20 @@ def open_checkpoint(path: Path, choices: Choices = DEFAULT) -> Checkpoint:
     Raises UsageError with the choices, InputError or IntegrityError with file and tensor.
     """
     path = Followed(path) if choices.follow_links else settled(path)
+    if choices.config and choices.config.is_dir():
+        choices = replace(choices, config=choices.config / CONFIG)
     found = formats_in(path)
+    if not found and choices.config and any(path.glob("*.safetensors")):
+        # Whoever names a Hugging Face config.json says whose weights these are.
+        found = {"hf": path}
     format = choices.format
     if format is None:
         if len(found) > 1:
             raise UsageError(f"{path}: holds {' and '.join(found)}; choose one with --from")
         format = next(iter(found), None)
     if format is None or format not in found:
-        problem = unsupported.recognise_files(path)
-        held = f"holds {', '.join(found)}" if found else "no config.json and no torch_dist tracker"
+        problem = unsupported.recognise_files(path, claimed=bool(found))
+        held = f"holds {', '.join(found)}" if found else "no weights in a known form"
         raise problem or InputError(f"{path}: not a GPT-OSS checkpoint: {held}")
     place = folder_inside(path, found[format].relative_to(path).as_posix())
     if place is None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from gptoss_convert.containers import Chunk
 from gptoss_convert.errors import GptossError, InputError, IntegrityError
+from gptoss_convert.formats.names import Names
 
 _COLLAPSED = re.compile(r"(gate_up_proj|down_proj)\$")
 _LAYER = "model.layers.0.input_layernorm.weight"
-"""A name that every GPT-OSS in Hugging Face's naming has: what stands before it is a prefix."""
+"""A name that every GPT-OSS in Hugging Face's naming has."""
 _MERGE = "merge them into their base model first"
-_SAVE_MODEL = "save the model that is inside with save_pretrained"
 _SAVE_HF = "save it in Hugging Face's naming first, as save_pretrained does"
 
 
@@ -38,11 +38,6 @@ _FORMS = (
         "LoRA weights",
         _MERGE,
     ),
-    Form(
-        r"\.mlp\.experts\.(gate_up_projs|down_projs)\.\d+\.|\.mlp\.router\.linear\.",
-        "unsloth's per-expert naming (mlp.experts.gate_up_projs.0)",
-        "save with unsloth's save_pretrained_merged in Hugging Face's naming first",
-    ),
     Form(r"\.(qweight|qzeros|g_idx)$", "quantised with GPTQ or AWQ", "supported: MXFP4 and BF16"),
     Form(
         r"\.(quant_state|absmax)",
@@ -58,13 +53,7 @@ _FORMS = (
     Form(
         r"\.([kv]_scale|[kv]_proj\.output_scale)$",
         "scales of an FP8 KV cache beside the weights",
-        "leave them to the server: remove these tensors",
-    ),
-    Form(r"(^|\.)(optimizer|optim)\.|\.exp_avg(_sq)?$", "an optimizer's state", _SAVE_MODEL),
-    Form(
-        r"\.mlp\.experts\.(experts\.)?\d+\.(gate|up|down)_proj\.",
-        "one tensor for each expert, as llm-compressor saves",
-        _SAVE_HF,
+        "leave them to the server, with --drop '*_scale'",
     ),
     Form(
         r"\.(w13|w2)_(weight|bias|weight_scale)$|\.qkv_proj\.|\.self_attn\.attn\.",
@@ -72,13 +61,12 @@ _FORMS = (
         "save the model itself in Hugging Face's naming first",
     ),
     Form(r"\.experts\.(gate|up|down)_proj\.(weight|scales|biases|bias)$", "MLX's naming", _SAVE_HF),
-    Form(r"^tok_embeddings\.|\.mlp[12]_(weight|bias)_", "torchtitan's naming", _SAVE_HF),
-    Form(r"(^|\.)decoder\.layers\.", "Megatron's naming in safetensors", _SAVE_HF),
+    Form(r"(^|\.)decoder\.layers\.", "Megatron's naming", "have Megatron save torch_dist"),
     Form(r"^(blk\.\d+|token_embd)\.", "llama.cpp's naming", _SAVE_HF),
     Form(
         r"(^|\.)(v_head|value_head|reward_head|rm_head)\.",
         "a value head, as trainers with rewards save",
-        "remove these tensors, or save the policy alone",
+        "leave it out with --drop, such as --drop '*v_head*'",
     ),
     Form(
         r"(^|\.)(score|classifier|qa_outputs|classification_head)\.",
@@ -88,12 +76,7 @@ _FORMS = (
     Form(
         r"rotary_emb\.|\.attn\.bias$|\.masked_bias$|position_ids$",
         "buffers that are computed and never read",
-        "remove these tensors",
-    ),
-    Form(
-        r"\._?(checkpoint_wrapped_module|fsdp_wrapped_module|orig_mod|flat_param)(\.|$)",
-        "a training wrapper's names within the model's",
-        _SAVE_MODEL,
+        "leave them out with --drop, such as --drop '*rotary_emb*'",
     ),
     Form(
         r"\.mlp\.(gate|up|down)_proj\.weight$|\.mlp\.gate\.|shared_expert|block_sparse_moe|"
@@ -111,37 +94,129 @@ class AdapterError(InputError):
     """A directory is an adapter where a model is expected."""
 
 
+NESTED = (
+    "a state dict as torch nests it, Megatron's fsdp_dtensor or torch_dcp; have Megatron save "
+    "torch_dist"
+)
+TRAINERS_FOLDERS = ("huggingface", "tokenizer", ".hf_metadata")
+"""Folders in which trainers put what belongs to the model and is no weight: verl, NeMo-RL,
+Automodel."""
 UNUSABLE_NAMES = (
     "saved by transformers 5.8 to 5.20 after dequantising: the experts of all layers were written "
     "under one name ('gate_up_proj$'), so all but one layer's are lost; convert the original again"
 )
 
 
-def recognise_files(root: Path) -> GptossError | None:
-    """What is wrong with a directory, judged by its file names."""
-    if (root / "adapter_config.json").exists():
-        return AdapterError(
-            f"{root}: a LoRA adapter, not a model; name its base as SOURCE, and it as --adapter"
-        )
-    if any(root.glob("mp_rank_*")):
-        return InputError(f"{root}: Megatron's legacy torch format; supported: torch_dist")
-    if any(root.glob("model-rank-*-part-*.safetensors")):
-        return InputError(
-            f"{root}: vLLM's or SGLang's sharded_state (model-rank-*-part-*.safetensors); save the "
-            "model itself in Hugging Face's naming first"
-        )
-    if any(root.glob("adapter_model.*")):
-        return InputError(
-            f"{root}: LoRA weights (adapter_model.*), not a model; name their base as SOURCE, and "
-            "this, with its adapter_config.json, as --adapter"
-        )
-    if any(root.glob("*.gguf")):
-        return InputError(f"{root}: a GGUF file; supported: safetensors and torch_dist")
-    if any(root.glob("*.incomplete")):
-        return IntegrityError(f"{root}: an unfinished download (*.incomplete); run it again")
-    if not any(root.glob("*.safetensors")) and any(root.glob("pytorch_model*.bin")):
-        return InputError(f"{root}: pickled weights (pytorch_model*.bin) are never loaded")
+@dataclass(frozen=True)
+class Directory:
+    """A directory that is no checkpoint of a known format, but has a name."""
+
+    pattern: str
+    """A file or folder of this pattern shows it."""
+    what: str
+    """What it is, and what helps; `{found}` is the file that shows it."""
+    error: type[GptossError] = InputError
+    always: bool = False
+    """Also where a format knows the directory for its own."""
+
+    def found(self, root: Path) -> str | None:
+        """The file or folder that shows it, the first by name."""
+        shown = (path.relative_to(root).as_posix() for path in root.glob(self.pattern))
+        return min(shown, default=None)
+
+
+_INSIDE = "no checkpoint itself, but the folder of some: name one of them, such as {folder}"
+_DIRECTORIES = (
+    Directory(
+        "adapter_config.json",
+        "a LoRA adapter, not a model; name its base as SOURCE, and it as --adapter",
+        AdapterError,
+        always=True,
+    ),
+    Directory(
+        "mp_rank_*_model_states.pt",
+        "DeepSpeed's ZeRO ({found}); its own script makes it readable: python zero_to_fp32.py "
+        "{parent} OUT --safe_serialization",
+        always=True,
+    ),
+    Directory(
+        "global_step*/mp_rank_*_model_states.pt",
+        "DeepSpeed's ZeRO ({found}); its own script makes it readable: python zero_to_fp32.py "
+        "{root} OUT --safe_serialization",
+    ),
+    Directory(
+        "mp_rank_*",
+        "Megatron's legacy torch format; supported: torch_dist",
+        always=True,
+    ),
+    Directory(
+        "model-rank-*-part-*.safetensors",
+        "vLLM's or SGLang's sharded_state (model-rank-*-part-*.safetensors); save the model itself "
+        "in Hugging Face's naming first",
+        always=True,
+    ),
+    Directory(
+        "adapter_model.*",
+        "LoRA weights (adapter_model.*), not a model; name their base as SOURCE, and this, with "
+        "its adapter_config.json, as --adapter",
+        always=True,
+    ),
+    Directory("*.gguf", "a GGUF file; supported: safetensors and torch_dist", always=True),
+    Directory(
+        "*.incomplete",
+        "an unfinished download (*.incomplete); run it again",
+        IntegrityError,
+        always=True,
+    ),
+    Directory(
+        "pytorch_model_fsdp_rank*.bin",
+        "flat parameters of FSDP 1 (LOCAL_STATE_DICT), which say nothing of what lies where; save "
+        "with SHARDED_STATE_DICT",
+    ),
+    Directory("pytorch_model*.bin", "pickled weights (pytorch_model*.bin) are never loaded"),
+    Directory("model_world_size_*_rank_*.pt", "rank files of verl or SkyRL are not read yet"),
+    Directory("*/.metadata", _INSIDE),
+    Directory("*/pytorch_model_fsdp_0", _INSIDE),
+    Directory("*/policy/weights", _INSIDE),
+    Directory("*/model/shard-*-model-*.safetensors", _INSIDE),
+    Directory("*/shard-*-model-*.safetensors", _INSIDE),
+    Directory(
+        "*.safetensors",
+        "not a GPT-OSS checkpoint by itself: safetensors without a config.json that says "
+        "model_type; pass --config CONFIG_JSON, that of the model",
+    ),
+)
+"""In this order: the first that a directory shows is told. One place for every such advice."""
+
+
+def recognise_files(root: Path, claimed: bool = False) -> GptossError | None:
+    """What is wrong with a directory, judged by its file names; `claimed` by a format, or not."""
+    for one in _DIRECTORIES:
+        if (one.always or not claimed) and (found := one.found(root)):
+            folder = found.partition("/")[0]
+            words = one.what.format(found=found, folder=folder, root=root, parent=root.parent)
+            return one.error(f"{root}: {words}")
     return None
+
+
+def no_weights(root: Path) -> GptossError:
+    """What to say of a config.json without weights beside it."""
+    above = root.name in TRAINERS_FOLDERS
+    advice = f": a trainer's; the weights lie in {root.parent}" if above else ""
+    return IntegrityError(f"{root}: no *.safetensors files beside config.json{advice}")
+
+
+def recognise_state(where: str, names: Names) -> GptossError | None:
+    """What is wrong with a trainer's checkpoint that holds no weights."""
+    if names.weights:
+        return None
+    held = (
+        ", ".join(f"{count} {kind}" for kind, count in sorted(names.skipped.items())) or "nothing"
+    )
+    return InputError(
+        f"{where}: no weights, only a trainer's state ({held}): name the checkpoint beside it that "
+        "holds the model, such as pytorch_model_fsdp_0 beside optimizer_0"
+    )
 
 
 def recognise_tensors(where: str, chunks: Iterable[Chunk]) -> GptossError | None:
@@ -152,17 +227,15 @@ def recognise_tensors(where: str, chunks: Iterable[Chunk]) -> GptossError | None
     for form in _FORMS:
         if name := form.found(names):
             return InputError(f"{where}: {form.what}; {form.remedy} ({name})")
-    return _prefixed(where, names)
+    return _partial(where, names)
 
 
-def _prefixed(where: str, names: Sequence[str]) -> GptossError | None:
-    """What is wrong where the right names stand behind a prefix, or without theirs."""
-    wrapped = next((name for name in names if name.endswith(f".{_LAYER}")), None)
-    if wrapped is not None:
-        prefix = wrapped.removesuffix(_LAYER)
+def _partial(where: str, names: Sequence[str]) -> GptossError | None:
+    """What is wrong where a model is not whole, or in another format's names."""
+    if _LAYER in names and not any(".experts." in name for name in names):
         return InputError(
-            f"{where}: every name begins with {prefix!r}, as a model in a training wrapper (DDP, "
-            f"FSDP, torch.compile, PEFT) is saved; {_SAVE_MODEL}"
+            f"{where}: a model without its experts, as torchtitan 0.3 exports; convert the "
+            "checkpoint that it was exported from, step-N, which has them"
         )
     if _LAYER.removeprefix("model.") in names:
         return InputError(

@@ -106,9 +106,12 @@ def extents(
     """
     known = {tensor.name: tensor for tensor in tensors}
     found = {chunk.tensor for chunk in chunks}
+    missing = known.keys() - found
     if unknown := found - known.keys():
-        raise IntegrityError(f"{where}: {len(unknown)} unknown tensors: {fold(unknown)}")
-    if missing := known.keys() - found:
+        # Without any that is missing, they are none of the model's.
+        advice = "" if missing else "; --drop PATTERN leaves out what is not the model's"
+        raise IntegrityError(f"{where}: {len(unknown)} unknown tensors: {fold(unknown)}{advice}")
+    if missing:
         raise IntegrityError(f"{where}: {len(missing)} tensors missing: {fold(missing)}")
     result: list[Extent] = []
     for chunk in chunks:
@@ -123,7 +126,7 @@ def extents(
                 f"{where}: {chunk.tensor}: expects dtype {tensor.dtype}, found {chunk.dtype}"
                 + ("; pass --cast to round it to BF16" if chunk.dtype in {"F32", "F16"} else "")
             )
-        result.extend(_chunk_extents(tensor, chunk, root))
+        result.extend(_chunk_extents(tensor, tensor.whole(chunk), root))
     return result
 
 

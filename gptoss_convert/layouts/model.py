@@ -150,7 +150,7 @@ def load_model() -> Model:
 def read_hub() -> dict[str, Any]:
     """The content of `model.toml`, and of the tables of the codecs beside it."""
     content = read_toml("model.toml")
-    for table in _tables("codecs"):
+    for table in tables_in("codecs"):
         for section, entries in read_toml(f"codecs/{table}").items():
             content[section] = content.get(section, {}) | entries
     return content
@@ -245,7 +245,7 @@ def read_toml(name: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-def _tables(folder: str) -> list[str]:
+def tables_in(folder: str) -> list[str]:
     """The names of the installed tables in a folder."""
     places = resources.files("gptoss_convert.mappings").joinpath(folder).iterdir()
     return sorted(place.name for place in places if place.name.endswith(".toml"))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
 from gptoss_convert import containers
+from gptoss_convert.containers import Chunk
 from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.layouts.layout import STAR, Layout, Placement, shape_of
 from gptoss_convert.layouts.model import Model, load_model, only_keys, read_toml
 
 _HOLE = re.compile(r"\{([a-z_]+)\}")
-_RULE_KEYS = {"param", "layout", "chunk", "at", "alias"}
+_RULE_KEYS = {"param", "layout", "chunk", "at", "part", "alias"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class Rule:
     at: Mapping[str, int]
     alias: bool
     """A second copy of a parameter that another tensor of the same variant already holds."""
+    part: tuple[int, int] | None = None
+    """(i, n): it is the i-th, counted from 1, of n equal parts of the first dimension."""
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -56,6 +59,16 @@ class Tensor:
     chunk_shape: tuple[int, ...]
     placements: tuple[Placement, ...]
     bound: Mapping[str, int]
+
+    def whole(self, chunk: Chunk) -> Chunk:
+        """A chunk of this tensor as one of the tensor that it is a part of, if it is."""
+        if self.rule.part is None:
+            return chunk
+        index, count = self.rule.part
+        rows, *others = chunk.shape
+        first, *rest = chunk.start
+        start = (first + (index - 1) * rows, *rest)
+        return replace(chunk, shape=(rows * count, *others), start=start)
 
 
 @dataclass(frozen=True)
@@ -139,6 +152,10 @@ def _shape(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Placement, ...]]:
     params = {param: model.params[param] for param in rule.params}
     shape, placements = shape_of(rule.layout, params, sizes, rule.named)
+    if rule.part is not None:
+        if shape[0] % rule.part[1]:
+            raise InputError(f"{rule.name}: {shape[0]} rows are not {rule.part[1]} equal parts")
+        shape = (shape[0] // rule.part[1], *shape[1:])
     if not rule.chunk:
         return shape, (), placements
     cut = dict.fromkeys(rule.chunk, 1)
@@ -218,7 +235,8 @@ def _rule(where: str, name: str, content: Mapping[str, Any], model: Model) -> Ru
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
     chunk = tuple(content.get("chunk", "").split())
-    rule = Rule(name, tuple(params), layout, chunk, at, content.get("alias", False))
+    part = _part(place, content["part"]) if "part" in content else None
+    rule = Rule(name, tuple(params), layout, chunk, at, content.get("alias", False), part)
     for axis in (*rule.named, *layout.axes, *chunk):
         if axis != STAR and axis not in model.axes:
             raise InputError(f"{place}: unknown axis {axis!r}")
@@ -231,6 +249,14 @@ def _rule(where: str, name: str, content: Mapping[str, Any], model: Model) -> Ru
         raise InputError(f"{place}: {held}")
     _check_axes(place, rule, model)
     return rule
+
+
+def _part(place: str, part: Any) -> tuple[int, int]:
+    if isinstance(part, list) and len(part) == 2 and all(type(n) is int for n in part):
+        index, count = part
+        if 1 <= index <= count:
+            return index, count
+    raise InputError(f"{place}: part {part!r}, expects [i, n]: the i-th of n equal parts")
 
 
 def _check_axes(place: str, rule: Rule, model: Model) -> None:
@@ -281,7 +307,11 @@ def _check_variant(place: str, rules: tuple[Rule, ...], model: Model, partial: b
 
 
 def _once(holders: list[Rule], model: Model) -> bool:
-    """Whether the indexes fixed by the holders' `at` cover the parameter exactly once."""
+    """Whether the indexes fixed by the holders' `at`, or their parts, cover it exactly once."""
+    if any(rule.part for rule in holders):
+        return sorted(rule.part or (0, 0) for rule in holders) == [
+            (index + 1, len(holders)) for index in range(len(holders))
+        ]
     if len(holders) == 1:
         return not holders[0].at
     fixed = [rule.at for rule in holders]

@@ -95,19 +95,36 @@ _PARALLEL = {"tensor": "TP", "pipeline": "PP", "expert": "EP", "expert_tensor": 
 
 
 def _details(details: Mapping[str, Any]) -> dict[str, str]:
-    """What only a Megatron checkpoint can tell."""
+    """What only a trainer's checkpoint can tell."""
     if not details:
         return {}
+    counts = (f"{count} {kind}" for kind, count in sorted(details["skipped"].items()))
+    skipped = ", ".join(counts)
+    of_format = _form(details) if "form" in details else _megatron(details)
+    return of_format | {"skipped": f"{skipped} entries" if skipped else "nothing"}
+
+
+def _form(details: Mapping[str, Any]) -> dict[str, str]:
+    behind = f", behind {details['prefix']!r}" if details["prefix"] else ""
+    without = "".join(f", without {part!r}" for part in details["wrappers"])
+    return {
+        "form": f"{details['form']}, by {details['written_by']}",
+        "names": details["naming"] + behind + without,
+        "configuration": details["configuration"],
+        "chunks": f"{details['chunks']}",
+        "lacks": " and ".join(details["lacks"]) or "nothing",
+    }
+
+
+def _megatron(details: Mapping[str, Any]) -> dict[str, str]:
     short = ((n.removesuffix("_parallel_size"), s) for n, s in details["parallel"].items())
     parallel = ", ".join(f"{_PARALLEL[n.removesuffix('_model')]} {size}" for n, size in short)
-    skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(details["skipped"].items()))
     return {
         "iteration": f"{details['iteration']}, saved by {details['saved_by']}",
         "configuration": details["configuration"],
         "chunks": f"{details['chunks']}",
         "saved with": parallel or "parallel sizes not recorded",
         "optimizer": "present, ignored" if details["optimizer"] else "none",
-        "skipped": f"{skipped} entries" if skipped else "nothing",
     }
 
 

@@ -13,7 +13,7 @@ class SynthOptions:
 
     model: str = option("tiny", "Which model's shapes.", among=("tiny", "20b", "120b"))
     layers: int | None = option(None, "Fewer layers than the model has.", least=1)
-    format: str = option("hf", "Format of TARGET.", kind="format")
+    format: str = option("hf", "Format of TARGET.", kind="target")
     dtype: str = option(
         "keep",
         "Encoding of the expert weights; keep is MXFP4.",

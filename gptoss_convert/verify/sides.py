@@ -54,7 +54,8 @@ def given(checkpoint: Checkpoint) -> Given:
         overruled=checkpoint.overruled,
         glu_interleave=checkpoint.glu_interleave,
         packed=checkpoint.encoding == "mxfp4",
-        mis_saved=checkpoint.variant == "mis-saved",
+        naming=checkpoint.variant,
+        dressed=checkpoint.dressed,
         rounded=checkpoint.cast,
     )
 

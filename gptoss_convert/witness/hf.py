@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.errors import InputError
-from gptoss_convert.witness.configs import read_json
+from gptoss_convert.witness.configs import Section, read_json
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.fp4 import BLOCK, Packed, checked
 from gptoss_convert.witness.hf_config import hf_config
 from gptoss_convert.witness.model import ExpertMatrices, LayerWeights, ModelConfig
+from gptoss_convert.witness.per_expert import PER_EXPERT
 from gptoss_convert.witness.readers import (
     Reader,
     StoredTensors,
@@ -34,16 +35,24 @@ class HfReader(Reader):
         fetcher: Fetcher | None = None,
         given: Given | None = None,
     ):
-        config = read_json(directory / "config.json")
+        dressed = given is not None and given.dressed
+        config = (
+            Section(given.config, f"{directory}: config.json")
+            if given is not None and dressed
+            else read_json(directory / "config.json")
+        )
         self.config = hf_config(config)
         self.packed = config.content.get("quantization_config") is not None
         if given is not None and given.packed is not None:
             self.packed = given.packed
         elif self.packed:
             config.section("quantization_config").require("quant_method", "mxfp4")
-        self._ending = "_blocks" if given is not None and given.mis_saved else ""
+        self._naming = given.naming if given is not None else ""
         rounded = given is not None and given.rounded
-        chunks = safetensors_chunks(directory, hf_files(directory))
+        if given is not None and dressed:
+            chunks = [*given.chunks]
+        else:
+            chunks = safetensors_chunks(directory, hf_files(directory))
         self._files = StoredTensors(directory, chunks, fetcher or Fetcher(device), rounded)
 
     def _embedding(self) -> Tensor:
@@ -70,8 +79,8 @@ class HfReader(Reader):
         def read(name: str, *shape: int) -> Tensor:
             return self._files.read(f"{prefix}.{name}", shape)
 
-        gate_up = self._gate_up(f"{prefix}.mlp.experts.gate_up_proj")
-        gate_up_bias = read("mlp.experts.gate_up_proj_bias", c.experts, 2 * c.inter)
+        experts = f"{prefix}.mlp.experts"
+        gate_up, gate_up_bias = self._gate_up(experts), self._bias(experts, "gate_up", 2 * c.inter)
         return LayerWeights(
             attention_norm=read("input_layernorm.weight", c.hidden),
             q_weight=read("self_attn.q_proj.weight", q, c.hidden),
@@ -90,25 +99,43 @@ class HfReader(Reader):
             gate_bias=gate_up_bias[:, 0::2],
             up_weight=gate_up[:, 1::2],
             up_bias=gate_up_bias[:, 1::2],
-            down_weight=self._down(f"{prefix}.mlp.experts.down_proj"),
-            down_bias=read("mlp.experts.down_proj_bias", c.experts, c.hidden),
+            down_weight=self._down(experts),
+            down_bias=self._bias(experts, "down", c.hidden),
         )
 
-    def _gate_up(self, stem: str) -> ExpertMatrices:
-        """`[expert, (inter glu), hidden]`: BF16 is stored input-major, blocks output-major."""
+    def _gate_up(self, experts: str) -> ExpertMatrices:
+        """`[expert, (inter glu), hidden]`: stacked BF16 is input-major, all else output-major."""
         c = self.config
         if self.packed:
-            return self._blocks(stem, 2 * c.inter, c.hidden)
-        name = stem + self._ending
+            return self._blocks(f"{experts}.gate_up_proj", 2 * c.inter, c.hidden)
+        if self._naming in PER_EXPERT:
+            return PER_EXPERT[self._naming](self._files, experts, "gate_up", c, "weight")
+        name = f"{experts}.gate_up_proj" + self._ending
+        if self._naming == "mis-saved-rows":
+            return self._files.read(name, (c.experts, 2 * c.inter, c.hidden))
         return self._files.read(name, (c.experts, c.hidden, 2 * c.inter)).transpose(1, 2)
 
-    def _down(self, stem: str) -> ExpertMatrices:
-        """`[expert, hidden, inter]`: BF16 is stored input-major, blocks output-major."""
+    def _down(self, experts: str) -> ExpertMatrices:
+        """`[expert, hidden, inter]`: stacked BF16 is input-major, all else output-major."""
         c = self.config
         if self.packed:
-            return self._blocks(stem, c.hidden, c.inter)
-        name = stem + self._ending
+            return self._blocks(f"{experts}.down_proj", c.hidden, c.inter)
+        if self._naming in PER_EXPERT:
+            return PER_EXPERT[self._naming](self._files, experts, "down", c, "weight")
+        name = f"{experts}.down_proj" + self._ending
+        if self._naming == "mis-saved-rows":
+            return self._files.read(name, (c.experts, c.hidden, c.inter))
         return self._files.read(name, (c.experts, c.inter, c.hidden)).transpose(1, 2)
+
+    def _bias(self, experts: str, which: str, rows: int) -> Tensor:
+        if self._naming in PER_EXPERT:
+            return PER_EXPERT[self._naming](self._files, experts, which, self.config, "bias")
+        return self._files.read(f"{experts}.{which}_proj_bias", (self.config.experts, rows))
+
+    @property
+    def _ending(self) -> str:
+        """What mis-saved names of experts have behind them."""
+        return "_blocks" if self._naming.startswith("mis-saved") else ""
 
     def _blocks(self, stem: str, rows: int, columns: int) -> Packed:
         return read_packed(self._files, stem, "_", (self.config.experts, rows, columns))
@@ -150,8 +177,10 @@ def _oracle(
 ) -> list[Tensor] | str:
     says = given.config.get("quantization_config")
     method = says.get("quant_method") if isinstance(says, Mapping) else None
-    if given.mis_saved or method != ("mxfp4" if given.packed else None):
+    if given.naming.startswith("mis-saved") or method != ("mxfp4" if given.packed else None):
         return "(read with --repair: transformers would not read it so)"
+    if given.dressed or given.naming in PER_EXPERT:
+        return "(names or configuration are not transformers': it would not read it so)"
     from gptoss_convert.witness.oracles import silence, transformers_logits
 
     with silence():

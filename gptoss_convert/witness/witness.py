@@ -41,8 +41,10 @@ class Given:
     """Rows of gate and up that alternate in expert fc1, where the user says so."""
     packed: bool | None = None
     """Whether the experts are MXFP4, whatever config.json says; None is as it says."""
-    mis_saved: bool = False
-    """Whether BF16 experts lie under the names of packed blocks."""
+    naming: str = ""
+    """Which of the arrangements that its ecosystem's writers have, in the format's own word."""
+    dressed: bool = False
+    """Whether the files have other names, or no config.json: then `chunks` and `config` count."""
     rounded: bool = False
     """Whether float32 and float16 are read as the BF16 that they round to."""
 
@@ -59,7 +61,7 @@ class Witness:
 
 def witness_of(format: str) -> Witness:
     """The witness of a format; raises InputError where nobody has written one."""
-    name = f"{__package__}.{format}"
+    name = f"{__package__}.{format.replace('-', '_')}"
     if find_spec(name) is None:
         raise InputError(f"{format}: no reader for its logits; convert it, or use --level values")
     return import_module(name).WITNESS

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from gptoss_convert.containers.torch_dist.iterations import RELEASE, find_iteration
-from gptoss_convert.containers.torch_dist.reader import TorchDist, read
+from gptoss_convert.containers.torch_dist.reader import TorchDist, read, tensor_names
 from gptoss_convert.containers.torch_dist.serialized import extra_state_objects
 from gptoss_convert.containers.torch_dist.writer import image
 
-__all__ = ["RELEASE", "TorchDist", "extra_state_objects", "find_iteration", "image", "read"]
+__all__ = [
+    "RELEASE",
+    "TorchDist",
+    "extra_state_objects",
+    "find_iteration",
+    "image",
+    "read",
+    "tensor_names",
+]

@@ -13,6 +13,8 @@ _MAX_PIECES_PER_BOX = 64
 
 def require_tiling(shape: tuple[int, ...], boxes: Collection[ChunkBox]) -> None:
     """Raise IntegrityError unless the boxes cover every element of `shape` exactly once."""
+    if not boxes:
+        raise IntegrityError(f"no chunk holds an element of shape {shape}")
     for box in boxes:
         ends = (s + e for s, e in zip(box.start, box.extent, strict=True))
         if 0 in box.extent or any(end > dim for end, dim in zip(ends, shape, strict=True)):

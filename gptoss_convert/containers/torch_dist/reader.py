@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -36,18 +37,21 @@ class TorchDist:
     saved_by: str
 
 
-def read(iteration_dir: Path) -> TorchDist:
-    """Return what an iteration directory holds; of the tensors' data nothing is read.
+def read(iteration_dir: Path, kind: Callable[[str], str] | None = None) -> TorchDist:
+    """Return what a directory holds; of the tensors' data nothing is read.
 
+    `kind` tells what an entry of a name holds; `weight` and `common` are read, all others counted.
+    It is Megatron's `kind_of` unless said otherwise.
     Raises InputError for foreign globals in a pickle, unsafe paths and unsupported dtypes,
     IntegrityError for missing files, truncation, and chunks that overlap or leave gaps.
     """
-    content = metadata.parse(_metadata_bytes(iteration_dir), str(iteration_dir / ".metadata"))
-    _require_plain_keys(iteration_dir, content)
-    weights = [tensor for tensor in content.tensors if kind_of(tensor.name) == "weight"]
-    kinds = [kind_of(tensor.name) for tensor in content.tensors]
-    kinds += ["other" if (k := kind_of(name)) == "weight" else k for name in content.objects]
-    skipped = Counter(kind for kind in kinds if kind not in ("weight", "common"))
+    kind = kind or kind_of
+    content = _content(iteration_dir)
+    _parsed.cache_clear()
+    weights = [tensor for tensor in content.tensors if kind(tensor.name) == "weight"]
+    kinds = [kind(tensor.name) for tensor in content.tensors]
+    kinds += ["other" if (k := kind(name)) == "weight" else k for name in content.objects]
+    skipped = Counter(one for one in kinds if one not in ("weight", "common"))
     _require_files(iteration_dir, content)
     _require_disjoint(content, iteration_dir)
     for tensor in weights:
@@ -56,6 +60,11 @@ def read(iteration_dir: Path) -> TorchDist:
     state = _common(iteration_dir, content)
     saver = _saved_by(iteration_dir, state)
     return TorchDist(chunks, tuple(content.objects), state, dict(skipped), saver)
+
+
+def tensor_names(directory: Path) -> tuple[str, ...]:
+    """Return the names of all tensors of a directory; raises as `read` does."""
+    return tuple(tensor.name for tensor in _content(directory).tensors)
 
 
 def kind_of(name: str) -> str:
@@ -72,6 +81,18 @@ def kind_of(name: str) -> str:
     return "rng" if parts[:1] in (["rng_state"], ["rerun_state_machine_state"]) else "weight"
 
 
+def _content(directory: Path) -> Metadata:
+    path = directory / ".metadata"
+    state = path.stat() if path.is_file() else None
+    return _parsed(directory, state and (state.st_size, state.st_mtime_ns, state.st_ino))
+
+
+@lru_cache(maxsize=1)
+def _parsed(directory: Path, state: object) -> Metadata:
+    """The content of `.metadata`: whoever recognises a directory asks first, then whoever reads."""
+    return metadata.parse(_metadata_bytes(directory), str(directory / ".metadata"))
+
+
 def _metadata_bytes(directory: Path) -> bytes:
     if not (directory / ".metadata").is_file():
         raise IntegrityError(
@@ -81,16 +102,6 @@ def _metadata_bytes(directory: Path) -> bytes:
         if opened.size > MAX_BYTES:
             raise InputError(f"{directory}: .metadata of {opened.size} bytes")
         return opened.read_at(0, opened.size)
-
-
-def _require_plain_keys(directory: Path, content: Metadata) -> None:
-    """torch_dcp and fsdp_dtensor keep a nested state dict: names begin with `model.`."""
-    nested = any(tensor.name.startswith(("model.", "model_")) for tensor in content.tensors)
-    if nested and not (directory / "metadata.json").exists():
-        raise InputError(
-            f"{directory}: an fsdp_dtensor or torch_dcp checkpoint (tensor names begin with "
-            "'model.', no metadata.json); supported: torch_dist"
-        )
 
 
 def _require_files(directory: Path, content: Metadata) -> None:

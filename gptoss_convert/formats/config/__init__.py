@@ -2,7 +2,7 @@
 
 from gptoss_convert.formats.config.numbers import Config, layer_types
 from gptoss_convert.formats.config.openai import from_openai, openai_json
-from gptoss_convert.formats.config.reading import from_hf, quantization
+from gptoss_convert.formats.config.reading import from_hf, quantization, require_gpt_oss
 from gptoss_convert.formats.config.writing import MXFP4_CONFIG, corrections, hf_json, hf_text
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "layer_types",
     "openai_json",
     "quantization",
+    "require_gpt_oss",
 ]

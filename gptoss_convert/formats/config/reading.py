@@ -20,9 +20,7 @@ def from_hf(where: str, content: Mapping[str, Any]) -> Config:
 
     A key that is left out has the value that transformers takes; `notes` say so.
     """
-    if content.get("model_type") != "gpt_oss":
-        found = content.get("model_type", content.get("architectures"))
-        raise InputError(f"{where}: model_type {found!r:.80}; supported: 'gpt_oss'")
+    require_gpt_oss(where, content)
     _refuse(where, content)
     numbers, notes = _numbers(where, content)
     found, rope_notes = rope.read(where, content, numbers["max_position_embeddings"])
@@ -46,6 +44,13 @@ def from_hf(where: str, content: Mapping[str, Any]) -> Config:
         attention_factor=found.attention_factor,
         notes=notes,
     )
+
+
+def require_gpt_oss(where: str, content: Mapping[str, Any]) -> None:
+    """Refuse the config.json of another architecture."""
+    if content.get("model_type") != "gpt_oss":
+        found = content.get("model_type", content.get("architectures"))
+        raise InputError(f"{where}: model_type {found!r:.80}; supported: 'gpt_oss'")
 
 
 def quantization(where: str, content: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from gptoss_convert.containers import Image, torch_dist
 from gptoss_convert.containers.torch_dist import RELEASE
 from gptoss_convert.errors import InputError, UsageError
-from gptoss_convert.formats import carried, shards
+from gptoss_convert.formats import carried, dcp, shards
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats.checkpoint import CONFIG, Checkpoint, Choices, Format
 from gptoss_convert.formats.config import Config
@@ -30,6 +30,8 @@ _MIN_BYTES = 2_000_000_000
 
 
 def _recognise(path: Path) -> Path | None:
+    if dcp.is_nested(path):
+        return None
     marked = any((path / name).exists() for name in _MARKERS) or any(path.glob("iter_*"))
     return path if marked or (path / RELEASE / ".metadata").exists() else None
 

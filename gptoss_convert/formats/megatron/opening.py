@@ -10,7 +10,7 @@ from gptoss_convert.containers.paths import settled
 from gptoss_convert.containers.torch_dist import TorchDist
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats import config as configs
-from gptoss_convert.formats import sidecar
+from gptoss_convert.formats import dcp, sidecar, unsupported
 from gptoss_convert.formats.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -28,6 +28,8 @@ from gptoss_convert.formats.megatron.stated import Stated
 def open_megatron(kind: Format, root: Path, choices: Choices) -> Checkpoint:
     """Open the asked or the latest iteration; raises as `open_checkpoint` does."""
     directory = torch_dist.find_iteration(root, choices.iteration)
+    if dcp.is_nested(directory):
+        raise InputError(f"{directory}: {unsupported.NESTED}")
     # An iteration may be a link within the checkpoint, which says nothing of where that lies.
     base = files.root_of(root) if directory == root else root
     stored = torch_dist.read(directory)

@@ -1,0 +1,53 @@
+"""PyTorch's distributed checkpoint (DCP) as trainers write it: `.metadata` and `.distcp` files.
+
+Sources: torch.distributed.checkpoint; accelerate's FSDP utilities, NeMo-RL, torchtitan.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from gptoss_convert.containers import torch_dist
+from gptoss_convert.errors import GptossError
+from gptoss_convert.formats.checkpoint import Checkpoint, Choices, read_only
+from gptoss_convert.formats.names import kind_of, read_names
+from gptoss_convert.formats.trained import Form, Place, open_trained, trainer_tables
+from gptoss_convert.layouts.tables import load_table
+
+_MEGATRON = ("decoder.", "embedding.", "output_layer.")
+"""How names of Megatron's own torch_dist begin."""
+
+
+def is_nested(folder: Path) -> bool:
+    """Whether `.metadata` is a state dict's of torch, and not Megatron's torch_dist."""
+    if not (folder / ".metadata").is_file() or (folder / "metadata.json").exists():
+        return False
+    try:
+        names = torch_dist.tensor_names(folder)
+    except GptossError:
+        # Whoever reads it says what is wrong with it.
+        return False
+    return not any(name.startswith(_MEGATRON) for name in names)
+
+
+FORM = Form(
+    "a PyTorch distributed checkpoint",
+    (
+        Place("pytorch_model_fsdp_0", "accelerate (Trainer, TRL, axolotl) with FSDP"),
+        Place("policy/weights", "NeMo-RL"),
+        Place("weights", "NeMo-RL"),
+        Place("", "torch.distributed.checkpoint"),
+    ),
+    is_nested,
+)
+
+
+def _open(folder: Path, choices: Choices) -> Checkpoint:
+    stored_names = torch_dist.tensor_names(folder)
+    names = read_names(str(folder), stored_names, trainer_tables(), choices.drop)
+    stored = torch_dist.read(folder, lambda name: kind_of(name, choices.drop) or "weight")
+    return open_trained(FORMAT, FORM, folder, names, stored.chunks, choices, stored.skipped)
+
+
+FORMAT = read_only("dcp", partial(load_table, "hf"), FORM.recognise, _open)
