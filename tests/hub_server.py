@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,13 @@ class Fault:
     path: str
     status: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
+    """In place of the answer's own."""
+    flip: bool = False
+    """One bit in the middle of the body is another."""
+    drip: float | None = None
+    """Seconds between two bytes of the body."""
+    endless: bool = False
+    """The body has no end."""
     body: bytes | None = None
     """Sent with status 200 if `status` is 0."""
     cut: int | None = None
@@ -108,6 +116,18 @@ def serving(hub: Hub) -> Iterator[Hub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def _digests(path: Path) -> dict[str, Any]:
+    """What the Hub states of a file, but for those that would take long here."""
+    size = path.stat().st_size
+    if size > 1 << 24:
+        return {}
+    content = path.read_bytes()
+    if path.name.endswith(_LFS):
+        sha256 = hashlib.sha256(content).hexdigest()
+        return {"blobId": "0" * 40, "lfs": {"sha256": sha256, "size": size, "pointerSize": 134}}
+    return {"blobId": hashlib.sha1(b"blob %d\0" % size + content).hexdigest()}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -185,7 +205,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         folder = found[0].commits[found[1]]
         siblings = [
-            {"rfilename": path.relative_to(folder).as_posix(), "size": path.stat().st_size}
+            {
+                "rfilename": path.relative_to(folder).as_posix(),
+                "size": path.stat().st_size,
+                **_digests(path),
+            }
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         ]
@@ -232,7 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 while left:
                     piece = file.read(min(left, 1 << 16))
-                    self.wfile.write(piece)
+                    self._send(piece)
                     self.state.sent += len(piece)
                     left -= len(piece)
             except (BrokenPipeError, ConnectionResetError):
@@ -319,13 +343,36 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(status, body, {"Content-Type": "application/json"})
 
     def _reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        self._head(status, {**headers, "Content-Length": str(len(body))})
+        endless = self.fault is not None and self.fault.endless
+        length = {} if endless else {"Content-Length": str(len(body))}
+        self._head(status, {**headers, **length})
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self._send(body)
             self.state.sent += len(body)
+        while endless and not self.close_connection:
+            self._send(body)
+
+    def _send(self, body: bytes) -> None:
+        fault = self.fault
+        if fault and fault.flip and body:
+            half = len(body) // 2
+            body = body[:half] + bytes([body[half] ^ 1]) + body[half + 1 :]
+        try:
+            if fault is None or fault.drip is None:
+                self.wfile.write(body)
+                return
+            for one in body:
+                self.wfile.write(bytes([one]))
+                time.sleep(fault.drip)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
 
     def _head(self, status: int, headers: Mapping[str, str]) -> None:
         self.send_response(status)
+        if self.fault is not None:
+            names = {name.lower() for name in self.fault.headers}
+            own = {name: value for name, value in headers.items() if name.lower() not in names}
+            headers = {**own, **self.fault.headers}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()

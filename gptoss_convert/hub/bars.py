@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from gptoss_convert.errors import NetworkError
+
 PIECE = 10_000_000
 """Bytes of a download that are told at once."""
 
@@ -46,3 +48,24 @@ def bar_type(advance: Callable[[int], None], stop: threading.Event) -> type[Any]
             """Their rate."""
 
     return Bar
+
+
+def limited(bar: type[Any], most: int, where: str) -> type[Any]:
+    """The same for one file: NetworkError once more has come than the file has bytes, however it
+    came."""
+
+    class Limited(bar):
+        """Counts what is written."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.arrived = int(kwargs.get("initial") or 0)
+
+        def update(self, n: float | None = 1) -> None:
+            """Take bytes that have arrived; fewer than none where a download begins anew."""
+            self.arrived += int(n or 0)
+            if self.arrived > most:
+                raise NetworkError(f"{where}: the server sends more than the {most} bytes listed")
+            super().update(n)
+
+    return Limited

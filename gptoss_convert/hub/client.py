@@ -6,35 +6,25 @@ Retries, redirects, tokens, the cache and the endpoint are the client's. Its err
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from gptoss_convert.errors import NetworkError
+from gptoss_convert.containers.strict_json import parse_object
+from gptoss_convert.errors import IntegrityError, NetworkError
 from gptoss_convert.formats.repository import Repository
+from gptoss_convert.hub.bars import limited
+from gptoss_convert.hub.guard import MOST, Expected, guarded
+from gptoss_convert.hub.listing import Listing, listed, remember_beginning, require_digest
 from gptoss_convert.hub.names import similar
 from gptoss_convert.machine.secrets import scrub
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _TRIES = 3
 LOGIN = "log in with 'hf auth login' or set HF_TOKEN"
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of a repository at one commit."""
-
-    repository: Repository
-    """With its commit."""
-    files: Mapping[str, int]
-    """Size by path."""
-    cached_only: bool = False
-    """Whether HF_HUB_OFFLINE is set: then these are the files that the cache holds."""
 
 
 def resolve(repository: Repository) -> Listing:
@@ -46,18 +36,7 @@ def resolve(repository: Repository) -> Listing:
 
     if constants.HF_HUB_OFFLINE:
         return _cached(repository)
-    content = _model_info(repository)
-    commit, siblings = content.get("sha"), content.get("siblings")
-    try:
-        files = {str(entry["rfilename"]): int(entry["size"]) for entry in siblings or ()}
-    except (TypeError, KeyError, ValueError):
-        files = {}
-    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not files:
-        raise NetworkError(
-            f"{repository}: {endpoint()} answered with no list of files; does HF_ENDPOINT lead to "
-            "a Hub?"
-        )
-    return Listing(replace(repository, commit=commit), files)
+    return listed(repository, _model_info(repository), endpoint())
 
 
 def _model_info(repository: Repository) -> dict[str, Any]:
@@ -78,10 +57,9 @@ def _model_info(repository: Repository) -> dict[str, Any]:
         )
         hf_raise_for_status(response)
         try:
-            content = response.json()
-        except ValueError:
-            content = None
-    return content if isinstance(content, dict) else {}
+            return parse_object(str(repository), response.text)
+        except IntegrityError:
+            return {}
 
 
 def _cached(repository: Repository) -> Listing:
@@ -123,11 +101,14 @@ def beginning(listing: Listing, path: str, nbytes: int) -> bytes:
     cached = try_to_load_from_cache(repository.name, path, revision=repository.commit)
     if isinstance(cached, str):
         with Path(cached).open("rb") as file:
-            return file.read(nbytes)
+            content = file.read(nbytes)
+        remember_beginning(listing, path, content)
+        return content
     for _ in range(_TRIES):
-        with translated(repository, path):
+        with translated(repository, path, listing):
             content = _range(listing, path, nbytes) if nbytes else b""
         if len(content) >= nbytes:
+            remember_beginning(listing, path, content)
             return content
     raise NetworkError(
         f"{repository}/{path}: connection broke {_TRIES} times; run the same command again"
@@ -153,7 +134,6 @@ def _range(listing: Listing, path: str, nbytes: int) -> bytes:
             retry_on_exceptions=(),
         ) as response:
             hf_raise_for_status(response)
-            _check_size(listing, path, response.headers)
             for part in response.iter_bytes():
                 content += part
                 if len(content) >= nbytes:
@@ -168,30 +148,38 @@ def _range(listing: Listing, path: str, nbytes: int) -> bytes:
     return bytes(content[:nbytes])
 
 
-def _check_size(listing: Listing, path: str, headers: Mapping[str, str]) -> None:
-    total = headers.get("content-range", "").rpartition("/")[2]
-    if total.isdecimal() and int(total) != listing.files[path]:
-        raise NetworkError(
-            f"{listing.repository}/{path}: the server has {total} bytes, the Hub lists "
-            f"{listing.files[path]}"
-        )
-
-
 def download(listing: Listing, path: str, bar: type[Any], folder: Path | None = None) -> Path:
-    """A file of the pinned commit, in the cache or in `folder`; raises NetworkError, OSError."""
+    """A file of the pinned commit, in the cache or in `folder`, with the digest that is listed.
+
+    Raises NetworkError, OSError, and IntegrityError for a file that is not what the Hub lists; it
+    does not stay.
+    """
     from huggingface_hub import hf_hub_download
 
     repository = listing.repository
-    with translated(repository, path):
-        return Path(
+    with translated(repository, path, listing):
+        found = Path(
             hf_hub_download(
                 repository.name,
                 path,
                 revision=repository.commit,
                 local_dir=folder,
-                tqdm_class=bar,
+                tqdm_class=limited(bar, listing.files[path], f"{repository}/{path}"),
             )
         )
+    try:
+        require_digest(listing, path, found)
+    except IntegrityError:
+        _drop(found)
+        raise
+    return found
+
+
+def _drop(file: Path) -> None:
+    """Remove a file, and the blob of the cache that it is a link to."""
+    blob = file.parent / file.readlink() if file.is_symlink() else file
+    for path in (file, blob):
+        path.unlink(missing_ok=True)
 
 
 def cached(listing: Listing, path: str) -> Path | None:
@@ -224,14 +212,20 @@ def _timeout() -> float:
 
 
 @contextmanager
-def translated(repository: Repository, path: str | None = None) -> Iterator[None]:
-    """Turn what the client raises into NetworkError of one line, without tokens or signed URLs."""
+def translated(
+    repository: Repository, path: str | None = None, listing: Listing | None = None
+) -> Iterator[None]:
+    """Look at what the server answers, of a file as it is listed, and turn what the client raises
+    into NetworkError of one line, without tokens or signed URLs."""
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
     _hide_signatures()
     where = f"{repository}/{path}" if path else str(repository)
+    size = listing.files[path] if listing and path else None
+    expected = Expected(where, repository.commit, size, max(size or 0, MOST))
     try:
-        yield
+        with guarded(expected):
+            yield
     except (_http_error(), OfflineModeIsEnabled, HFValidationError) as error:
         raise NetworkError(f"{where}: {_meaning(repository, error)}") from None
     except (OSError, RuntimeError) as error:

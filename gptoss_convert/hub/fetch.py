@@ -12,7 +12,8 @@ from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint, casts
 from gptoss_convert.hub.bars import PIECE, bar_type
-from gptoss_convert.hub.client import Listing, cached, download, resolve
+from gptoss_convert.hub.client import cached, download, resolve
+from gptoss_convert.hub.listing import Listing, require_same_beginning
 from gptoss_convert.hub.outline import files_of, is_weights
 from gptoss_convert.hub.stream import ShardStream
 from gptoss_convert.machine import resources
@@ -63,7 +64,10 @@ def in_cache(listing: Listing, names: Sequence[str], progress: Progress) -> Path
         with progress.phase("downloading", total, pieces) as advance:
             _download_all(listing, missing, advance)
         _remember(listing, folder)
-    return folder / "snapshots" / str(listing.repository.commit)
+    root = folder / "snapshots" / str(listing.repository.commit)
+    for name in names:
+        require_same_beginning(listing, name, root / name)
+    return root
 
 
 def _cache_folder(listing: Listing) -> Path:

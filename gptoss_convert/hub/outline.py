@@ -20,7 +20,8 @@ from gptoss_convert.errors import GptossError, InputError, NetworkError, UsageEr
 from gptoss_convert.formats import sidecar
 from gptoss_convert.formats.checkpoint import CONFIG, MANIFEST, Checkpoint, Choices
 from gptoss_convert.formats.registry import FORMATS, open_checkpoint
-from gptoss_convert.hub.client import Listing, beginning
+from gptoss_convert.hub.client import beginning
+from gptoss_convert.hub.listing import Listing
 
 _FIRST = 1 << 16
 """Bytes of a shard asked for at once: the headers of the released models fit."""

@@ -15,7 +15,8 @@ from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import NetworkError
 from gptoss_convert.formats import sidecar
 from gptoss_convert.hub.bars import bar_type
-from gptoss_convert.hub.client import Listing, cached, download
+from gptoss_convert.hub.client import cached, download
+from gptoss_convert.hub.listing import Listing, require_same_beginning
 from gptoss_convert.machine.files import Arena, Places, SourceFiles
 
 
@@ -158,6 +159,7 @@ class ShardStream:
                 if known is None:
                     download(self._listing, path, bar, self._folder)
                 place_of = Path(str(known)) if known else self._folder / path
+                require_same_beginning(self._listing, path, place_of)
                 root = place_of.parents[file.name.count("/")]
                 with self._changed:
                     self._files[file] = SourceFiles({file.root: root})
