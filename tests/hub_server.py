@@ -346,26 +346,27 @@ class _Handler(BaseHTTPRequestHandler):
         endless = self.fault is not None and self.fault.endless
         length = {} if endless else {"Content-Length": str(len(body))}
         self._head(status, {**headers, **length})
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        try:
             self._send(body)
             self.state.sent += len(body)
-        while endless and not self.close_connection:
-            self._send(body)
+            while endless:
+                self._send(body)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
 
     def _send(self, body: bytes) -> None:
         fault = self.fault
         if fault and fault.flip and body:
             half = len(body) // 2
             body = body[:half] + bytes([body[half] ^ 1]) + body[half + 1 :]
-        try:
-            if fault is None or fault.drip is None:
-                self.wfile.write(body)
-                return
-            for one in body:
-                self.wfile.write(bytes([one]))
-                time.sleep(fault.drip)
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True
+        if fault is None or fault.drip is None:
+            self.wfile.write(body)
+            return
+        for one in body:
+            self.wfile.write(bytes([one]))
+            time.sleep(fault.drip)
 
     def _head(self, status: int, headers: Mapping[str, str]) -> None:
         self.send_response(status)

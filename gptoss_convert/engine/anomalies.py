@@ -7,11 +7,12 @@ A matrix of zeros is what a hole in a file, a lost write or a skipped tensor loo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from gptoss_convert.codecs.mxfp4.axes import pieces
 from gptoss_convert.containers import DTYPE_BYTES
 from gptoss_convert.engine.buffers import Array, Part
 from gptoss_convert.engine.fingerprint import EXPONENT
@@ -19,6 +20,8 @@ from gptoss_convert.engine.records import Anomalies
 from gptoss_convert.engine.steps import Plan, Step
 from gptoss_convert.engine.work import Work
 
+_PIECE = 1 << 18
+"""Elements that are looked at at once."""
 Matrix = tuple[str, int, int]
 """Weight, layer and expert (0 where there are none) of one matrix or vector."""
 
@@ -74,20 +77,34 @@ def _any(array: Array, mask: int) -> bool:
 
 def _nonfinite(step: Step, part: Part) -> tuple[int, str]:
     """How many infinities and NaN a part holds, and the first of them in words."""
-    odd = np.argwhere((part.array & EXPONENT) == EXPONENT)
-    if not len(odd):
+    count, inside = 0, ()
+    for start, piece in _pieces(part.array):
+        odd = (piece & EXPONENT) == EXPONENT
+        if found := int(np.count_nonzero(odd)):
+            if not count:
+                first = np.unravel_index(int(odd.argmax()), odd.shape)
+                inside = tuple(int(i) + at for i, at in zip(first, start, strict=True))
+            count += found
+    if not count:
         return 0, ""
-    inside = tuple(int(i) for i in odd[0])
     bits = int(part.array[inside])
     value = "NaN" if bits & 0x7F else "-inf" if bits >> 15 else "inf"
     index = [i + lo for i, (lo, _) in zip(inside, part.box, strict=True)]
     extent = part.extent
     byte = extent.origin + sum(i * s for i, s in zip(index, extent.strides, strict=True))
     axes = " ".join(step.family.axes)
-    return len(odd), (
+    return count, (
         f"{extent.tensor}: {value} at {index} ({axes}), {DTYPE_BYTES[extent.dtype]} bytes at "
         f"{byte} of {extent.file.name}"
     )
+
+
+def _pieces(array: Array) -> Iterator[tuple[tuple[int, ...], Array]]:
+    """(where it begins, a view) of pieces in order, so small that what is computed of them takes no
+    memory that counts."""
+    for piece in pieces(array.shape, _PIECE):
+        lows = [part.start for part in piece]
+        yield (*lows, *(0 for _ in array.shape[len(lows) :])), array[piece]
 
 
 def zero_matrices(plan: Plan, found: Mapping[int, Anomalies]) -> list[Matrix]:
