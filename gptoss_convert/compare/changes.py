@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gptoss_convert.codecs.mxfp4 import library
+from gptoss_convert.codecs.mxfp4.axes import pieces
 from gptoss_convert.codecs.mxfp4.library import address
 
 _PIECE = 1 << 15
 """Elements that numpy looks at at once: their float64 forms stay in the cache."""
+_AT_ONCE = 1 << 18
 _EXPONENT = np.uint16(0x7F80)
 Bits = npt.NDArray[np.uint16]
 
@@ -68,6 +71,18 @@ class _Change(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("changed", "nonfinite")),
         *((name, ctypes.c_double * 8) for name in ("squares", "squared_change", "max_abs")),
     )
+
+
+def everywhere(holds: Callable[..., npt.NDArray[np.bool_]], *arrays: npt.NDArray[Any]) -> bool:
+    """Whether something holds of all elements of arrays of one shape, which may be views: piece by
+    piece, so that it takes no memory that counts, and no longer than until it does not."""
+    cuts = pieces(arrays[0].shape, _AT_ONCE)
+    return all(holds(*(array[cut] for array in arrays)).all() for cut in cuts)
+
+
+def equal(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
+    """Whether two arrays have one shape and the same elements."""
+    return a.shape == b.shape and everywhere(np.equal, a, b)
 
 
 def sum_of(changes: Iterable[Distance]) -> Distance:

@@ -9,6 +9,7 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
+from gptoss_convert.compare.changes import equal, everywhere
 from gptoss_convert.engine.steps import Step
 
 Bits = npt.NDArray[np.uint16]
@@ -74,15 +75,21 @@ def looks(step: Step, ours: Bits, theirs: Bits) -> str | None:
     last = len(axes) - 1
     wide = [axis for axis in range(last) if ours.shape[axis] > 1]
     swaps = [axis for axis in wide if ours.shape[axis] == ours.shape[last]]
-    if any(np.array_equal(ours.swapaxes(axis, last), theirs) for axis in swaps):
+    if any(equal(ours.swapaxes(axis, last), theirs) for axis in swaps):
         return "transposed"
     for axis in wide:
-        if np.array_equal(np.flip(ours, axis), theirs):
+        if equal(np.flip(ours, axis), theirs):
             return "gate and up exchanged" if axes[axis] == "glu" else f"{axes[axis]} reversed"
-        if any(np.array_equal(np.roll(ours, by, axis), theirs) for by in (1, -1)):
+        if _shifted(ours, theirs, axis) or _shifted(theirs, ours, axis):
             return f"{axes[axis]} shifted by one"
-    if np.array_equal(ours ^ np.uint16(0x8000), theirs):
+    if everywhere(lambda a, b: a ^ np.uint16(0x8000) == b, ours, theirs):
         return "signs flipped"
-    if np.array_equal(np.where(ours & np.uint16(0x7FFF), ours, theirs), theirs):
-        return "zeros with the other sign" if not (theirs & 0x7FFF)[ours != theirs].any() else None
+    if everywhere(lambda a, b: (a == b) | ((a | b) & np.uint16(0x7FFF) == 0), ours, theirs):
+        return "zeros with the other sign"
     return None if theirs.any() else "all zero in TARGET"
+
+
+def _shifted(ours: Bits, theirs: Bits, axis: int) -> bool:
+    """Whether the elements lie one place further on in the second array, around its end."""
+    a, b = np.moveaxis(ours, axis, 0), np.moveaxis(theirs, axis, 0)
+    return equal(a[-1], b[0]) and equal(a[:-1], b[1:])

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, Literal, TypeVar
 
-import numpy as np
-
+from gptoss_convert.compare.changes import equal
 from gptoss_convert.compare.diagnosis import Bits
 from gptoss_convert.compare.merge_diagnosis import Readings
 from gptoss_convert.engine.buffers import Parts, StepReader, scratch
@@ -165,7 +164,7 @@ def _same_blocks(step: Step, ours: Parts, theirs: Parts) -> bool:
         return False
     return all(
         [part.box for part in parts] == [part.box for part in theirs[name]]
-        and all(np.array_equal(a.array, b.array) for a, b in zip(parts, theirs[name], strict=True))
+        and all(equal(a.array, b.array) for a, b in zip(parts, theirs[name], strict=True))
         for name, parts in ours.items()
     )
 

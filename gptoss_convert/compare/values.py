@@ -31,7 +31,7 @@ from gptoss_convert.machine.partition import balanced
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
 
-_AT_ONCE = 1 << 18
+_AT_ONCE = 1 << 16
 """Elements compared at once: both sides stay in the cache."""
 
 

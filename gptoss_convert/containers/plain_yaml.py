@@ -6,10 +6,14 @@ from typing import Any
 
 import yaml
 
+from gptoss_convert.containers.budget import YAML, yaml_parts
 from gptoss_convert.errors import InputError, IntegrityError
 
-_MAX_VALUES = 1 << 16
+_LONGEST_NUMBER = 18
+"""Characters of a key that is a number: longer ones can be chosen to have one hash, and a dict of
+them takes quadratic time."""
 _MAX_DEPTH = 100
+_NUMBERS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float"))
 
 
 def parse_yaml(where: str, text: str) -> Any:
@@ -18,9 +22,10 @@ def parse_yaml(where: str, text: str) -> Any:
     Raises InputError for tags that name anything else, which are not executed, for merge keys and
     aliases that expand without end; IntegrityError for what is no YAML.
     """
+    YAML.require(where, yaml_parts(text))
     try:
         content = yaml.load(text, _Loader)
-        return _expanded(content, [_MAX_VALUES], _MAX_DEPTH)
+        return _expanded(content, [YAML.parts], _MAX_DEPTH)
     except (InputError, IntegrityError) as error:
         raise type(error)(f"{where}: {error}") from None
     except yaml.constructor.ConstructorError as error:
@@ -42,6 +47,8 @@ class _Loader(yaml.SafeLoader):
             if key.tag == "tag:yaml.org,2002:merge":
                 raise InputError("merge keys ('<<') are not read")
             if isinstance(key, yaml.ScalarNode):
+                if key.tag in _NUMBERS and len(key.value) > _LONGEST_NUMBER:
+                    raise InputError(f"key {key.value!r:.80} is a number of too many digits")
                 if key.value in seen:
                     raise IntegrityError(f"key {key.value!r:.80} appears twice")
                 seen.add(key.value)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk, FileImage, Image, TensorSpec
+from gptoss_convert.containers.budget import HEADER
 from gptoss_convert.containers.paths import POINTER, open_inside, read_text, safe_name
 from gptoss_convert.containers.refs import Identity
 from gptoss_convert.containers.strict_json import parse_object
@@ -27,8 +28,8 @@ SINGLE = "model.safetensors"
 """The weights of a model in one file: where it is, transformers looks at no index."""
 SHARDING = "DCP_SHARDING_INFO"
 """Key of a header whose tensors are boxes of larger ones; a rank may have an empty one."""
-MAX_HEADER = 100_000_000
-MAX_TENSORS = 500_000
+MAX_HEADER = HEADER.nbytes
+MAX_TENSORS = 200_000
 MAX_NAME = 512
 PAGE = 4096
 _DTYPE_ORDER = ("F32", "BF16", "F16", "U8")
@@ -82,14 +83,20 @@ def read_directory(
             raise IntegrityError(
                 f"{root / INDEX}: {len(lost)} of {len(names)} shards missing: {', '.join(lost)}"
             )
-    headers = {name: read_header(root, name, left=left) for name in names}
+    headers: dict[str, Header] = {}
     home: dict[str, str] = {}
-    for name, header in headers.items():
+    room = MAX_HEADER
+    for name in names:
+        # As it comes, not at the end: many names may stand for one large header.
+        header = headers[name] = read_header(root, name, room, left=left)
+        room -= len(header.text)
         for chunk in header.chunks:
             if chunk.tensor in home:
                 other = home[chunk.tensor]
                 raise IntegrityError(f"{chunk.tensor}: stored in {other} and again in {name}")
             home[chunk.tensor] = name
+        if len(home) > MAX_TENSORS:
+            raise InputError(f"{root}: {len(home)} tensors and more, at most {MAX_TENSORS}")
     if index is not None:
         _check_index(root, index, home)
     return tuple(chunk for header in headers.values() for chunk in header.chunks), headers
@@ -109,7 +116,7 @@ def remarks(root: Path, chunks: Iterable[Chunk]) -> list[str]:
     notes = [f"{namer} {', '.join(others)}: not read"] if others else []
     if text is None:
         return notes
-    stated = parse_object(str(root / INDEX), text).get("metadata")
+    stated = parse_object(str(root / INDEX), text, HEADER).get("metadata")
     total = stated.get("total_size") if isinstance(stated, dict) else None
     found = sum(chunk.nbytes for chunk in chunks)
     if total is not None and total != found:
@@ -118,11 +125,16 @@ def remarks(root: Path, chunks: Iterable[Chunk]) -> list[str]:
 
 
 def read_header(
-    root: Path, name: str, most: int = MAX_TENSORS, left: Left = lambda name: False
+    root: Path,
+    name: str,
+    most: int = MAX_HEADER,
+    tensors: int = MAX_TENSORS,
+    left: Left = lambda name: False,
 ) -> Header:
     """The header of one file, fully checked against its size; nothing past the header is read.
 
-    Raises InputError for more than so many tensors, before they are looked at.
+    Raises IntegrityError for more than `most` bytes, InputError for more than so many tensors,
+    before they are looked at.
     """
     where = root / name
     with open_inside(root, name) as file:
@@ -131,13 +143,14 @@ def read_header(
         head = file.read(8)
         if len(head) < 8 or (length := struct.unpack("<Q", head)[0]) > size - 8:
             raise IntegrityError(f"{where}: {_looks_like(head + file.read(1024), size)}")
-        if length > MAX_HEADER:
-            raise IntegrityError(f"{where}: header of {length} bytes, at most {MAX_HEADER}")
+        if length > most:
+            others = " beside those of the other shards" if most < MAX_HEADER else ""
+            raise IntegrityError(f"{where}: header of {length} bytes, at most {most}{others}")
         raw = file.read(length)
         identity = Identity.of(file.fileno())
     # Every tensor has this key, and names that hold it only count too often.
-    if (count := raw.count(b'"data_offsets"')) > most:
-        raise InputError(f"{where}: {count} tensors, at most {most}")
+    if (count := raw.count(b'"data_offsets"')) > tensors:
+        raise InputError(f"{where}: {count} tensors, at most {tensors}")
     return parse_header(where, name, raw, size - 8 - length, identity, left)
 
 
@@ -158,7 +171,7 @@ def parse_header(
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise IntegrityError(f"{where}: header is not UTF-8 at byte {error.start}") from None
-    content = parse_object(f"{where}: header", text)
+    content = parse_object(f"{where}: header", text, HEADER)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
         raise IntegrityError(f"{where}: __metadata__ is not a map of strings")
@@ -257,7 +270,7 @@ def _read_index(root: Path) -> dict[str, str] | None:
     text = index_text(root)
     if text is None:
         return None
-    weight_map = parse_object(str(path), text).get("weight_map")
+    weight_map = parse_object(str(path), text, HEADER).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise IntegrityError(f"{path}: no weight_map")
     for tensor, name in weight_map.items():

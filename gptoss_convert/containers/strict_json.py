@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from gptoss_convert.containers.budget import RECORD, Budget, json_parts
 from gptoss_convert.errors import IntegrityError
 
 _MAX_DEPTH = 100
 
 
-def parse_object(where: str, text: str) -> dict[str, Any]:
-    """The object that `text` holds; raises IntegrityError that begins with `where`."""
+def parse_object(where: str, text: str, budget: Budget = RECORD) -> dict[str, Any]:
+    """The object that `text` holds; raises IntegrityError that begins with `where`, and InputError
+    for more values than the budget has.
+    """
+    budget.require(where, json_parts(text))
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content: dict[str, Any] = {}

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gptoss_convert.containers.budget import RECORD
 from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.engine.records import Done
 from gptoss_convert.errors import DiskError, UsageError
 from gptoss_convert.machine.files import disk_error
 
 SCHEMA = 4
-_MAX_BYTES = 1 << 30
 
 
 class Journal:
@@ -108,7 +108,7 @@ def _line(record: Any) -> bytes:
 
 def _lines(descriptor: int) -> tuple[list[Any], int]:
     """The intact records and the offset behind the last one."""
-    raw = os.pread(descriptor, min(os.fstat(descriptor).st_size, _MAX_BYTES), 0)
+    raw = os.pread(descriptor, min(os.fstat(descriptor).st_size, RECORD.nbytes), 0)
     records: list[Any] = []
     end = 0
     for line in raw.splitlines(keepends=True):

@@ -14,6 +14,7 @@ from isal import isal_zlib
 
 from gptoss_convert.codecs.stats import ScaleStatistics
 from gptoss_convert.containers import FileImage, Image, content_size
+from gptoss_convert.containers.budget import RECORD
 from gptoss_convert.containers.paths import read_text, safe_name
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.engine import anomalies
@@ -26,7 +27,6 @@ from gptoss_convert.layouts.model import load_model
 
 NAME = MANIFEST
 SCHEMA = 1
-_MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def read_manifest(root: Path) -> Manifest | None:
     path = root / NAME
     if not path.exists() and not path.is_symlink():
         return None
-    content = parse_object(str(path), read_text(root, NAME, _MAX_BYTES))
+    content = parse_object(str(path), read_text(root, NAME, RECORD.nbytes))
     if content.get("schema") != SCHEMA:
         found = content.get("schema")
         raise InputError(f"{path}: schema {found!r:.40}, this version reads {SCHEMA}")

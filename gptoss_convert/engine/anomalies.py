@@ -72,7 +72,7 @@ def _any(array: Array, mask: int) -> bool:
     """Whether a masked bit is set anywhere; the first row nearly always tells."""
     if np.any(array[(0,) * (array.ndim - 1)] & mask):
         return True
-    return any(np.any(row & mask) for row in (array if array.ndim > 1 else [array]))
+    return any(np.any(piece & mask) for _, piece in _pieces(array))
 
 
 def _nonfinite(step: Step, part: Part) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers import Chunk, Image, safetensors
+from gptoss_convert.containers.budget import TEXT
 from gptoss_convert.containers.paths import read_text
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import UsageError
@@ -27,7 +28,6 @@ CONFIG = "config.json"
 MANIFEST = "gptoss-convert.json"
 """Written into every TARGET: what it holds, by file and by parameter."""
 _CASTS = frozenset(("F32", "F16"))
-_MAX_CONFIG = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -265,5 +265,5 @@ def misfits(
 
 def read_config(root: Path, name: str = CONFIG) -> tuple[str, dict[str, Any]]:
     """The text and content of a config.json."""
-    text = read_text(root, name, _MAX_CONFIG)
-    return text, parse_object(str(root / name), text)
+    text = read_text(root, name, TEXT.nbytes)
+    return text, parse_object(str(root / name), text, TEXT)

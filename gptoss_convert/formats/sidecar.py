@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers import Chunk, Image, TensorSpec, safetensors
+from gptoss_convert.containers.budget import RECORD
 from gptoss_convert.containers.paths import read_text, safe_name
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import IntegrityError
@@ -22,7 +23,6 @@ FOLDER = "mxfp4-scales"
 SCALES = "scales.safetensors"
 ORIGIN = "origin.json"
 SCHEMA = 1
-_MAX_ORIGIN = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def read(root: Path) -> Sidecar | None:
     path = root / FOLDER / ORIGIN
     if not path.is_file():
         return Sidecar(header.chunks, None)
-    content = parse_object(str(path), read_text(root, f"{FOLDER}/{ORIGIN}", _MAX_ORIGIN))
+    content = parse_object(str(path), read_text(root, f"{FOLDER}/{ORIGIN}", RECORD.nbytes))
     return Sidecar(header.chunks, _origin(path, content))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from gptoss_convert.containers.budget import ANSWER
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import IntegrityError, NetworkError
 from gptoss_convert.formats.repository import Repository
@@ -57,7 +58,7 @@ def _model_info(repository: Repository) -> dict[str, Any]:
         )
         hf_raise_for_status(response)
         try:
-            return parse_object(str(repository), response.text)
+            return parse_object(str(repository), response.text, ANSWER)
         except IntegrityError:
             return {}
 

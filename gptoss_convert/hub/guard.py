@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from gptoss_convert.containers.budget import ANSWER
 from gptoss_convert.errors import NetworkError
 from gptoss_convert.hub.listing import COMMIT
 
@@ -25,7 +26,7 @@ _LONGEST_WAIT = 300
 _WINDOW = 60.0
 _LEAST = 60_000
 """Bytes that must come in each window of so many seconds: a modem sends more."""
-MOST = 16 << 20
+MOST = ANSWER.nbytes
 """Bytes of an answer that is no file."""
 
 

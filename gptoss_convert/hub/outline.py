@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gptoss_convert.containers import safetensors
+from gptoss_convert.containers.budget import HEADER
 from gptoss_convert.containers.paths import safe_name, settled
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import GptossError, InputError, NetworkError, UsageError
@@ -117,7 +118,9 @@ def _indexed(listing: Listing, root: Path, chosen: Sequence[str]) -> frozenset[s
     index = next((name for name in chosen if name.endswith(safetensors.INDEX)), None)
     if index is None:
         return frozenset(shards)
-    content = parse_object(index, (root / index).read_text(encoding="utf-8", errors="replace"))
+    content = parse_object(
+        index, (root / index).read_text(encoding="utf-8", errors="replace"), HEADER
+    )
     stated = content.get("weight_map")
     folder = index.removesuffix(safetensors.INDEX)
     named = {f"{folder}{name}" for name in stated.values()} if isinstance(stated, dict) else set()

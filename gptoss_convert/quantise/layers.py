@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gptoss_convert.containers import TensorSpec, safetensors
+from gptoss_convert.containers.budget import RECORD
 from gptoss_convert.containers.paths import read_text
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import UsageError
@@ -23,7 +24,6 @@ from gptoss_convert.machine.files import disk_error, sync_directory
 
 Buffer: TypeAlias = bytes | memoryview
 STATE = "calibration.json"
-_MAX_JSON = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class RoundedLayers:
         path = self.root / STATE
         now = json.loads(json.dumps(identity))
         if path.exists() and not restart:
-            then = parse_object(str(path), read_text(self.root, STATE, _MAX_JSON))
+            then = parse_object(str(path), read_text(self.root, STATE, RECORD.nbytes))
             if then != now:
                 key = next(k for k in sorted({*then, *now}) if then.get(k) != now.get(k))
                 raise UsageError(
@@ -81,7 +81,7 @@ class RoundedLayers:
         if not (self.root / _name(layer)).is_file():
             return None
         note = _note(layer)
-        return parse_object(str(self.root / note), read_text(self.root, note, _MAX_JSON))
+        return parse_object(str(self.root / note), read_text(self.root, note, RECORD.nbytes))
 
     def write(
         self, layer: int, content: Mapping[str, Callable[[], Buffer]], note: Mapping[str, Any]

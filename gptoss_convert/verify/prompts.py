@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptoss_convert.containers.budget import TOKENIZER
 from gptoss_convert.containers.paths import read_text
 from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
@@ -14,8 +15,6 @@ from gptoss_convert.machine.failures import absent, is_panic
 from gptoss_convert.verify.sides import tokenizer_of
 from gptoss_convert.witness.parity_report import NextTokens
 from gptoss_convert.witness.tokens import TokenSequence
-
-_MAX_TOKENIZER = 256 << 20
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -77,7 +76,7 @@ def load_tokenizer(sides: Iterable[Checkpoint]) -> Tokenizer:
     except ImportError as error:
         needed = "text needs the tokenizers library (pip install tokenizers)"
         raise absent(needed, error) from None
-    text = read_text(path.parent, path.name, _MAX_TOKENIZER)
+    text = read_text(path.parent, path.name, TOKENIZER.nbytes)
     try:
         return Tokenizer.from_str(text)
     # The library raises nothing narrower.

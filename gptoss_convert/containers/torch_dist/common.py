@@ -7,6 +7,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from gptoss_convert.containers import budget
 from gptoss_convert.containers.torch_dist import pickles
 from gptoss_convert.containers.torch_dist.items import describe_tensor, pickled_record, strip_root
 from gptoss_convert.containers.torch_dist.machine import Construct, Record
@@ -14,7 +15,7 @@ from gptoss_convert.containers.torch_dist.stand_ins import COMMON, PATH, Storage
 from gptoss_convert.containers.torch_dist.zips import ReadAt, read_archive
 from gptoss_convert.errors import InputError
 
-MAX_PICKLE_BYTES = 1 << 24
+MAX_PICKLE_BYTES = budget.COMMON.nbytes
 _MAX_VALUES = 1 << 20
 _MAX_TEXT = 1 << 26
 _MAX_DEPTH = 100

@@ -6,12 +6,17 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from gptoss_convert.containers.budget import OBJECTS, PICKLE
 from gptoss_convert.errors import InputError, IntegrityError
 
-MAX_BYTES = 1 << 28
+MAX_BYTES = PICKLE.nbytes
 """Longest pickle that is read; the `.metadata` of a 120b checkpoint takes about 6 MB."""
-MAX_OBJECTS = 1 << 24
-"""Most containers, and most memo entries: 16 million; weights of 120b alone take half a million."""
+MAX_OBJECTS = OBJECTS
+"""Most containers, and most memo entries: 6 million; weights of 120b alone take half a million."""
+MAX_KEY = 1 << 60
+"""Numbers from here on can be chosen to have one hash: a dict of them takes quadratic time."""
+_SET = 3
+"""A set takes as much memory as so many other containers."""
 MAX_DEPTH = 1000
 """Most marks open at once."""
 MAX_INTEGER_BYTES = 32
@@ -98,8 +103,8 @@ class Machine:
         return name
 
     def build(self, value: object) -> None:
-        """Push a new container or stand-in; their number is limited."""
-        self.objects += 1
+        """Push a new container, string or stand-in; their number is limited."""
+        self.objects += _SET if type(value) is set else 1
         if self.objects > MAX_OBJECTS:
             raise InputError(f"pickle builds more than {MAX_OBJECTS} objects")
         self.stack.append(value)
@@ -219,3 +224,5 @@ def require_key(key: object) -> None:
     parts = key if type(key) is tuple else (key,)
     if not all(isinstance(part, _FLAT) for part in parts):
         raise InputError("pickle uses a nested or unhashable value as a key")
+    if any(isinstance(part, int | float) and not -MAX_KEY < part < MAX_KEY for part in parts):
+        raise InputError("pickle uses a number of more than 60 bits as a key")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+from gptoss_convert.containers.budget import PICKLE
 from gptoss_convert.containers.torch_dist.machine import (
     F8,
     I4,
@@ -51,7 +52,7 @@ def load(pickled: bytes, vocabulary: Vocabulary, where: str, *, open: bool = Fal
 
 def _run(machine: Machine) -> object:
     pickled, operations = machine.pickled, _OPERATIONS
-    while True:
+    for _ in range(PICKLE.parts):
         opcode = pickled[machine.position]
         machine.position += 1
         if opcode == _STOP:
@@ -60,6 +61,7 @@ def _run(machine: Machine) -> object:
         if operation is None:
             raise InputError(f"pickle opcode 0x{opcode:02x} is not supported; not executed")
         operation(machine)
+    raise InputError(f"pickle of more than {PICKLE.parts} operations")
 
 
 # The commonest opcodes of a large `.metadata` spare themselves a call.
@@ -85,7 +87,7 @@ def _long(machine: Machine, size: int) -> None:
 def _string(size: struct.Struct | None) -> Callable[[Machine], object]:
     def push(m: Machine) -> None:
         length = m.take(1)[0] if size is None else m.number(size)
-        m.stack.append(text(m.take(length)))
+        m.build(text(m.take(length)))
 
     return push
 
@@ -93,7 +95,7 @@ def _string(size: struct.Struct | None) -> Callable[[Machine], object]:
 def _bytes(size: struct.Struct | None) -> Callable[[Machine], object]:
     def push(m: Machine) -> None:
         length = m.take(1)[0] if size is None else m.number(size)
-        m.stack.append(m.take(length))
+        m.build(m.take(length))
 
     return push
 

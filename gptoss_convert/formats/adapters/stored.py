@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.containers import Chunk, safetensors, torch_dist
+from gptoss_convert.containers import Chunk, budget, safetensors, torch_dist
 from gptoss_convert.containers.paths import open_inside, read_text, settled
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.containers.strict_json import parse_object
@@ -20,10 +20,8 @@ from gptoss_convert.formats.adapters.settings import CONFIG
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 RUN_CONFIG = "run_config.yaml"
-_MAX_TEXT = 1 << 22
 _MAX_TENSORS = 60_000
 """Twice what three modules for each expert of 120b take."""
-_MAX_METADATA = 1 << 28
 _MARKER = b".adapter."
 """In the names of Megatron-Bridge's adapter tensors, and in no other's."""
 
@@ -110,13 +108,13 @@ def _pickled(root: Path) -> str:
 def _read_safetensors(root: Path) -> Stored:
     if not (root / CONFIG).exists():
         raise IntegrityError(f"{root}: {WEIGHTS} without {CONFIG}")
-    text = read_text(root, CONFIG, _MAX_TEXT)
+    text = read_text(root, CONFIG, budget.TEXT.nbytes)
     if not (root / WEIGHTS).exists():
         if (root / PICKLE).exists():
             raise InputError(_pickled(root))
         raise IntegrityError(f"{root}: {CONFIG} without {WEIGHTS}")
-    config = parse_object(str(root / CONFIG), text)
-    header = safetensors.read_header(root, WEIGHTS, _MAX_TENSORS)
+    config = parse_object(str(root / CONFIG), text, budget.TEXT)
+    header = safetensors.read_header(root, WEIGHTS, tensors=_MAX_TENSORS)
     also = frozenset(path.name for path in root.iterdir() if path.suffix == ".json")
     tensors = _by_name(root / WEIGHTS, header.chunks)
     return Stored(
@@ -132,7 +130,7 @@ def _bridge_directory(root: Path) -> Path | None:
     directory = torch_dist.find_iteration(root, None)
     with open_inside(directory, ".metadata") as file:
         # A look at the bytes of a pickle, which is read in earnest only if this is one.
-        return directory if _MARKER in file.read(_MAX_METADATA) else None
+        return directory if _MARKER in file.read(budget.PICKLE.nbytes) else None
 
 
 def _read_bridge(root: Path) -> Stored:
@@ -144,7 +142,7 @@ def _read_bridge(root: Path) -> Stored:
     where = str(root / RUN_CONFIG)
     if not (root / RUN_CONFIG).exists():
         raise IntegrityError(f"{root}: no {RUN_CONFIG}, which says how strong the adapter is")
-    run = parse_yaml(where, read_text(root, RUN_CONFIG, _MAX_TEXT))
+    run = parse_yaml(where, read_text(root, RUN_CONFIG, budget.YAML.nbytes))
     peft = run.get("peft") if isinstance(run, dict) else None
     if not isinstance(peft, dict):
         raise InputError(f"{where}: no section 'peft'")
@@ -152,20 +150,20 @@ def _read_bridge(root: Path) -> Stored:
 
 
 def _by_name(where: Path, chunks: Iterable[Chunk]) -> dict[str, tuple[Chunk, ...]]:
-    tensors: dict[str, tuple[Chunk, ...]] = {}
+    tensors: dict[str, list[Chunk]] = {}
     for chunk in chunks:
-        tensors[chunk.tensor] = (*tensors.get(chunk.tensor, ()), chunk)
+        tensors.setdefault(chunk.tensor, []).append(chunk)
     if not tensors:
         raise IntegrityError(f"{where}: holds no tensor")
     if len(tensors) > _MAX_TENSORS:
         raise InputError(f"{where}: {len(tensors)} tensors, at most {_MAX_TENSORS}")
-    return tensors
+    return {name: tuple(held) for name, held in tensors.items()}
 
 
 def _versions(root: Path) -> dict[str, str]:
     """The library versions that the model card lists: `- PEFT 0.17.1`, `- Transformers: 5.0`."""
     try:
-        text = read_text(root, "README.md", _MAX_TEXT)
+        text = read_text(root, "README.md", budget.TEXT.nbytes)
     except GptossError:
         return {}
     found = re.findall(r"(?m)^- ([A-Za-z]{2,20}):? (\d[\w.+@-]{0,60})$", text)

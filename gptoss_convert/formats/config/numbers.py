@@ -11,6 +11,8 @@ from gptoss_convert.errors import InputError
 _SIZES = {20: (24, 32), 120: (36, 128)}
 LARGEST = {"num_hidden_layers": 1 << 10, "num_local_experts": 1 << 12, "num_experts": 1 << 12}
 """Limits of what is counted out, so that no number makes a plan of endless length."""
+MOST_EXPERTS = 1 << 16
+"""Of all layers together, each of which may have tensors of its own; 120b has 4608."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Config:
             return (
                 f"num_experts_per_tok is {self.num_experts_per_tok}, expects at most "
                 f"num_local_experts, {self.num_local_experts}"
+            )
+        if self.num_hidden_layers * self.num_local_experts > MOST_EXPERTS:
+            return (
+                f"num_hidden_layers times num_local_experts is "
+                f"{self.num_hidden_layers * self.num_local_experts}, expects at most {MOST_EXPERTS}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             return (

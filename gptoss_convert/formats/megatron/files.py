@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gptoss_convert.containers.budget import YAML
 from gptoss_convert.containers.paths import folder_inside, read_text
 from gptoss_convert.containers.torch_dist import RELEASE
 from gptoss_convert.errors import InputError
@@ -21,7 +22,6 @@ HF_FOLDER = "hf"
 In the root it is ours; in an iteration it is Megatron-Bridge's, with also_save_hf_checkpoint."""
 TOKENIZER_FOLDER = "tokenizer"
 """Where Megatron-Bridge saves the tokenizer, in an iteration."""
-_MAX_YAML = 1 << 20
 
 
 def root_of(iteration: Path) -> Path:
@@ -61,7 +61,7 @@ def read_run_config(iteration: Path) -> dict[str, Any] | None:
     path = iteration / RUN_CONFIG
     if not path.exists():
         return None
-    content = parse_yaml(str(path), read_text(iteration, RUN_CONFIG, _MAX_YAML))
+    content = parse_yaml(str(path), read_text(iteration, RUN_CONFIG, YAML.nbytes))
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise InputError(f"{path}: no 'model' section")
