@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from huggingface_hub import get_session, snapshot_download
 
-from gptoss_convert.errors import GptossError, NetworkError
+from gptoss_convert import Options, plan
+from gptoss_convert.conversion.run import run
+from gptoss_convert.errors import GptossError, NetworkError, UsageError
+from gptoss_convert.formats.repository import Repository
+from gptoss_convert.hub.client import resolve, translated
+from gptoss_convert.hub.push import require_shareable
 from gptoss_convert.machine import secrets
 from gptoss_convert.machine.progress import Lines
-from gptoss_convert.machine.secrets import keep, scrub
+from gptoss_convert.machine.secrets import keep, nameable, scrub
 from gptoss_convert.show import report
 from gptoss_convert.show.texts import write_text
+from gptoss_convert.synth.synth import synth
 
 TOKEN = "hf_" + "aB3" * 11
 
@@ -100,14 +109,79 @@ def test_junit_is_xml_whatever_it_repeats() -> None:
 
 
 def test_warnings_of_the_client_hold_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    from gptoss_convert.formats.repository import Repository
-    from gptoss_convert.hub.client import translated
-
-    assert huggingface_hub
+    assert get_session and snapshot_download
     with translated(Repository("a/b")):
         logging.getLogger("huggingface_hub.utils._http").warning(
             "retry %s", "https://user:pa/ss@w0rd%21@hub.example/x?sig=1"
         )
     said = capsys.readouterr().err
     assert not [one for one in ("w0rd", "sig=1") if one in said]
+
+
+FORMATS = {
+    "hf": Options("hf", "bf16", workers=1),
+    "openai": Options("openai", "mxfp4", workers=1),
+    "megatron": Options("megatron", workers=1),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("secrets") / "source"
+    synth(place, layers=1, workers=1)
+    return place
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_nothing_that_is_written_tells_where_it_was_made(
+    to: str, source: Path, tmp_path: Path
+) -> None:
+    planned = plan(source.absolute(), tmp_path / "out", FORMATS[to])
+    require_shareable(planned)
+    run(planned)
+    for path in (tmp_path / "out").rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        for place in (source.parent, tmp_path):
+            assert str(place).encode() not in content, path
+    manifest = json.loads((tmp_path / "out" / "gptoss-convert.json").read_text())
+    assert manifest["from"]["path"] == "source"
+
+
+def test_paths_are_named_by_their_last_part() -> None:
+    given = {"path": "/home/a/b", "base": "~/x/y", "kept": ["org/name", 3, "../up/z"], "no": None}
+    kept = {"path": "b", "base": "y", "kept": ["org/name", 3, "z"], "no": None}
+    assert nameable(given) == kept
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("tuned from /home/alice/models/x", "the local path /home/alice/models"),
+        ("see {source}/notes", "the local path "),
+        ("export HF_TOKEN=the-token-itself", "a token or password"),
+        (f"my token is {TOKEN}", "a token or password"),
+    ],
+)
+def test_what_would_tell_too_much_is_not_pushed(
+    said: str, told: str, source: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "source"
+    shutil.copytree(source, place)
+    (place / "README.md").write_text(said.format(source=place))
+    planned = plan(place, tmp_path / "out", FORMATS["hf"])
+    with pytest.raises(UsageError, match=f"--push-to: README.md would publish {told}"):
+        require_shareable(planned)
+
+
+@pytest.mark.parametrize("address", ["https://user:pa/ss@hub", "hub.example", "https://h:x1y2", ""])
+def test_an_endpoint_that_is_no_address_is_named_and_not_shown(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(GptossError) as caught:
+        resolve(Repository("no/where"))
+    assert (caught.value.exit_code == 2) == bool(address)
+    assert (
+        not address or str(caught.value) == "HF_ENDPOINT: expects https://HOST or https://HOST:PORT"
+    )

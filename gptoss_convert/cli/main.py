@@ -94,6 +94,8 @@ def convert(
         if rank_log:
             ranks.keep_log(rank_log)
         conversion = plan(source, target, Options(**options), ranks.local_size)
+        if repository:
+            _require_shareable(conversion)
         shown = _planned(conversion) if dry_run else _converted(conversion, ranks, quiet, verbose)
     if ranks.rank == 0:
         show(*shown, as_json=as_json, quiet=quiet)
@@ -108,6 +110,13 @@ def _destination(push_to: str | None, dry_run: bool) -> Repository | None:
     from gptoss_convert.hub.push import destination
 
     return destination(push_to)
+
+
+def _require_shareable(conversion: Conversion) -> None:
+    """Nothing that --push-to will publish tells what it should not."""
+    from gptoss_convert.hub.push import require_shareable
+
+    require_shareable(conversion)
 
 
 def _push(target: Path, repository: Repository, public: bool, quiet: bool) -> None:

@@ -45,6 +45,7 @@ from gptoss_convert.machine import resources
 from gptoss_convert.machine.files import ByteSource, SourceFiles, TargetFiles, pieces, write_file
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
+from gptoss_convert.machine.secrets import nameable
 from gptoss_convert.quantise.report import Calibrated
 
 
@@ -241,7 +242,7 @@ def _close(conversion: Conversion, work: Path, done: Mapping[int, Done]) -> int:
         name: write_file(work, name, pieces(content, conversion.places))
         for name, content in conversion.image.closing
     }
-    content = manifest.manifest(header, conversion.image, conversion.plan, done, small)
+    content = manifest.manifest(nameable(header), conversion.image, conversion.plan, done, small)
     return write_file(work, manifest.NAME, [content])
 
 

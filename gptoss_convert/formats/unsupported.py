@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from gptoss_convert.containers import Chunk
@@ -14,6 +15,8 @@ from gptoss_convert.formats.names import Names
 _COLLAPSED = re.compile(r"(gate_up_proj|down_proj)\$")
 _LAYER = "model.layers.0.input_layernorm.weight"
 """A name that every GPT-OSS in Hugging Face's naming has."""
+_LOOKED_AT = 20_000
+"""Names that are looked at: 120b with a tensor for each expert has 14,000."""
 _MERGE = "merge them into their base model first"
 _SAVE_HF = "save it in Hugging Face's naming first, as save_pretrained does"
 
@@ -28,7 +31,9 @@ class Form:
 
     def found(self, names: Sequence[str]) -> str | None:
         """The first name that shows this form."""
-        return next((name for name in names if re.search(self.pattern, name)), None)
+        # A name that tells comes early; there may be a hundred thousand that do not.
+        few = islice(names, _LOOKED_AT)
+        return next((name for name in few if re.search(self.pattern, name)), None)
 
 
 _FORMS = (

@@ -20,7 +20,7 @@ from gptoss_convert.formats.repository import Repository
 from gptoss_convert.hub.bars import limited
 from gptoss_convert.hub.guard import MOST, Expected, guarded
 from gptoss_convert.hub.listing import Listing, listed, remember_beginning, require_digest
-from gptoss_convert.hub.names import similar
+from gptoss_convert.hub.names import require_endpoint, similar
 from gptoss_convert.machine.secrets import scrub
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -33,6 +33,7 @@ def resolve(repository: Repository) -> Listing:
 
     With HF_HUB_OFFLINE, what the cache knows.
     """
+    require_endpoint()
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.repository import Repository
@@ -42,6 +44,19 @@ def repository(source: str | Path, revision: str | None = None) -> Repository | 
     if revision is not None:
         raise UsageError(f"--revision {revision}: {source} is not a repository on the Hub")
     return None
+
+
+def require_endpoint() -> None:
+    """Raise UsageError for an HF_ENDPOINT that is no address: the client would fail while it is
+    imported, and show a part of it, which may be of a password."""
+    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        parts = urlsplit(address)
+        fine = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+    except ValueError:
+        fine = False
+    if not fine:
+        raise UsageError("HF_ENDPOINT: expects https://HOST or https://HOST:PORT")
 
 
 def _released(source: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk
 
-_NUMBER = re.compile(r"(?<=[._])(0|[1-9][0-9]*)(?=\.)")
+_NUMBER = re.compile(r"(?<=[._])(0|[1-9][0-9]{0,8})(?=\.)")
 
 Numbers = tuple[int, ...]
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
 
 HIDDEN = "***"
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]{0,20}://)([^\s\"'<>\\]+)", re.IGNORECASE)
@@ -37,6 +40,22 @@ def scrub(text: str) -> str:
     if "://" in text:
         text = _ADDRESS.sub(_bare, text)
     return _TOKEN.sub(HIDDEN, text)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a text that is to be published holds a token, or what was to be kept."""
+    return bool(_TOKEN.search(text)) or any(one in text for one in _known())
+
+
+def nameable(value: Any) -> Any:
+    """Plain data that is to be published, with the last part in place of each local path: the rest
+    is nobody's business, and means nothing elsewhere."""
+    if isinstance(value, Mapping):
+        return {key: nameable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [nameable(one) for one in value]
+    local = isinstance(value, str) and value.startswith(("/", "~", "../"))
+    return PurePath(value).name if local else value
 
 
 def _bare(found: re.Match[str]) -> str:
