@@ -22,7 +22,11 @@ from gptoss_convert import Options, convert, inspect, plan
 from gptoss_convert.cli.main import cli
 from gptoss_convert.containers import Chunk
 from gptoss_convert.errors import CodecError, InputError, UsageError
+from gptoss_convert.formats.checkpoint import Choices
 from gptoss_convert.formats.megatron import interleave
+from gptoss_convert.witness.configs import read_json
+from gptoss_convert.witness.hf_config import hf_config
+from gptoss_convert.witness.megatron_oracle import megatron_logits
 from tests.megatron_witness import assert_same
 from tests.recorded import unpack
 
@@ -134,7 +138,26 @@ def test_a_save_of_another_model_is_refused_for_that_alone(
     field = REFUSED[name].partition(",")[0]
     (note,) = (note for note in report.conversion.notes if "going by" in note)
     assert field in note and ";" not in note.partition("; going by")[0]
+    config = inspect(saves / name, Choices(config=source / "config.json")).summary()["config"]
+    assert (config["sliding_window"], config["rope_factor"], config["vocab_size"]) == (8, 32.0, 160)
     assert_same(weights(tmp_path / "t"), weights(source))
+
+
+@pytest.mark.parametrize("name", ["bridge-0.6.0", "megatron-lm-0.18.2"])
+def test_megatron_core_loads_a_save_of_any_version_for_the_oracle(
+    saves: Path, tmp_path: Path, name: str
+) -> None:
+    """Their common state is not what the installed version expects, or holds classes of its own."""
+    source = source_of(saves, name)
+    convert(source, tmp_path / "t", FORMATS["megatron"])
+    config = hf_config(read_json(source / "config.json"))
+    tokens = [list(range(3, 40))]
+    found = []
+    for root in (saves / name, tmp_path / "t"):
+        (iteration,) = root.glob("iter_*")
+        found += megatron_logits(iteration, config, tokens, torch.device("cpu"))
+    ours, theirs = found
+    assert torch.equal(ours, theirs)
 
 
 def change_run_config(root: Path, **changes: Any) -> None:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -198,22 +199,41 @@ def _transformer_config(config: ModelConfig, dtype: torch.dtype) -> TransformerC
     return options
 
 
+@contextmanager
+def _weights_alone(iteration: Path) -> Iterator[Path]:
+    """The same iteration with nothing in its common.pt.
+
+    Trainers keep objects there that only they can load, and megatron-core before 0.19 finds none
+    in what later versions save.
+    """
+    with TemporaryDirectory() as folder:
+        place = Path(folder)
+        named = (iteration / ".metadata", iteration / "metadata.json")
+        for path in (*named, *iteration.glob("*.distcp")):
+            (place / path.name).symlink_to(path.resolve())
+        torch.save({}, place / "common.pt")
+        yield place
+
+
 def _load(model: GPTModel, iteration: Path) -> None:
     """Fill the model through megatron-core's distributed loader."""
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    sharded = model.sharded_state_dict()
+    # Objects, pickled as they are, hold no weights and are not asked for.
+    asked = model.sharded_state_dict().items()
+    sharded = {name: one for name, one in asked if not isinstance(one, ShardedObject)}
     for tensor in sharded.values():
         # Released layouts carry the name of TransformerEngine's spec, the local spec its own.
         if isinstance(tensor, ShardedTensor):
             tensor.key = tensor.key.replace(
                 "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
             )
-    loaded = dist_checkpointing.load(
-        {"model": sharded}, str(iteration), strict=StrictHandling.RETURN_ALL
-    )
+    with _weights_alone(iteration) as place:
+        loaded = dist_checkpointing.load(
+            {"model": sharded}, str(place), strict=StrictHandling.RETURN_ALL
+        )
     assert isinstance(loaded, tuple)
     # megatron-core calls unexpected what the model asks for and the directory lacks.
     state, _, unexpected = loaded
