@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gptoss_convert.conversion.publish import check_absent, check_target, workspace
+from gptoss_convert.conversion import publish
+from gptoss_convert.conversion.publish import check_absent, check_input, check_target, workspace
 from gptoss_convert.errors import DiskError, GptossError, InputError, TargetError, UsageError
+from gptoss_convert.machine.private import make_marked
+
+NAMES = frozenset(("file",))
 
 
 @pytest.fixture
@@ -79,11 +87,11 @@ def names(folder: Path) -> set[str]:
 
 
 def test_what_was_made_appears_at_once_and_nothing_else_stays(tmp_path: Path):
-    with workspace(tmp_path / "out", restart=False) as space:
+    with workspace(tmp_path / "out", restart=False, names=NAMES) as space:
         space.open()
         (space.work / "file").write_text("new")
         assert "out" not in names(tmp_path)
-        space.publish()
+        space.publish(space.replaces())
     assert names(tmp_path) == {"out"}
     assert (tmp_path / "out" / "file").read_text() == "new"
 
@@ -91,53 +99,210 @@ def test_what_was_made_appears_at_once_and_nothing_else_stays(tmp_path: Path):
 def test_what_is_replaced_stays_until_the_new_one_is_there(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("old")
-    with workspace(tmp_path / "out", restart=False) as space:
+    with workspace(tmp_path / "out", restart=False, names=NAMES) as space:
         space.open()
         (space.work / "file").write_text("new")
         assert (tmp_path / "out" / "file").read_text() == "old"
-        space.publish()
+        space.publish(space.replaces())
     assert names(tmp_path) == {"out"}
     assert (tmp_path / "out" / "file").read_text() == "new"
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "n" * 200])
 def test_a_refused_input_leaves_nothing(tmp_path: Path, name: str):
-    with pytest.raises(InputError), workspace(tmp_path / name, restart=False) as space:
+    with pytest.raises(InputError), workspace(tmp_path / name, restart=False, names=NAMES) as space:
         space.open()
         raise InputError("bad")
     assert names(tmp_path) == set()
 
 
 def test_a_full_disk_leaves_what_the_same_command_goes_on_with(tmp_path: Path):
-    with pytest.raises(DiskError), workspace(tmp_path / "out", restart=False) as space:
+    with pytest.raises(DiskError), workspace(tmp_path / "out", restart=False, names=NAMES) as space:
         space.open()
         os.write(space.journal, b"x")
         raise DiskError("full")
     assert names(tmp_path) == {".out.gptoss-convert", ".out.gptoss-convert.journal"}
-    with workspace(tmp_path / "out", restart=False) as space:
+    with workspace(tmp_path / "out", restart=False, names=NAMES) as space:
         assert not space.fresh
-    with workspace(tmp_path / "out", restart=True) as space:
+    with workspace(tmp_path / "out", restart=True, names=NAMES) as space:
         assert space.fresh
         space.discard()
     assert names(tmp_path) == set()
 
 
 def test_a_second_writer_is_refused_and_harms_nothing(tmp_path: Path):
-    with workspace(tmp_path / "out", restart=False) as first:
+    with workspace(tmp_path / "out", restart=False, names=NAMES) as first:
         first.open()
         with (
             pytest.raises(TargetError, match=r"out: another process is writing it"),
-            workspace(tmp_path / "out", restart=True),
+            workspace(tmp_path / "out", restart=True, names=NAMES),
         ):
             raise AssertionError("two writers at once")
         assert first.work.is_dir()
-        first.publish()
+        (first.work / "file").write_text("first")
+        first.publish(first.replaces())
     assert names(tmp_path) == {"out"}
 
 
 def test_a_name_too_long_for_the_hidden_directory_is_a_disk_error(tmp_path: Path):
     with (
         pytest.raises(DiskError, match=r"File name too long"),
-        workspace(tmp_path / ("n" * 250), restart=False),
+        workspace(tmp_path / ("n" * 250), restart=False, names=NAMES),
     ):
         raise AssertionError("the journal cannot lie there")
+
+
+def begun(folder: Path, *, names: frozenset[str] = NAMES) -> Path:
+    """What a run leaves that was killed under way; returns its hidden directory."""
+    with pytest.raises(KeyError), workspace(folder / "out", restart=False, names=names) as space:
+        line = json.dumps({"work": space.open()}).encode()
+        os.write(space.journal, b"%08x %s\n" % (zlib.crc32(line), line))
+        (space.work / "file").write_text("half")
+        raise KeyError
+    return folder / ".out.gptoss-convert"
+
+
+def going_on(folder: Path, restart: bool = False) -> None:
+    with workspace(folder / "out", restart=restart, names=NAMES) as space:
+        space.open()
+        (space.work / "file").write_text("whole")
+        space.publish(space.replaces())
+
+
+def foreign_file(work: Path) -> None:
+    (work / "modeling_gpt_oss.py").write_text("import os")
+
+
+def foreign_folder(work: Path) -> None:
+    (work / "more").mkdir()
+
+
+def second_name(work: Path) -> None:
+    (work.parent / "precious").hardlink_to(work / "file")
+
+
+def link(work: Path) -> None:
+    (work / "file").unlink()
+    (work / "file").symlink_to(work.parent / "precious")
+
+
+@pytest.mark.parametrize("foreign", [foreign_file, foreign_folder, second_name, link])
+def test_what_is_foreign_in_the_hidden_directory_is_neither_published_nor_removed(
+    tmp_path: Path, foreign: Callable[[Path], None]
+) -> None:
+    work = begun(tmp_path)
+    foreign(work)
+    before = {path: path.lstat().st_ino for path in work.rglob("*")}
+    with pytest.raises(
+        TargetError, match=r"\.out\.gptoss-convert/(file|more|modeling_gpt_oss\.py)"
+    ):
+        going_on(tmp_path)
+    assert {path: path.lstat().st_ino for path in work.rglob("*")} == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_comes_into_the_hidden_directory_under_way_is_not_published(tmp_path: Path) -> None:
+    with (
+        pytest.raises(TargetError, match=r"modeling_gpt_oss\.py: not of this conversion"),
+        workspace(tmp_path / "out", restart=False, names=NAMES) as space,
+    ):
+        space.open()
+        (space.work / "file").write_text("whole")
+        foreign_file(space.work)
+        space.publish(space.replaces())
+    assert (tmp_path / ".out.gptoss-convert" / "modeling_gpt_oss.py").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_directory_that_no_journal_speaks_of_is_neither_taken_nor_removed(
+    tmp_path: Path, restart: bool
+) -> None:
+    """Made first by somebody else, or put in place of the one that was made."""
+    work = tmp_path / ".out.gptoss-convert"
+    for arrange in (lambda: work.mkdir(), lambda: begun(tmp_path).rename(tmp_path / "moved")):
+        arrange()
+        work.mkdir(exist_ok=True)
+        (work / "file").write_text("mine")
+        with pytest.raises(TargetError, match=r"not the directory of an interrupted run"):
+            going_on(tmp_path, restart)
+        assert (work / "file").read_text() == "mine"
+        (work / "file").unlink()
+        work.rmdir()
+
+
+@pytest.mark.parametrize("name", ["", ".journal", ".rounded"], ids=["work", "journal", "rounded"])
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_what_another_user_made_first_is_refused(tmp_path: Path, name: str) -> None:
+    place = tmp_path / f".out.gptoss-convert{name}"
+    if name == ".journal":
+        place.write_bytes(b"")
+    else:
+        place.mkdir()
+    os.chown(place, 4711, 4711)
+    with pytest.raises(TargetError, match=r"belongs to another user"):
+        make_marked(place) if name == ".rounded" else going_on(tmp_path)
+    assert place.exists()
+
+
+def test_what_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    begun(tmp_path).chmod(0o777)
+    with pytest.raises(TargetError, match=r"others may write to it"):
+        going_on(tmp_path)
+    assert not list(tmp_path.glob(".gptoss-convert-*"))
+
+
+def test_a_journal_with_a_second_name_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".out.gptoss-convert.journal").hardlink_to(tmp_path / "precious")
+    with pytest.raises(TargetError, match=r"journal: not a file of one name alone"):
+        going_on(tmp_path, restart=True)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_only_a_marked_directory_is_emptied(tmp_path: Path) -> None:
+    place = tmp_path / ".out.gptoss-convert.shards"
+    place.mkdir()
+    (place / "precious").write_text("precious")
+    with pytest.raises(TargetError, match=r"not a directory of an interrupted run"):
+        make_marked(place)
+    assert (place / "precious").read_text() == "precious"
+    (place / "precious").unlink()
+    make_marked(place)
+    (place / "shard").write_text("")
+    make_marked(place)
+    assert not (place / "shard").exists()
+    assert place.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("place", ["", "model", "../.out.gptoss-convert.old/model"])
+def test_nothing_is_read_from_where_target_is_made(tmp_path: Path, place: str) -> None:
+    found = tmp_path / ".out.gptoss-convert" / place
+    with pytest.raises(UsageError, match=r"lies in the hidden directory of .*out"):
+        check_target(found, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"--tokenizer lies in the hidden directory of .*out"):
+        check_input("--tokenizer", found, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"--scales and TARGET lie in each other"):
+        check_input("--scales", tmp_path / "out" / "x", tmp_path / "out")
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_could_not_be_removed_of_a_replaced_target_is_said_and_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(publish, "_exchange", lambda *_: False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with monkeypatch.context() as stuck:
+        stuck.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with workspace(tmp_path / "out", restart=False, names=NAMES) as space:
+            space.open()
+            (space.work / "file").write_text("new")
+            left = space.publish(space.replaces())
+    assert left is not None
+    assert (left / "old").read_text() == "old"
+    assert names(tmp_path / "out") == {"file"}
+    with pytest.raises(TargetError):
+        going_on(tmp_path)
+    assert (left / "old").read_text() == "old"

@@ -10,6 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from gptoss_convert.errors import DiskError, UsageError
 from gptoss_convert.machine.files import disk_error
 
 SCHEMA = 4
+
+
+@dataclass(frozen=True)
+class Publishing:
+    """A hidden directory that is complete, and about to become TARGET."""
+
+    manifest: int
+    """CRC-32 of its manifest."""
+    inode: int
+    replaces: int | None
+    """The inode of the TARGET that it replaces."""
 
 
 class Journal:
@@ -33,8 +45,9 @@ class Journal:
         self._descriptor = descriptor
         self._where = where
         self.done: dict[int, Done] = {}
-        self.published: tuple[int, int] | None = None
-        """CRC-32 of the manifest and inode of the directory that was about to become TARGET."""
+        self.published: Publishing | None = None
+        """What was about to become TARGET."""
+        self._work: int | None = None
         lines, end = _lines(descriptor)
         self._header = {"journal": SCHEMA, **header}
         if lines:
@@ -59,16 +72,21 @@ class Journal:
             self._take(lines[1:])
         os.ftruncate(descriptor, 0)
 
-    def publishing(self, manifest_crc: int, inode: int) -> None:
+    def working_in(self, inode: int) -> None:
+        """Record the hidden directory by its inode: no other is taken for it."""
+        if self._work != inode:
+            self._write([{"work": inode}])
+            self._work = inode
+
+    def publishing(self, publishing: Publishing) -> None:
         """Record that TARGET is written and synced, and will be renamed next."""
-        self._write([{"manifest": manifest_crc, "inode": inode}])
+        self._write([asdict(publishing)])
 
     def _take(self, records: Iterable[Any]) -> None:
         for record in records:
             if isinstance(record, dict):
-                manifest, inode = record.get("manifest"), record.get("inode")
-                if type(manifest) is int and type(inode) is int:
-                    self.published = manifest, inode
+                self._work = _mark([record]) or self._work
+                self.published = _publishing(record) or self.published
             elif (done := _done(record)) is not None:
                 self.done[done.step] = done
 
@@ -99,6 +117,26 @@ def recorded(path: Path) -> dict[int, Done]:
     except OSError as error:
         raise DiskError(f"{path}: {error.strerror}") from None
     return {done.step: done for done in map(_done, lines[1:]) if done is not None}
+
+
+def marked(descriptor: int) -> int | None:
+    """The inode of the hidden directory that a journal speaks of."""
+    return _mark(_lines(descriptor)[0])
+
+
+def _mark(records: Iterable[Any]) -> int | None:
+    marks = (one.get("work") for one in records if isinstance(one, dict))
+    found = [mark for mark in marks if type(mark) is int]
+    return found[-1] if found else None
+
+
+def _publishing(record: Mapping[str, Any]) -> Publishing | None:
+    try:
+        found = Publishing(**record)
+    except TypeError:
+        return None
+    numbers = (found.manifest, found.inode, found.replaces or 0)
+    return found if all(type(number) is int for number in numbers) else None
 
 
 def _line(record: Any) -> bytes:

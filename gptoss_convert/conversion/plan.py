@@ -13,12 +13,12 @@ from gptoss_convert.containers import Image, content_size
 from gptoss_convert.containers.refs import Copied, FileRef
 from gptoss_convert.conversion import lossy
 from gptoss_convert.conversion.options import Options
-from gptoss_convert.conversion.publish import check_target
+from gptoss_convert.conversion.publish import check_input, check_target
 from gptoss_convert.engine.changes import Changes, merges_of
 from gptoss_convert.engine.steps import Plan, make_plan
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats import sidecar
-from gptoss_convert.formats.checkpoint import Checkpoint, Choices, casts, encoding
+from gptoss_convert.formats.checkpoint import MANIFEST, Checkpoint, Choices, casts, encoding
 from gptoss_convert.formats.registry import FORMATS, open_checkpoint
 from gptoss_convert.hub.adapters import with_adapter
 from gptoss_convert.hub.sources import locate, opening
@@ -63,6 +63,12 @@ class Conversion:
     def _weight_files(self) -> Set[FileRef]:
         held = (extent for step in self.plan.steps for extent in step.sources)
         return {file for extent in held for file in extent.files}
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Every file of TARGET."""
+        closing = (name for name, _ in self.image.closing)
+        return frozenset((*(file.name for file in self.image.files), *closing, MANIFEST))
 
     @cached_property
     def write_bytes(self) -> int:
@@ -176,6 +182,16 @@ def plan(
     if options.stream and isinstance(place, Path):
         raise UsageError(f"--stream: {place} is not a repository on the Hub")
     target = check_target(place, target)
+    others = {
+        "--adapter": options.adapter,
+        "--scales": options.scales,
+        "--base": options.base,
+        "--tokenizer": options.tokenizer,
+        "--config": options.config,
+    }
+    for name, path in others.items():
+        if path is not None and Path(path).exists():
+            check_input(name, Path(path), target)
     with opening(place, options) as opened:
         opened = with_adapter(opened, options, follow_links=options.follow_links)
         options = _for_adapter(opened, options)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from gptoss_convert.containers.paths import settled
+from gptoss_convert.containers.paths import create_inside, settled
+from gptoss_convert.containers.walk import folder
+from gptoss_convert.conversion.journal import marked
 from gptoss_convert.errors import (
     DiskError,
     GptossError,
@@ -22,14 +24,22 @@ from gptoss_convert.errors import (
 )
 from gptoss_convert.formats.repository import Repository
 from gptoss_convert.machine.files import sync_directory
+from gptoss_convert.machine.private import (
+    list_folder,
+    make_folder,
+    own_folder,
+    remove_folder,
+    remove_marked,
+    require_own,
+)
 
 _USELESS = {InputError.exit_code, IntegrityError.exit_code}
 """Statuses after which the work is of no use; after any other the same command can go on."""
 _REFUSED = {UsageError.exit_code, TargetError.exit_code}
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _NO_EXCHANGE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-_HERE, _EXCHANGE = -100, 2
-"""Of renameat2: paths as the process sees them, and RENAME_EXCHANGE."""
+_EXCHANGE = 2
+"""RENAME_EXCHANGE of renameat2."""
 
 
 def check_target(source: Path | Repository, target: Path) -> Path:
@@ -48,7 +58,21 @@ def check_target(source: Path | Repository, target: Path) -> Path:
         raise UsageError(f"{target}: SOURCE and TARGET lie in each other")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise TargetError(f"{target}: exists and is not a directory")
-    return parent / target.name
+    found = parent / target.name
+    if isinstance(source, Path):
+        check_input("SOURCE", source, found)
+    return found
+
+
+def check_input(name: str, path: Path, target: Path) -> None:
+    """Refuse what is to be read from where TARGET is made, or from a TARGET that is replaced."""
+    place, parent = path.resolve(), target.parent.resolve()
+    hidden = work_path(target).name
+    for inside in (place, *place.parents):
+        if inside.parent == parent and inside.name.startswith(hidden):
+            raise UsageError(f"{path}: {name} lies in the hidden directory of {target}")
+    if place.is_relative_to(parent / target.name):
+        raise UsageError(f"{path}: {name} and TARGET lie in each other")
 
 
 def _nested(inner: Path, outer: Path) -> bool:
@@ -61,43 +85,80 @@ def check_absent(target: Path) -> None:
         raise TargetError(f"{target}: exists; pass --overwrite to replace it when all is written")
 
 
-@dataclass(frozen=True)
+class ForeignError(TargetError):
+    """Something lies in the hidden directory that no conversion put there."""
+
+
+@dataclass
 class Workspace:
     """Where TARGET is made: a hidden directory, and the journal beside it, held by a lock."""
 
     target: Path
-    work: Path
-    old: Path
-    """Where a TARGET that is replaced goes first, if the two cannot be exchanged in one step."""
-    path: Path
-    """The journal."""
+    names: Set[str]
+    """All that TARGET will hold, and the hidden directory with it."""
     journal: int
-    """Its descriptor, open for reading and writing."""
+    """The journal's descriptor, open for reading and writing."""
     fresh: bool
     """Whether no interrupted run left anything."""
+    inode: int | None
+    """Of the hidden directory, which the journal speaks of."""
 
-    def open(self) -> None:
-        """Make the hidden directory, or take what an interrupted run left of it."""
-        if self.work.is_symlink() or (self.work.exists() and not self.work.is_dir()):
-            raise TargetError(f"{self.work}: not a directory of an interrupted run; remove it")
-        try:
-            self.work.mkdir(0o755, exist_ok=True)
-        except OSError as error:
-            raise DiskError(f"{self.work}: {error.strerror}") from None
-        if link := next((path for path in self.work.rglob("*") if path.is_symlink()), None):
-            raise TargetError(f"{link}: a link, which no conversion makes; remove it")
+    @property
+    def work(self) -> Path:
+        """The hidden directory."""
+        return work_path(self.target)
+
+    @property
+    def old(self) -> Path:
+        """Where a TARGET that was replaced goes."""
+        return self.work.with_name(f"{self.work.name}.old")
+
+    def open(self, replaced: int | None = None) -> int:
+        """Make the hidden directory, or take what an interrupted run left of it; its inode.
+
+        Raises TargetError for one that the journal does not speak of, or with more in it, and for
+        what is left of a TARGET, other than the one that was being `replaced`.
+        """
+        if os.path.lexists(self.old) and self.old.lstat().st_ino != replaced:
+            raise TargetError(f"{self.old}: what is left of a TARGET that was replaced; remove it")
+        if make_folder(self.work):
+            self.inode = own_folder(self.work).st_ino
+            return self.inode
+        found = own_folder(self.work).st_ino
+        # A run that was killed right after making it left it empty.
+        if found != self.inode and list_folder(self.work):
+            raise TargetError(
+                f"{self.work}: not the directory of an interrupted run: its journal does not "
+                "speak of it; move it away"
+            )
+        self.inode = found
+        self.require_exact()
+        return self.inode
+
+    def require_exact(self) -> None:
+        """Refuse a hidden directory with anything in it that TARGET will not hold."""
+        folders = {str(parent) for name in self.names for parent in PurePath(name).parents}
+        with folder(self.work) as place:
+            for base, inner, files, descriptor in os.fwalk(".", dir_fd=place):
+                for name in (*inner, *files):
+                    where = os.path.normpath(f"{base}/{name}")
+                    state = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                    known = where in (folders if stat.S_ISDIR(state.st_mode) else self.names)
+                    if problem := _foreign(state, known):
+                        raise ForeignError(f"{self.work / where}: {problem}")
 
     def other_ranks(self) -> list[int]:
         """The ranks from 1 on whose journals lie beside this one."""
-        begin = f"{self.path.name}."
-        names = (path.name for path in self.path.parent.iterdir())
+        begin = f"{journal_path(self.target).name}."
+        names = list_folder(self.target.parent)
         ends = (name.removeprefix(begin) for name in names if name.startswith(begin))
         return sorted(int(end) for end in ends if end.isdecimal() and end.isascii())
 
     def discard(self) -> None:
         """Remove what was made, and the journals with it."""
-        shutil.rmtree(self.work, ignore_errors=True)
-        shutil.rmtree(rounded_path(self.target), ignore_errors=True)
+        remove_folder(self.work, self.inode)
+        with suppress(TargetError):
+            remove_marked(rounded_path(self.target))
         self._remove_journals()
 
     def _remove_journals(self) -> None:
@@ -105,37 +166,75 @@ class Workspace:
         for rank in (*self.other_ranks(), 0):
             journal_path(self.target, rank).unlink(missing_ok=True)
 
-    def publish(self) -> None:
-        """Rename last: whoever sees TARGET may rely on every file in it."""
-        for folder, _, _ in os.walk(self.work):
-            sync_directory(Path(folder))
+    def replaces(self) -> int | None:
+        """The inode of the TARGET that is there, None without one."""
+        return self.target.stat().st_ino if self.target.exists() else None
+
+    def publish(self, replaces: int | None) -> Path | None:
+        """Rename last: whoever sees TARGET may rely on every file in it.
+
+        Returns what is left of a TARGET that was replaced and could not be removed.
+        """
+        self.require_exact()
+        self._open_to_others()
+        for place, _, _ in os.walk(self.work):
+            sync_directory(Path(place))
         sync_directory(self.target.parent)
         try:
-            if not self.target.exists():
-                self.work.rename(self.target)
-            elif not _exchange(self.work, self.target):
-                shutil.rmtree(self.old, ignore_errors=True)
-                self.target.rename(self.old)
-                self.work.rename(self.target)
+            with folder(self.target.parent) as parent:
+                self._rename(parent)
         except OSError as error:
             raise DiskError(f"{self.target}: cannot be renamed: {error.strerror}") from None
-        self.finish()
+        return self.finish(replaces)
 
-    def finish(self) -> None:
-        """Remove what is left beside a TARGET that has been renamed."""
+    def _open_to_others(self) -> None:
+        """Whoever may read the files in TARGET may enter it."""
+        with folder(self.work) as place:
+            descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place)
+            try:
+                state = os.fstat(descriptor)
+                files = [os.stat(name, dir_fd=place).st_mode & 0o444 for name in self.names]
+                readable = min(files, default=0)
+                os.fchmod(descriptor, stat.S_IMODE(state.st_mode) | readable | readable >> 2)
+            finally:
+                os.close(descriptor)
+
+    def _rename(self, parent: int) -> None:
+        work, target, old = self.work.name, self.target.name, self.old.name
+        if not os.path.lexists(self.target):
+            os.rename(work, target, src_dir_fd=parent, dst_dir_fd=parent)
+        elif not _exchange(parent, work, target):
+            os.rename(target, old, src_dir_fd=parent, dst_dir_fd=parent)
+            os.rename(work, target, src_dir_fd=parent, dst_dir_fd=parent)
+
+    def finish(self, replaced: int | None) -> Path | None:
+        """Remove what is left beside a TARGET that has been renamed; returns what cannot be."""
         sync_directory(self.target.parent)
-        shutil.rmtree(self.old, ignore_errors=True)
+        left = [path for path in (self.work, self.old) if not remove_folder(path, replaced)]
+        self.inode = None
         self.discard()
+        return left[0] if left else None
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _foreign(state: os.stat_result, known: bool) -> str | None:
+    """Why something in the hidden directory is none of ours."""
+    if stat.S_ISLNK(state.st_mode):
+        return "a link, which no conversion makes; remove it"
+    if not known:
+        return "not of this conversion, in its hidden directory; move it away"
+    if stat.S_ISREG(state.st_mode) and state.st_nlink != 1:
+        return "has a second name elsewhere (a hard link); remove it"
+    return None
+
+
+def _exchange(parent: int, one: str, other: str) -> bool:
     """Swap two directories in one step, so that neither is ever missing; False where unknown."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
-    if libc.renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+    if libc.renameat2(parent, os.fsencode(one), parent, os.fsencode(other), _EXCHANGE) == 0:
         return True
     error = ctypes.get_errno()
     if error not in _NO_EXCHANGE:
@@ -144,28 +243,43 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def workspace(target: Path, restart: bool) -> Iterator[Workspace]:
+def workspace(target: Path, restart: bool, names: Set[str]) -> Iterator[Workspace]:
     """The place beside TARGET where it is made; a second writer gets TargetError.
 
     What an interrupted run left is kept for the next one, unless the error says that it is useless.
     """
-    path, work = journal_path(target), work_path(target)
+    work = work_path(target)
     with locked_journal(target) as descriptor:
-        old = work.with_name(f"{work.name}.old")
-        fresh = restart or (os.fstat(descriptor).st_size == 0 and not work.exists())
-        space = Workspace(target, work, old, path, descriptor, fresh)
+        fresh = restart or (os.fstat(descriptor).st_size == 0 and not os.path.lexists(work))
+        space = Workspace(target, names, descriptor, fresh, marked(descriptor))
         if restart:
-            for rank in space.other_ranks():
-                with locked_journal(target, rank) as other:
-                    os.ftruncate(other, 0)
-            shutil.rmtree(work, ignore_errors=True)
-            os.ftruncate(descriptor, 0)
+            _restart(space)
         try:
             yield space
+        except ForeignError:
+            raise
         except GptossError as error:
             if error.exit_code in _USELESS or (fresh and error.exit_code in _REFUSED):
                 space.discard()
             raise
+
+
+def _restart(space: Workspace) -> None:
+    """Discard what an interrupted run left, and nothing else."""
+    for rank in space.other_ranks():
+        with locked_journal(space.target, rank) as other:
+            os.ftruncate(other, 0)
+    if os.path.lexists(space.work) and own_folder(space.work).st_ino != space.inode:
+        if list_folder(space.work):
+            raise TargetError(
+                f"{space.work}: not the directory of an interrupted run: its journal does not "
+                "speak of it; move it away"
+            )
+        space.work.rmdir()
+    remove_folder(space.work, space.inode)
+    remove_marked(rounded_path(space.target))
+    os.ftruncate(space.journal, 0)
+    space.inode = None
 
 
 def work_path(target: Path) -> Path:
@@ -194,11 +308,11 @@ def locked_journal(target: Path, rank: int = 0) -> Iterator[int]:
     """A rank's journal, open and locked; TargetError if another process holds it."""
     path = journal_path(target, rank)
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o644)
+        descriptor = create_inside(path.parent, path.name, os.O_RDWR)
     except OSError as error:
         raise DiskError(f"{path}: {error.strerror}") from None
     try:
+        require_own(path, os.fstat(descriptor))
         if not _lock(descriptor, path):
             raise TargetError(f"{target}: another process is writing it")
         yield descriptor

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.conversion import lossy, manifest
-from gptoss_convert.conversion.journal import Journal, recorded
+from gptoss_convert.conversion.journal import Journal, Publishing, recorded
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.outcome import (
     outcomes_of,
@@ -148,16 +148,17 @@ def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done], Calibrated
     """Be rank 0, or alone; returns all steps, those that were done before, and what a calibration
     did."""
     conversion, ranks = job.conversion, job.ranks
-    with workspace(conversion.target, conversion.options.restart) as space:
+    with workspace(conversion.target, conversion.options.restart, conversion.names) as space:
         journal = Journal(space.journal, str(conversion.target), conversion.header)
         _take_over(journal, conversion.target, space.other_ranks())
-        if journal.published is not None and _is_published(space, *journal.published):
+        if journal.published is not None and _is_published(space, journal.published):
             ranks.broadcast(None)
-            space.finish()
+            _state_left(job, space.finish(journal.published.replaces))
             return journal.done, journal.done, None
         if not conversion.options.overwrite:
             check_absent(conversion.target)
-        space.open()
+        replaced = journal.published.replaces if journal.published else None
+        journal.working_in(space.open(replaced))
         needed = conversion.write_bytes - _held(space.work)
         resources.check_disk(conversion.target.parent.resolve(), needed)
         calibrated = _calibrate(job)
@@ -175,9 +176,16 @@ def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done], Calibrated
         refuse_zeros(conversion, done)
         state_losses(conversion, outcomes_of(conversion, done.values()), job.progress)
         manifest_crc = _close(conversion, space.work, done)
-        journal.publishing(manifest_crc, space.work.stat().st_ino)
-        space.publish()
+        publishing = Publishing(manifest_crc, space.open(replaced), space.replaces() or replaced)
+        journal.publishing(publishing)
+        _state_left(job, space.publish(publishing.replaces))
     return done, before, calibrated
+
+
+def _state_left(job: _Job, left: Path | None) -> None:
+    """Say what of a replaced TARGET could not be removed."""
+    if left is not None:
+        job.progress.note(f"{left}: what is left of the TARGET that was replaced; remove it")
 
 
 def _calibrate(job: _Job) -> Calibrated | None:
@@ -246,12 +254,12 @@ def _close(conversion: Conversion, work: Path, done: Mapping[int, Done]) -> int:
     return write_file(work, manifest.NAME, [content])
 
 
-def _is_published(space: Workspace, manifest_crc: int, inode: int) -> bool:
+def _is_published(space: Workspace, publishing: Publishing) -> bool:
     """Whether an interrupted run had renamed its work to TARGET already."""
     path = space.target / manifest.NAME
-    if not path.is_file() or space.target.stat().st_ino != inode:
+    if not path.is_file() or space.target.stat().st_ino != publishing.inode:
         return False
-    return zlib.crc32(path.read_bytes()) == manifest_crc
+    return zlib.crc32(path.read_bytes()) == publishing.manifest
 
 
 def _execute(

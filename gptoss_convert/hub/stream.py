@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from gptoss_convert.hub.bars import bar_type
 from gptoss_convert.hub.client import cached, download
 from gptoss_convert.hub.listing import Listing, require_same_beginning
 from gptoss_convert.machine.files import Arena, Places, SourceFiles
+from gptoss_convert.machine.private import make_marked, remove_marked
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ class ShardStream:
         self._others.__exit__(kind, error, trace)
         for file in [*self._files]:
             self._drop(file)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_marked(self._folder)
 
     def begin(self, plan: Plan, steps: Sequence[int]) -> Sequence[int]:
         """Start downloading what these steps need; returns the order to do them in."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        make_marked(self._folder)
         self._schedule = schedule(plan, steps, self._paths)
         self._left = set(steps)
         threading.Thread(target=self._arrive, name="download", daemon=True).start()

@@ -10,17 +10,19 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from gptoss_convert.containers import TensorSpec, safetensors
 from gptoss_convert.containers.budget import RECORD
-from gptoss_convert.containers.paths import read_text
+from gptoss_convert.containers.paths import create_inside, open_inside, read_text
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import UsageError
 from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.tables import Tensor, load_table
 from gptoss_convert.machine.files import disk_error, sync_directory
+from gptoss_convert.machine.private import make_marked, own_folder
 
 Buffer: TypeAlias = bytes | memoryview
 STATE = "calibration.json"
@@ -50,7 +52,7 @@ class RoundedLayers:
         """
         path = self.root / STATE
         now = json.loads(json.dumps(identity))
-        if path.exists() and not restart:
+        if os.path.lexists(self.root) and own_folder(self.root) and path.exists() and not restart:
             then = parse_object(str(path), read_text(self.root, STATE, RECORD.nbytes))
             if then != now:
                 key = next(k for k in sorted({*then, *now}) if then.get(k) != now.get(k))
@@ -60,21 +62,8 @@ class RoundedLayers:
                     "own options, or pass --restart to discard it"
                 )
             return
-        self.discard()
-        try:
-            self.root.mkdir()
-        except OSError as error:
-            raise disk_error(str(self.root), error) from None
+        make_marked(self.root)
         self._write_whole(STATE, [(json.dumps(now, indent=1, sort_keys=True) + "\n").encode()])
-
-    def discard(self) -> None:
-        """Remove the directory, and nothing in it that no calibration made."""
-        if self.root.is_symlink() or not self.root.is_dir():
-            self.root.unlink(missing_ok=True)
-            return
-        for path in self.root.iterdir():
-            path.unlink()
-        self.root.rmdir()
 
     def done(self, layer: int) -> dict[str, Any] | None:
         """What was noted of a layer that is complete, None if it is not."""
@@ -108,10 +97,11 @@ class RoundedLayers:
         """A layer's tensors, as `write` takes them."""
         header = safetensors.read_header(self.root, _name(layer))
         content: dict[str, bytes] = {}
-        with (self.root / _name(layer)).open("rb") as file:
+        with open_inside(self.root, _name(layer)) as file:
+            whole = BufferedReader(file)  # pyright: ignore[reportArgumentType]
             for chunk in header.chunks:
-                file.seek(chunk.offset)
-                content[chunk.tensor.removeprefix(f"layers.{layer}.")] = file.read(chunk.nbytes)
+                whole.seek(chunk.offset)
+                content[chunk.tensor.removeprefix(f"layers.{layer}.")] = whole.read(chunk.nbytes)
         return content
 
     def _header(self, tensors: list[Tensor], layer: int) -> str:
@@ -126,7 +116,9 @@ class RoundedLayers:
         """Write a file under another name, sync it, then give it its own."""
         path = self.root / f"{name}.new"
         try:
-            with path.open("wb") as file:
+            descriptor = create_inside(self.root, path.name, os.O_WRONLY)
+            with os.fdopen(descriptor, "wb") as file:
+                file.truncate()
                 for part in parts:
                     file.write(part)
                 file.flush()
