@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -330,7 +331,7 @@ def test_a_finished_target_is_pushed(hub: Hub, published: Path, tmp_path: Path):
     hub.add("store", tmp_path / "store")
     hub.token = SECRET
     target = convert(published, tmp_path / "out", OPENAI_MXFP4) and tmp_path / "out"
-    address = push(target, destination("lab/mine"), public=False)
+    address = push(target, files(target), destination("lab/mine"), public=False)
     assert address == f"{hub.url}/lab/mine"
     repo = hub.repos["lab/mine"]
     assert repo.private
@@ -355,12 +356,42 @@ def test_pushing_needs_a_login_and_an_owner(hub: Hub, monkeypatch: pytest.Monkey
 def test_an_upload_that_fails_says_how_to_go_on(hub: Hub, published: Path, tmp_path: Path):
     hub.faults.append(Fault("POST", "/commit/", 403))
     with pytest.raises(NetworkError) as caught:
-        push(published / "original", Repository("lab/mine"), public=True)
+        folder = published / "original"
+        push(folder, files(folder), Repository("lab/mine"), public=True)
     assert not hub.repos["lab/mine"].private
     assert str(caught.value) == (
         f"lab/mine: access refused (403): the token lacks the permission; {published}/original is "
         f"complete, upload it with: hf upload lab/mine {published}/original"
     )
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_nothing_is_pushed_but_what_was_written(hub: Hub, published: Path, tmp_path: Path):
+    """Neither what comes into TARGET later, nor what is exchanged for a link during the upload."""
+    hub.add("store", tmp_path / "store")
+    conversion = plan(published, tmp_path / "out", OPENAI_MXFP4)
+    target = run(conversion) and tmp_path / "out"
+    shutil.copytree(target, tmp_path / "written")
+    (target / "secret").write_text("secret")
+    (target / "more").symlink_to(tmp_path / "secrets")
+    (tmp_path / "secrets").mkdir()
+
+    def exchange(path: str) -> None:
+        if "preupload" in path:
+            for name in conversion.names:
+                (target / name).unlink()
+                (target / name).symlink_to(target / "secret")
+
+    hub.watch = exchange
+    push(target, conversion.names, Repository("lab/mine"), public=False)
+    assert (target / "config.json").is_symlink()
+    repo = hub.repos["lab/mine"]
+    assert same_files(repo.commits[repo.refs["main"]], tmp_path / "written")
+    with pytest.raises(InputError, match="outside the checkpoint"):
+        (target / "secret").rename(tmp_path / "elsewhere")
+        (target / "config.json").unlink()
+        (target / "config.json").symlink_to(tmp_path / "elsewhere")
+        push(target, ["config.json"], Repository("lab/other"), public=False)
 
 
 def test_a_directory_is_not_streamed(published: Path, tmp_path: Path):

@@ -100,7 +100,7 @@ def convert(
     if ranks.rank == 0:
         show(*shown, as_json=as_json, quiet=quiet)
         if repository:
-            _push(target, repository, public, quiet)
+            _push(conversion, repository, public, quiet)
 
 
 def _destination(push_to: str | None, dry_run: bool) -> Repository | None:
@@ -119,10 +119,10 @@ def _require_shareable(conversion: Conversion) -> None:
     require_shareable(conversion)
 
 
-def _push(target: Path, repository: Repository, public: bool, quiet: bool) -> None:
+def _push(conversion: Conversion, repository: Repository, public: bool, quiet: bool) -> None:
     from gptoss_convert.hub.push import push
 
-    place = push(target, repository, public)
+    place = push(conversion.target, conversion.names, repository, public)
     click.echo("" if quiet else f"pushed: {place}", err=True, nl=not quiet)
 
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import re
+import resource
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_convert.containers import content_size
 from gptoss_convert.containers.budget import TEXT
+from gptoss_convert.containers.paths import open_inside
 from gptoss_convert.errors import NetworkError, UsageError
 from gptoss_convert.formats.repository import Repository
 from gptoss_convert.hub.client import translated
 from gptoss_convert.hub.names import repository, require_endpoint
 from gptoss_convert.hub.outline import is_weights
 from gptoss_convert.machine.files import pieces
+from gptoss_convert.machine.private import own_folder
 from gptoss_convert.machine.secrets import holds_secret
 from gptoss_convert.version import VERSION
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
+
     from gptoss_convert.conversion.plan import Conversion
 
 _LOCAL = re.compile(r"(?<![\w./])(?:/(?:home|Users)/[\w.-]+|/root)/[\w.-]+")
@@ -27,6 +33,8 @@ _LOCAL = re.compile(r"(?<![\w./])(?:/(?:home|Users)/[\w.-]+|/root)/[\w.-]+")
 _TEXTS = (".json", ".md", ".txt", ".jinja", ".yaml", ".cff")
 _WORDS = ("tokenizer.json", "vocab.json", "merges.txt")
 """Lists of words, which may look like anything."""
+_OTHER_FILES = 128
+"""Descriptors that uploading itself may take."""
 
 
 def destination(name: str) -> Repository:
@@ -87,19 +95,44 @@ def _texts(conversion: Conversion) -> Iterator[tuple[str, str]]:
             yield name, held.decode(errors="replace")
 
 
-def push(target: Path, repository: Repository, public: bool) -> str:
-    """Upload every file of TARGET; a repository that does not exist is made. Returns its address.
+def push(target: Path, names: Iterable[str], repository: Repository, public: bool) -> str:
+    """Upload these files of TARGET; a repository that does not exist is made. Returns its address.
 
-    Raises NetworkError that says how to go on.
+    Raises TargetError for a TARGET of another user, NetworkError that says how to go on.
     """
+    from huggingface_hub import CommitOperationAdd
+
+    own_folder(target)
+    with _held(target, sorted(names)) as paths:
+        return _upload(target, repository, public, [CommitOperationAdd(*one) for one in paths])
+
+
+@contextmanager
+def _held(target: Path, names: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
+    """(name, path) of files that are open: what is at their place by then does not matter."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(names) + _OTHER_FILES
+    if soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
+    with ExitStack() as held:
+        opened = [held.enter_context(open_inside(target, name)) for name in names]
+        yield [
+            (name, f"/proc/self/fd/{file.fileno()}")
+            for name, file in zip(names, opened, strict=True)
+        ]
+
+
+def _upload(
+    target: Path, repository: Repository, public: bool, files: Sequence[CommitOperationAdd]
+) -> str:
     from huggingface_hub import HfApi
 
     try:
         with translated(repository):
             made = HfApi().create_repo(repository.name, private=not public, exist_ok=True)
-            HfApi().upload_folder(
-                repo_id=repository.name,
-                folder_path=target,
+            HfApi().create_commit(
+                repository.name,
+                files,
                 commit_message=f"Upload what gptoss-convert {VERSION} wrote",
             )
     except NetworkError as error:
