@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gptoss_convert.containers.safetensors import INDEX
 from gptoss_convert.errors import InputError
 from gptoss_convert.witness.configs import Section, read_json
 from gptoss_convert.witness.fetch import Fetcher
@@ -15,6 +17,7 @@ from gptoss_convert.witness.fp4 import BLOCK, Packed, checked
 from gptoss_convert.witness.hf_config import hf_config
 from gptoss_convert.witness.model import ExpertMatrices, LayerWeights, ModelConfig
 from gptoss_convert.witness.per_expert import PER_EXPERT
+from gptoss_convert.witness.private import private_copy
 from gptoss_convert.witness.readers import (
     Reader,
     StoredTensors,
@@ -183,8 +186,12 @@ def _oracle(
         return "(names or configuration are not transformers': it would not read it so)"
     from gptoss_convert.witness.oracles import silence, transformers_logits
 
-    with silence():
-        return transformers_logits(given.root, sequences, device, len(config.sliding))
+    index = {"metadata": {}, "weight_map": {chunk.tensor: chunk.file for chunk in given.chunks}}
+    written = {"config.json": json.dumps(given.config).encode()}
+    if {chunk.file for chunk in given.chunks} != {"model.safetensors"}:
+        written[INDEX] = json.dumps(index).encode()
+    with silence(), private_copy(given.root, given.chunks, written) as place:
+        return transformers_logits(place, sequences, device, len(config.sliding))
 
 
 def _reader(given: Given, fetcher: Fetcher) -> HfReader:

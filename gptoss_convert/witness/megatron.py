@@ -216,7 +216,7 @@ def _oracle(
         return "(megatron-core's local spec does not read interleaved rows)"
     from gptoss_convert.witness.megatron_oracle import megatron_logits
 
-    return megatron_logits(given.root, config, sequences, device)
+    return megatron_logits(given.root, config, sequences, device, chunks=given.chunks)
 
 
 WITNESS = Witness(_reader, _oracle, "megatron-core")

@@ -9,19 +9,35 @@ oracle runs, and none of them changes the arithmetic.
 from __future__ import annotations
 
 import functools
+import json
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from gptoss_convert.containers import Chunk, torch_dist
+from gptoss_convert.containers.torch_dist import metadata
+from gptoss_convert.containers.torch_dist.files import open_file
+from gptoss_convert.containers.torch_dist.metadata import StoredTensor
 from gptoss_convert.errors import IntegrityError, UsageError
 from gptoss_convert.witness.model import ModelConfig
+from gptoss_convert.witness.private import private_copy
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -34,9 +50,12 @@ def megatron_logits(
     sequences: Sequence[Sequence[int]],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    chunks: Sequence[Chunk] = (),
 ) -> list[Tensor]:
     """Logits `[S, V]` of each sequence by megatron-core's GPTModel, loaded from `iteration`.
 
+    megatron-core unpickles what it loads: it is given a `.metadata` written here, of tensors alone,
+    and the files in which `chunks` were found.
     Raises IntegrityError if the directory lacks a weight the model has, UsageError inside a
     distributed run: the oracle forms a process group of its own.
     """
@@ -44,7 +63,8 @@ def megatron_logits(
         raise UsageError("the megatron oracle expects no process group, found one")
     with _single_process(), _without_cuda_extensions(device):
         model = _build(config, dtype)
-        _load(model, iteration)
+        with _private_iteration(iteration, chunks) as place:
+            _load(model, place, iteration)
         model.to(device).eval()
         results = []
         with torch.inference_mode():
@@ -200,22 +220,44 @@ def _transformer_config(config: ModelConfig, dtype: torch.dtype) -> TransformerC
 
 
 @contextmanager
-def _weights_alone(iteration: Path) -> Iterator[Path]:
-    """The same iteration with nothing in its common.pt.
-
-    Trainers keep objects there that only they can load, and megatron-core before 0.19 finds none
-    in what later versions save.
-    """
-    with TemporaryDirectory() as folder:
-        place = Path(folder)
-        named = (iteration / ".metadata", iteration / "metadata.json")
-        for path in (*named, *iteration.glob("*.distcp")):
-            (place / path.name).symlink_to(path.resolve())
-        torch.save({}, place / "common.pt")
+def _private_iteration(iteration: Path, chunks: Sequence[Chunk]) -> Iterator[Path]:
+    """The iteration's tensors, and no object of it, as a checkpoint of its own."""
+    chunks = chunks or torch_dist.read(iteration).chunks
+    held = {chunk.tensor for chunk in chunks}
+    with open_file(iteration, ".metadata") as file:
+        found = metadata.parse(file.read_at(0, file.size), str(iteration / ".metadata"))
+    tensors = [tensor for tensor in found.tensors if tensor.name in held]
+    stated = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    stated |= {"common_backend": "torch", "common_backend_version": 1}
+    common = BytesIO()
+    torch.save({}, common)
+    written = {
+        ".metadata": pickle.dumps(_dcp_metadata(tensors)),
+        "common.pt": common.getvalue(),
+        "metadata.json": json.dumps(stated).encode(),
+    }
+    with private_copy(iteration, chunks, written) as place:
         yield place
 
 
-def _load(model: GPTModel, iteration: Path) -> None:
+def _dcp_metadata(tensors: Sequence[StoredTensor]) -> Metadata:
+    """torch's own metadata of these tensors, made anew."""
+    state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for tensor in tensors:
+        properties = TensorProperties(dtype=getattr(torch, tensor.dtype.removeprefix("torch.")))
+        boxes = [(torch.Size(box.start), torch.Size(box.extent)) for box in tensor.items]
+        state[tensor.name] = TensorStorageMetadata(
+            properties, torch.Size(tensor.shape), [ChunkStorageMetadata(*box) for box in boxes]
+        )
+        for (start, _), item in zip(boxes, tensor.items.values(), strict=True):
+            places[MetadataIndex(tensor.name, start)] = _StorageInfo(
+                item.file, item.offset, item.length
+            )
+    return Metadata(state, storage_data=places)
+
+
+def _load(model: GPTModel, place: Path, iteration: Path) -> None:
     """Fill the model through megatron-core's distributed loader."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
@@ -230,10 +272,9 @@ def _load(model: GPTModel, iteration: Path) -> None:
             tensor.key = tensor.key.replace(
                 "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
             )
-    with _weights_alone(iteration) as place:
-        loaded = dist_checkpointing.load(
-            {"model": sharded}, str(place), strict=StrictHandling.RETURN_ALL
-        )
+    loaded = dist_checkpointing.load(
+        {"model": sharded}, str(place), strict=StrictHandling.RETURN_ALL
+    )
     assert isinstance(loaded, tuple)
     # megatron-core calls unexpected what the model asks for and the directory lacks.
     state, _, unexpected = loaded

@@ -52,6 +52,7 @@ def transformers_logits(
     model = GptOssForCausalLM.from_pretrained(
         directory,
         config=config,
+        use_safetensors=True,
         # Else a GPU with MXFP4 kernels computes the experts in bfloat16.
         quantization_config=Mxfp4Config(dequantize=True) if packed else None,
         dtype=torch.float32,
