@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from gptoss_convert.check.check import check
+from gptoss_convert.containers import Image
+from gptoss_convert.conversion.acceptable import require_acceptable
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.plan import plan
 from gptoss_convert.conversion.run import run
-from gptoss_convert.errors import IntegrityError
+from gptoss_convert.errors import InputError, IntegrityError
 from tests import odd_models
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0614\nsize 27868174\n"
@@ -144,3 +147,48 @@ def test_generation_config_travels_byte_for_byte(tmp_path: Path):
     source = source_with(tmp_path, **{"generation_config.json": text})
     run(plan(source, tmp_path / "target", Options("hf", workers=1)))
     assert (tmp_path / "target/generation_config.json").read_text() == text
+
+
+@pytest.mark.parametrize("name", ["README\n.md", "NOTICE: all.txt", "LICENSE*", "LICENCE\\x.txt"])
+def test_a_name_that_no_check_accepts_is_refused_before_the_first_byte(
+    tmp_path: Path, name: str
+) -> None:
+    source = source_with(tmp_path, **{name: "text"})
+    with pytest.raises(InputError, match=r"no name for a file on every system"):
+        plan(source, tmp_path / "target", Options("hf", workers=1))
+
+
+def test_numbers_beyond_all_bounds_are_refused(tmp_path: Path) -> None:
+    source = source_with(tmp_path)
+    text = (source / "config.json").read_text()
+    (source / "config.json").write_text(text.replace("{", '{"mine": 1e999,', 1))
+    with pytest.raises(IntegrityError, match=r"config\.json: not JSON: 1e999 is no finite number"):
+        plan(source, tmp_path / "target", Options("hf", workers=1))
+
+
+def test_files_that_would_be_one_another_s_folder_are_refused() -> None:
+    def image(*names: str) -> Image:
+        return Image((), (), tuple((name, b"{}") for name in names))
+
+    require_acceptable(image("a/b", "a/c", "config.json"))
+    for names, problem in (
+        (("mxfp4-scales", "mxfp4-scales/origin.json"), "mxfp4-scales would be a file and a folder"),
+        (("README.md", "README.md"), r"README\.md would be two files"),
+        (("gptoss-convert.json",), r"gptoss-convert\.json would be two files"),
+        (("../x",), "no name for a file"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            require_acceptable(image(*names))
+    with pytest.raises(InputError, match=r"config\.json: \d+ bytes, at most"):
+        require_acceptable(Image((), (), (("hf/config.json", b" " * (5 << 20) + b"{}"),)))
+
+
+def test_check_looks_at_carried_files(tmp_path: Path) -> None:
+    source = source_with(tmp_path, **SERVED)
+    assert not check(source).problems
+    (source / "tokenizer.json").write_text(POINTER)
+    (source / "added_tokens.json").write_text('{"a":')
+    assert [problem.partition(":")[0] for problem in check(source).problems] == [
+        str(source / "added_tokens.json"),
+        str(source / "tokenizer.json"),
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -306,3 +307,54 @@ def test_what_could_not_be_removed_of_a_replaced_target_is_said_and_not_taken_ov
     with pytest.raises(TargetError):
         going_on(tmp_path)
     assert (left / "old").read_text() == "old"
+
+
+def mounted(*words: str | Path) -> Callable[[], None]:
+    """Mount something; returns what ends that."""
+    if subprocess.run(["mount", *map(str, words)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    return lambda: subprocess.run(["umount", "-l", str(words[-1])], check=True) and None
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for name in ("out", "out/inner", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("precious")
+    for place, problem in (("out", "a mount point, which"), ("out/inner", r"out/inner in it is a")):
+        unmount = mounted("--bind", tmp_path / "elsewhere", tmp_path / place)
+        try:
+            with (
+                pytest.raises(TargetError, match=problem),
+                workspace(tmp_path / "out", restart=False, names=NAMES) as space,
+            ):
+                space.require_replaceable()
+            assert (tmp_path / place / "precious").exists()
+        finally:
+            unmount()
+    assert names(tmp_path) == {"out", "elsewhere"}
+
+
+def test_a_lower_layer_is_refused_unless_target_is_empty(tmp_path: Path) -> None:
+    for name in ("low/out", "low/empty", "up", "work", "m"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "low" / "out" / "old").write_text("old")
+    layers = f"lowerdir={tmp_path}/low,upperdir={tmp_path}/up,workdir={tmp_path}/work"
+    unmount = mounted("-t", "overlay", "overlay", "-o", layers, tmp_path / "m")
+    try:
+        with (
+            pytest.raises(TargetError, match="lies in a lower layer of an overlay"),
+            workspace(tmp_path / "m" / "out", restart=False, names=NAMES) as space,
+        ):
+            space.require_replaceable()
+        (tmp_path / "m" / "upper").mkdir()
+        (tmp_path / "m" / "upper" / "old").write_text("old")
+        for name in ("empty", "upper", "new"):
+            with workspace(tmp_path / "m" / name, restart=False, names=NAMES) as space:
+                space.require_replaceable()
+                space.open()
+                (space.work / "file").write_text("new")
+                assert space.publish(space.replaces()) is None
+            assert names(tmp_path / "m" / name) == {"file"}
+        assert names(tmp_path / "m") == {"out", "empty", "upper", "new"}
+    finally:
+        unmount()

@@ -15,14 +15,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gptoss_convert.cli import ending
 from gptoss_convert.cli.main import cli
+from gptoss_convert.containers.json_records import from_json
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.plan import Conversion, plan
-from gptoss_convert.conversion.run import run
+from gptoss_convert.conversion.resume import _plausible
+from gptoss_convert.conversion.run import _gaps, run
+from gptoss_convert.engine.records import Done
 from gptoss_convert.errors import DiskError, IntegrityError, TargetError, UsageError
 from gptoss_convert.synth.synth import synth
 from tests.killing import contents
@@ -405,3 +409,54 @@ def test_a_limit_on_file_sizes_is_status_5(
     assert "File too large; the file system or a limit allows no file of this size" in ended.error
     run(conversion)
     assert same_weights(conversion.target, expected)
+
+
+def leaves(value: object, way: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    if isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from leaves(inner, (*way, place))
+    else:
+        yield way
+
+
+def with_leaf(value: Any, way: tuple[int, ...], leaf: object) -> Any:
+    if not way:
+        return leaf
+    return [with_leaf(v, way[1:], leaf) if n == way[0] else v for n, v in enumerate(value)]
+
+
+def test_no_odd_value_in_a_journal_reaches_the_manifest(
+    conversion: Conversion, expected: dict[str, bytes]
+) -> None:
+    """Lines with a right checksum: every field of a step, negative, absent or of another kind."""
+    lines = journal_of(stop(conversion, after=7)).read_bytes().splitlines()
+    step = next(n for n, line in enumerate(lines) if line[9:10] == b"[") + 2
+    record = json.loads(lines[step][9:])
+    known = from_json(Done, record)
+    assert _plausible(conversion.plan.steps[known.step], known)
+    for way in leaves(record):
+        for odd in (-1, None, True, 1 << 70, -0.5, "x", {}, -(1 << 63)):
+            try:
+                done = from_json(Done, with_leaf(record, way, odd))
+            except ValueError:
+                continue
+            if 0 <= done.step < len(conversion.plan.steps):
+                same = done == known or (done.encoded != known.encoded and odd == -1)
+                assert same or not _plausible(conversion.plan.steps[done.step], done), (way, odd)
+    assert run(conversion).resumed_steps == 7
+    assert same_weights(conversion.target, expected)
+
+
+def test_what_lies_between_items_is_zero_whoever_wrote_there(made: Path, tmp_path: Path) -> None:
+    options = Options("megatron", workers=1)
+    run(plan(made / "source", tmp_path / "expected", options))
+    conversion = plan(made / "source", tmp_path / "target", options)
+    work = stop(conversion)
+    gaps = [(name, *gap) for name, found in _gaps(conversion).items() for gap in found]
+    assert gaps
+    for name, offset, length in gaps:
+        with (work / name).open("r+b") as file:
+            file.seek(offset)
+            file.write(b"\x01" * length)
+    assert run(conversion).resumed_steps >= 5
+    assert contents(conversion.target) == contents(tmp_path / "expected")

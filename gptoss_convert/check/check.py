@@ -26,7 +26,7 @@ from gptoss_convert.engine.fingerprint import by_layer, listing
 from gptoss_convert.engine.records import Region
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import IntegrityError
-from gptoss_convert.formats import releases, sidecar
+from gptoss_convert.formats import carried, releases, sidecar
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, casts
 from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.layouts.folding import fold
@@ -94,7 +94,7 @@ def check(
     opened.extents(casts(True))
     base = opened.base
     manifest = read_manifest(base)
-    problems: list[str] = []
+    problems = [*carried.problems(opened.carried)]
     notes = [*opened.notes]
     parameters: Mapping[str, Mapping[str, Any]] = {}
     if manifest is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import isfinite
 from typing import Any
 
 from gptoss_convert.containers.budget import RECORD, Budget, json_parts
@@ -26,7 +27,9 @@ def parse_object(where: str, text: str, budget: Budget = RECORD) -> dict[str, An
         return content
 
     try:
-        content = json.loads(text, object_pairs_hook=unique, parse_constant=_refuse)
+        content = json.loads(
+            text, object_pairs_hook=unique, parse_constant=_refuse, parse_float=_finite
+        )
     except RecursionError:
         raise IntegrityError(f"{where}: not JSON that anybody writes: nested too deep") from None
     except ValueError as error:
@@ -48,5 +51,10 @@ def _require_flat(where: str, content: dict[str, Any]) -> None:
     raise IntegrityError(f"{where}: not JSON that anybody writes: nested too deep")
 
 
+def _finite(number: str) -> float:
+    value = float(number)
+    return value if isfinite(value) else _refuse(number)
+
+
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not a JSON number")
+    raise ValueError(f"{constant} is no finite number")

@@ -12,6 +12,7 @@ from typing import Any
 from gptoss_convert.containers import Image, content_size
 from gptoss_convert.containers.refs import Copied, FileRef
 from gptoss_convert.conversion import lossy
+from gptoss_convert.conversion.acceptable import require_acceptable
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.publish import check_input, check_target
 from gptoss_convert.engine.changes import Changes, merges_of
@@ -232,6 +233,7 @@ def plan_opened(
         layers = lossy.rounded_layers(opened, target, encodes, sizes)
         held = lossy.with_rounded(held, layers)
     image, more_notes = kind.image(opened, variant, options)
+    require_acceptable(image)
     taken = _target_extents(kind.table, variant, sizes, image)
     changes = lossy.with_rounding(merges_of(*opened.updates), held, rule)
     steps = make_plan(load_model(), sizes, held, taken, changes=changes.by_weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ from gptoss_convert.machine.files import sync_directory
 from gptoss_convert.machine.private import (
     list_folder,
     make_folder,
+    make_marked,
     own_folder,
     remove_folder,
     remove_marked,
@@ -135,6 +137,39 @@ class Workspace:
         self.require_exact()
         return self.inode
 
+    def require_replaceable(self) -> None:
+        """Refuse a TARGET that no other can take the place of; raises TargetError.
+
+        It is renamed over a directory that is not empty: where that alone stands in the way, it can
+        be moved, and nothing has happened.
+        """
+        if not os.path.lexists(self.target):
+            return
+        if inner := _mount_below(self.target):
+            raise TargetError(f"{self.target}: {inner} in it is a mount point; unmount it first")
+        probe = self.work.with_name(f"{self.work.name}.probe")
+        make_marked(probe)
+        with folder(self.target.parent) as parent:
+            target = self.target.name
+            try:
+                os.rename(target, probe.name, src_dir_fd=parent, dst_dir_fd=parent)
+            except OSError as error:
+                found = error.errno
+            else:
+                os.rename(probe.name, target, src_dir_fd=parent, dst_dir_fd=parent)
+                return
+        remove_marked(probe)
+        if found == errno.EBUSY:
+            raise TargetError(
+                f"{self.target}: a mount point, which nothing can take the place of; "
+                "name a directory in it"
+            )
+        if found == errno.EXDEV and list_folder(self.target):
+            raise TargetError(
+                f"{self.target}: lies in a lower layer of an overlay file system, which cannot "
+                "be renamed; remove it first, or name another"
+            )
+
     def require_exact(self) -> None:
         """Refuse a hidden directory with anything in it that TARGET will not hold."""
         folders = {str(parent) for name in self.names for parent in PurePath(name).parents}
@@ -201,7 +236,7 @@ class Workspace:
 
     def _rename(self, parent: int) -> None:
         work, target, old = self.work.name, self.target.name, self.old.name
-        if not os.path.lexists(self.target):
+        if not os.path.lexists(self.target) or not list_folder(self.target):
             os.rename(work, target, src_dir_fd=parent, dst_dir_fd=parent)
         elif not _exchange(parent, work, target):
             os.rename(target, old, src_dir_fd=parent, dst_dir_fd=parent)
@@ -214,6 +249,20 @@ class Workspace:
         self.inode = None
         self.discard()
         return left[0] if left else None
+
+
+def _mount_below(target: Path) -> str | None:
+    """A mount point in a directory, None without one, or where the system does not tell."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return None
+    inside = os.fsencode(target.resolve()) + b"/"
+    for line in lines:
+        place = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4])
+        if place.startswith(inside):
+            return os.fsdecode(place)
+    return None
 
 
 def _foreign(state: os.stat_result, known: bool) -> str | None:

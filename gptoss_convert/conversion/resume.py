@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from gptoss_convert.containers.refs import FileRef
@@ -10,6 +11,7 @@ from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.conversion.publish import work_path
 from gptoss_convert.engine.execute import written_ranges
 from gptoss_convert.engine.records import Done, Region
+from gptoss_convert.engine.steps import Step
 from gptoss_convert.errors import DiskError, IntegrityError
 from gptoss_convert.machine.files import Arena, SourceFiles
 from gptoss_convert.machine.progress import Progress
@@ -24,7 +26,7 @@ def intact(
     known = {
         number: done
         for number, done in recorded.items()
-        if number < len(steps) and _places(done) == written_ranges(steps[number])
+        if 0 <= number < len(steps) and _plausible(steps[number], done)
     }
     if not known or conversion.options.trust_journal:
         return known
@@ -50,6 +52,28 @@ def _lost(conversion: Conversion, known: Mapping[int, Done], progress: Progress)
                 lost.append(number)
             advance(sum(region.length for region in done.regions))
     return lost
+
+
+def _plausible(step: Step, done: Done) -> bool:
+    """Whether a line with a right checksum can be what this step left: else it is done again."""
+    recipe = step.recipe
+    valued = step.family.weight in recipe.makes or recipe.has_values or recipe.encoding is not None
+    return (
+        _places(done) == written_ranges(step)
+        and (done.fingerprint is not None) == valued
+        and _natural(asdict(replace(done, encoded=replace(done.encoded, first_inexact=0))))
+        and bool(done.anomalies.first) == bool(done.anomalies.nonfinite)
+        and all(region.crc < 1 << 32 for region in done.regions)
+    )
+
+
+def _natural(value: object) -> bool:
+    """Whether there is no number below 0, at any depth."""
+    if isinstance(value, dict):
+        return all(map(_natural, value.values()))
+    if isinstance(value, tuple | list):
+        return all(map(_natural, value))
+    return not isinstance(value, int | float) or value >= 0
 
 
 def _places(done: Done) -> set[tuple[str, int, int]]:

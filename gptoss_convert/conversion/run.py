@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import zlib
 from collections.abc import Iterable, Mapping
@@ -37,7 +38,7 @@ from gptoss_convert.conversion.publish import (
     workspace,
 )
 from gptoss_convert.conversion.resume import intact
-from gptoss_convert.engine.execute import execute
+from gptoss_convert.engine.execute import execute, written_ranges
 from gptoss_convert.engine.records import Done, Effect
 from gptoss_convert.errors import UsageError
 from gptoss_convert.hub.stream import ShardStream
@@ -159,6 +160,7 @@ def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done], Calibrated
             check_absent(conversion.target)
         replaced = journal.published.replaces if journal.published else None
         journal.working_in(space.open(replaced))
+        space.require_replaceable()
         needed = conversion.write_bytes - _held(space.work)
         resources.check_disk(conversion.target.parent.resolve(), needed)
         calibrated = _calibrate(job)
@@ -225,11 +227,34 @@ def _take_over(journal: Journal, target: Path, ranks: Iterable[int]) -> None:
 
 def _create(conversion: Conversion, files: TargetFiles) -> None:
     """Every file in its final size, with the bytes that no step writes, before any step."""
+    there = any(map(os.path.lexists, (files.root / f.name for f in conversion.image.files)))
+    gaps = _gaps(conversion) if there else {}
     for file in conversion.image.files:
         files.create(file.name, file.size)
         for offset, content in file.fixed:
             files.write_bytes(file.name, offset, content)
+        for offset, length in gaps.get(file.name, ()):
+            files.write_zeros(file.name, offset, length)
     files.sync()
+
+
+def _gaps(conversion: Conversion) -> Mapping[str, list[tuple[int, int]]]:
+    """By file, (offset, length) of what nobody writes: zeros, whatever an interrupted run left."""
+    written: dict[str, list[tuple[int, int]]] = {
+        file.name: [(at, len(content)) for at, content in file.fixed]
+        for file in conversion.image.files
+    }
+    for step in conversion.plan.steps:
+        for name, offset, length in written_ranges(step):
+            written[name].append((offset, length))
+    gaps: dict[str, list[tuple[int, int]]] = {}
+    for file in conversion.image.files:
+        end = 0
+        for offset, length in (*sorted(written[file.name]), (file.size, 0)):
+            if offset > end:
+                gaps.setdefault(file.name, []).append((end, offset - end))
+            end = max(end, offset + length)
+    return gaps
 
 
 def _open(conversion: Conversion, files: TargetFiles, numbers: Iterable[int]) -> None:

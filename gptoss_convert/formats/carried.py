@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
 from gptoss_convert.containers import Image
@@ -11,6 +12,7 @@ from gptoss_convert.containers.paths import (
     Followed,
     folder_inside,
     open_inside,
+    safe_name,
     settled,
 )
 from gptoss_convert.containers.refs import Copied, FileRef, Identity
@@ -105,6 +107,15 @@ def _left(source: Checkpoint) -> list[str]:
     return [f"left behind, as no server reads it: {shown}"] * bool(names)
 
 
+def problems(paths: Iterable[Path]) -> Iterator[str]:
+    """What is wrong with carried files, file by file."""
+    for path in paths:
+        try:
+            _checked(path)
+        except (InputError, IntegrityError) as error:
+            yield str(error)
+
+
 def _promised(path: Path) -> Copied:
     """A file that is still to be downloaded."""
     return Copied(FileRef(path.parent, path.name), path.stat().st_size)
@@ -131,6 +142,8 @@ def _checked(path: Path) -> Copied:
         raise IntegrityError(
             f"{file}: {problem}; or pass --tokenizer DIR to take such files from there"
         )
+    if not safe_name(file.name):
+        raise InputError(f"{file}: no name for a file on every system; rename it or move it away")
     return Copied(file, size)
 
 

@@ -228,23 +228,32 @@ class TargetFiles(_OpenFiles[str]):
 
     def __init__(self, root: Path, *, other_machines: bool = False) -> None:
         super().__init__()
-        self._root = root
+        self.root = root
         self._other_machines = other_machines
+        self._dirty: set[str] = set()
+        """The files that were written since the last sync."""
 
     def create(self, name: str, size: int) -> None:
         """Create `name` with its final size, or open what an interrupted run left of it."""
-        path = self._root / name
+        path = self.root / name
         try:
-            descriptor = create_inside(self._root, name, os.O_RDWR)
+            descriptor = create_inside(self.root, name, os.O_RDWR)
             os.ftruncate(descriptor, size)
         except OSError as error:
             raise disk_error(path, error) from None
         self._open[name] = file = _File(path, descriptor, os.O_RDWR)
         file.exact = self._other_machines and file.direct is not None
+        self._dirty.add(name)
 
     def write(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
         """Write from the arena: whole pages directly, ragged ends through the page cache."""
-        file = self._open[name]
+        self._write_part(self._open[name], offset, nbytes, arena, position)
+        # Marked afterwards: a sync under way takes the mark of what was written before it began.
+        self._dirty.add(name)
+
+    def _write_part(
+        self, file: _File, offset: int, nbytes: int, arena: Arena, position: int
+    ) -> None:
         view = memoryview(arena.memory)
         start, stop = -(-offset // PAGE) * PAGE, (offset + nbytes) // PAGE * PAGE
         if file.direct is None or start >= stop or (position - offset) % PAGE:
@@ -264,10 +273,26 @@ class TargetFiles(_OpenFiles[str]):
     def write_bytes(self, name: str, offset: int, content: bytes) -> None:
         """Write bytes that are known beforehand."""
         self._write_ragged(self._open[name], memoryview(content), offset)
+        self._dirty.add(name)
+
+    def write_zeros(self, name: str, offset: int, length: int) -> None:
+        """Write zeros where there are others; what was never written stays a hole."""
+        file = self._open[name]
+        for at in range(offset, offset + length, _PIECE):
+            nbytes = min(_PIECE, offset + length - at)
+            try:
+                found = os.pread(file.buffered, nbytes, at)
+            except OSError as error:
+                raise disk_error(file.path, error) from None
+            if found.strip(b"\0") or len(found) < nbytes:
+                self.write_bytes(name, at, bytes(nbytes))
 
     def sync(self) -> None:
-        """Wait until every byte is on the disk."""
-        for file in self._open.values():
+        """Wait until every byte that was written is on the disk."""
+        dirty = {name for name in self._open if name in self._dirty}
+        self._dirty -= dirty
+        for name in sorted(dirty):
+            file = self._open[name]
             try:
                 os.fsync(file.buffered)
             except OSError as error:
