@@ -1,14 +1,15 @@
-"""Buffers for direct I/O: what the kernel knows of their memory."""
+"""Buffers for direct I/O: what the kernel knows of their memory; what is synced and when."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gptoss_convert.machine.files import Arena
+from gptoss_convert.machine.files import PAGE, Arena, TargetFiles
 
 
 def flags_of(address: int) -> list[str]:
@@ -31,3 +32,25 @@ def test_a_buffer_may_have_huge_pages_and_no_fork_copies_it() -> None:
     flags = flags_of(np.frombuffer(arena.memory, np.uint8).ctypes.data)
     assert {"hg", "dc"} <= set(flags)
     assert "sh" not in flags
+
+
+def test_only_files_that_were_written_since_are_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(file) or fsync(file))
+    with TargetFiles(tmp_path) as files:
+        for name in ("a", "b", "c"):
+            files.create(name, PAGE)
+        for writes, expected in (((), 3), ((), 0), (("b",), 1), (("a", "b", "a"), 2), ((), 0)):
+            for name in writes:
+                files.write_bytes(name, 0, b"x")
+            synced.clear()
+            files.sync()
+            assert len(synced) == expected
+        arena = Arena(2 * PAGE)
+        files.write("c", 0, PAGE, arena, arena.take(PAGE, 0))
+        synced.clear()
+        files.sync()
+        assert len(synced) == 1

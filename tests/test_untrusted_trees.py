@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.plan import plan
 from gptoss_convert.conversion.run import run
 from gptoss_convert.errors import GptossError, InputError, IntegrityError, TargetError, UsageError
+from gptoss_convert.formats.config import MXFP4_CONFIG
 from gptoss_convert.synth.synth import synth
 from tests.stopping import At, HaltError, halt
 
@@ -237,3 +239,17 @@ def test_a_source_that_changed_between_stop_and_going_on_is_refused(
     with pytest.raises(UsageError, match=r"source model\.safetensors: .* then, .* now"):
         run(plan(root, tmp_path / "target", HF))
     assert not (tmp_path / "target").exists()
+
+
+def test_a_sidecar_does_not_decide_how_the_experts_are_said_to_be_stored(
+    made: Path, tmp_path: Path
+) -> None:
+    run(plan(made / "hf", tmp_path / "bf16", Options("hf", "bf16", workers=1)))
+    path = tmp_path / "bf16" / "mxfp4-scales" / "origin.json"
+    origin = json.loads(path.read_text())
+    config = json.loads(origin["config"])
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+    path.write_text(json.dumps(origin | {"config": json.dumps(config)}))
+    run(plan(tmp_path / "bf16", tmp_path / "back", Options("hf", "mxfp4", workers=1)))
+    stated = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert stated["quantization_config"] == MXFP4_CONFIG
