@@ -358,3 +358,19 @@ def test_a_lower_layer_is_refused_unless_target_is_empty(tmp_path: Path) -> None
         assert names(tmp_path / "m") == {"out", "empty", "upper", "new"}
     finally:
         unmount()
+
+
+def test_a_target_that_becomes_a_link_under_way_stays_one(tmp_path: Path) -> None:
+    """And what was made is kept for the same command to go on with."""
+    (tmp_path / "elsewhere").mkdir()
+    with (
+        pytest.raises(TargetError, match=r"out is a link to elsewhere by now"),
+        workspace(tmp_path / "out", restart=False, names=NAMES) as space,
+    ):
+        space.open()
+        (space.work / "file").write_text("new")
+        (tmp_path / "out").symlink_to("elsewhere")
+        space.publish(space.replaces())
+    assert (tmp_path / "out").is_symlink()
+    assert names(tmp_path / "elsewhere") == set()
+    assert names(tmp_path / ".out.gptoss-convert") == {"file"}

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from gptoss_convert.containers import refs
 from gptoss_convert.containers.paths import create_inside, folder_inside, open_inside, settled
+from gptoss_convert.containers.refs import Identity
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.plan import plan
 from gptoss_convert.conversion.run import run
@@ -253,3 +255,13 @@ def test_a_sidecar_does_not_decide_how_the_experts_are_said_to_be_stored(
     run(plan(tmp_path / "bf16", tmp_path / "back", Options("hf", "mxfp4", workers=1)))
     stated = json.loads((tmp_path / "back" / "config.json").read_text())
     assert stated["quantization_config"] == MXFP4_CONFIG
+
+
+def test_inodes_say_nothing_where_they_are_given_anew(tmp_path: Path) -> None:
+    """On FUSE, a file that was not changed may have another inode after a while."""
+    (tmp_path / "file").write_text("")
+    with (tmp_path / "file").open("rb") as file:
+        assert Identity.of(file.fileno()).inode == (tmp_path / "file").stat().st_ino
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(refs, "_numbered_anew", lambda device: True)
+            assert Identity.of(file.fileno()).inode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 
@@ -24,7 +25,21 @@ class Identity:
     def of(cls, descriptor: int) -> Identity:
         """The identity of an open file, now."""
         now = os.fstat(descriptor)
-        return cls(now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+        inode = 0 if _numbered_anew(now.st_dev) else now.st_ino
+        return cls(now.st_dev, inode, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
+@cache
+def _numbered_anew(device: int) -> bool:
+    """Whether a file system may give a file another inode each time it is looked up, as FUSE does
+    for object stores."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    kinds = (line.partition(" - ")[2] for line in lines if line.split(" ")[2] == number)
+    return any(kind.startswith("fuse") for kind in kinds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gptoss_convert.errors import DiskError, InputError, IntegrityError
 
-FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LINKS = 40
 """Most links on the way to one file, as for Linux."""
 
@@ -33,6 +33,8 @@ class Place:
 @contextmanager
 def folder(path: Path) -> Iterator[int]:
     """A descriptor of a directory that no link leads to; raises LinkError and OSError."""
+    # An automounter wakes only for what lies within: O_PATH alone leaves it asleep.
+    os.access(f"{path}/.", os.F_OK)
     here = os.open(path.anchor or ".", FOLDER)
     try:
         for part in path.parts[bool(path.anchor) :]:

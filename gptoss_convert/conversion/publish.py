@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from gptoss_convert.containers.paths import create_inside, settled
-from gptoss_convert.containers.walk import folder
+from gptoss_convert.containers.walk import LinkError, folder
 from gptoss_convert.conversion.journal import marked
 from gptoss_convert.errors import (
     DiskError,
@@ -307,6 +307,8 @@ def workspace(target: Path, restart: bool, names: Set[str]) -> Iterator[Workspac
             yield space
         except ForeignError:
             raise
+        except LinkError as error:
+            raise TargetError(str(error)) from None
         except GptossError as error:
             if error.exit_code in _USELESS or (fresh and error.exit_code in _REFUSED):
                 space.discard()
