@@ -53,8 +53,10 @@ def _require_flat(where: str, content: dict[str, Any]) -> None:
 
 def _finite(number: str) -> float:
     value = float(number)
-    return value if isfinite(value) else _refuse(number)
+    if not isfinite(value):
+        raise ValueError(f"{number} is no finite number")
+    return value
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no finite number")
+    raise ValueError(f"{constant} is not a JSON number")
