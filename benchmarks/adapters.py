@@ -138,7 +138,7 @@ def merge(folder: Path, asked: argparse.Namespace) -> None:
                 adapters[name],
                 out,
             ]
-            print(subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip())
+            subprocess.run(words, check=True)
             shutil.rmtree(out)
     shutil.rmtree(folder)
 

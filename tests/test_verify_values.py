@@ -80,6 +80,7 @@ def test_equal_blocks_are_decoded_once_and_any_other_byte_is_seen(
         byte = file.read(1)[0]
         file.seek(flipped.offset + 5)
         file.write(bytes([byte ^ 1]))
+    wrong = open_checkpoint(tmp_path / "wrong")
     source = open_checkpoint(tiny / "mxfp4")
     shared: dict[str, list[tuple[str, int, bool]]] = {}
     for name in ("openai", "bf16", "wrong"):
