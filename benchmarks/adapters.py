@@ -29,13 +29,20 @@ import numpy as np
 ROWS, COLUMNS, RANK = 1440, 2880, 16
 """A quarter of one expert's gate_up."""
 HIDDEN, INTER, EXPERTS = 2880, 2880, 32
+SIDES = {"q": (4096, 2880), "k": (512, 2880), "v": (512, 2880), "o": (2880, 4096)}
+TARGETS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": [f"{p}_proj" for p in SIDES]},
+    "experts": {
+        "target_modules": [],
+        "target_parameters": [f"mlp.experts.{name}_proj" for name in ("gate_up", "down")],
+    },
+}
 CONVERTER = [sys.executable, "-m", "gptoss_convert"]
 RATIOS = (
     ("to MXFP4, attention", "to MXFP4, no adapter"),
     ("to MXFP4, attention", "copy"),
     ("to BF16, experts", "to BF16, no adapter"),
 )
-SIDES = {"q": (4096, 2880), "k": (512, 2880), "v": (512, 2880), "o": (2880, 4096)}
 
 
 def arithmetic() -> None:
@@ -93,6 +100,7 @@ def write_adapter(folder: Path, shapes: Iterator[tuple[str, tuple[int, int]]], r
     tensors = {name: rng.normal(0, 0.01, shape).astype(np.float32) for name, shape in shapes}
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     config = {"peft_type": "LORA", "peft_version": "0.18.1", "r": rank, "lora_alpha": 2 * rank}
+    config |= TARGETS[folder.name]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
