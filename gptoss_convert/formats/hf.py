@@ -10,7 +10,15 @@ from gptoss_convert.containers import Image, safetensors
 from gptoss_convert.containers.sharded_safetensors import is_sharded
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
-from gptoss_convert.formats import carried, openai, quantised, shards, sidecar, unsupported
+from gptoss_convert.formats import (
+    carried,
+    openai,
+    quantised,
+    shards,
+    sidecar,
+    torch_files,
+    unsupported,
+)
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats.checkpoint import (
     CONFIG,
@@ -51,6 +59,8 @@ _PUBLISHED_BYTES = 4_800_000_000
 
 def _recognise(path: Path) -> Path | None:
     if not (path / CONFIG).exists() or is_sharded(path):
+        return None
+    if torch_files.holds(path):
         return None
     keys = read_config(path)[1]
     return path if "model_type" in keys or "architectures" in keys else None

@@ -178,13 +178,14 @@ _DIRECTORIES = (
         "flat parameters of FSDP 1 (LOCAL_STATE_DICT), which say nothing of what lies where; save "
         "with SHARDED_STATE_DICT",
     ),
-    Directory("pytorch_model*.bin", "pickled weights (pytorch_model*.bin) are never loaded"),
-    Directory("model_world_size_*_rank_*.pt", "rank files of verl or SkyRL are not read yet"),
+    Directory("pytorch_model*.bin", "shards of torch.save without pytorch_model.bin.index.json"),
     Directory("*/.metadata", _INSIDE),
     Directory("*/pytorch_model_fsdp_0", _INSIDE),
     Directory("*/policy/weights", _INSIDE),
     Directory("*/model/shard-*-model-*.safetensors", _INSIDE),
     Directory("*/shard-*-model-*.safetensors", _INSIDE),
+    Directory("*/actor/model_world_size_*_rank_*.pt", _INSIDE),
+    Directory("*/policy/model_world_size_*_rank_*.pt", _INSIDE),
     Directory(
         "*.safetensors",
         "not a GPT-OSS checkpoint by itself: safetensors without a config.json that says "

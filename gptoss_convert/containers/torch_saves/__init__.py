@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from gptoss_convert.containers.torch_saves.file import SavedFile, open_saved
-from gptoss_convert.containers.torch_saves.merged import Merged, merged, named_values, read
+from gptoss_convert.containers.torch_saves.merged import Merged, merged, named_values, read, tiled
+from gptoss_convert.containers.torch_saves.tensors import is_tensor, pieces
 
-__all__ = ["Merged", "SavedFile", "merged", "named_values", "open_saved", "read"]
+__all__ = [
+    "Merged",
+    "SavedFile",
+    "is_tensor",
+    "merged",
+    "named_values",
+    "open_saved",
+    "pieces",
+    "read",
+    "tiled",
+]

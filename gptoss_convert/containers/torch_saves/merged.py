@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,10 @@ class Merged:
     """The tensors of one model out of the files of all ranks."""
 
     chunks: tuple[Chunk, ...]
-    skipped: Mapping[str, int]
-    """What else the files hold, by kind."""
+    names: tuple[str, ...]
+    """Of all tensors, those that were skipped included."""
+    values: int
+    """How many values the first file holds that are no tensors."""
     replicas: int
     """Copies of a part of a tensor beyond the first: they are not read."""
 
@@ -46,22 +48,26 @@ def merged(where: str, files: Iterable[SavedFile], skip: Skip = lambda name: Non
     Raises IntegrityError where the ranks contradict each other, or leave a gap.
     """
     parts: dict[str, list[Chunk]] = defaultdict(list)
-    skipped: Counter[str] = Counter()
+    names: dict[str, None] = {}
+    values: list[int] = []
     for file in files:
+        values.append(0)
         for name, value in named_values(file.value, file.where):
-            kind = skip(name) if is_tensor(value) else "other"
-            if kind is not None:
-                skipped[kind] += 1
+            if not is_tensor(value):
+                values[-1] += 1
+                continue
+            names[name] = None
+            if skip(name) is not None:
                 continue
             for piece in pieces(value, f"{file.where}: {name}"):
                 parts[name].append(file.chunk(name, piece))
     chunks: list[Chunk] = []
     replicas = 0
     for name, held in parts.items():
-        kept = _tiled(f"{where}: {name}", held)
+        kept = tiled(f"{where}: {name}", held)
         replicas += sum(1 for chunk in held if math.prod(chunk.extent)) - len(kept)
         chunks += kept
-    return Merged(tuple(chunks), dict(skipped), replicas)
+    return Merged(tuple(chunks), tuple(names), values[0] if values else 0, replicas)
 
 
 def named_values(value: object, where: str, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -95,8 +101,11 @@ def _walk(
             yield name, one
 
 
-def _tiled(where: str, held: Sequence[Chunk]) -> list[Chunk]:
-    """One chunk for each part of a tensor that any rank holds; parts without elements go."""
+def tiled(where: str, held: Sequence[Chunk]) -> list[Chunk]:
+    """One chunk for each part of a tensor that any rank holds; parts without elements go.
+
+    Raises IntegrityError where they contradict each other, overlap, or leave a gap.
+    """
     first = held[0]
     for chunk in held:
         if (chunk.dtype, chunk.shape) != (first.dtype, first.shape):

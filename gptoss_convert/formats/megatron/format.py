@@ -30,7 +30,8 @@ _MIN_BYTES = 2_000_000_000
 
 
 def _recognise(path: Path) -> Path | None:
-    if dcp.is_nested(path):
+    # verl's and SkyRL's trackers have the name of Megatron's.
+    if dcp.is_nested(path) or any(path.glob("global_step_*")):
         return None
     marked = any((path / name).exists() for name in _MARKERS) or any(path.glob("iter_*"))
     return path if marked or (path / RELEASE / ".metadata").exists() else None
