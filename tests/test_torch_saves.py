@@ -141,7 +141,7 @@ def test_an_unknown_key_of_verl_is_refused(saved: Path, tmp_path: Path):
 def test_a_folder_of_steps_names_one(saved: Path, tmp_path: Path):
     shutil.copytree(saved / "sharded", tmp_path / "run" / "global_step_20")
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("20")
-    with pytest.raises(InputError, match=r"name one: global_step_20/actor"):
+    with pytest.raises(InputError, match=r"name one of them, such as .*global_step_20"):
         open_checkpoint(tmp_path / "run")
 
 

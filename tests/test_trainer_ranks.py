@@ -26,6 +26,10 @@ FORMS = {
     "plain": "plain",
     "ep": "plain",
     "shards": "plain",
+    "fsdp2": "plain",
+    "hsdp": "plain",
+    "fsdp1": "plain",
+    "fsdp1-mesh": "plain",
 }
 """What was saved, and the file with the state dict that it had."""
 

@@ -24,7 +24,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    ShardedStateDictConfig,
+    StateDictType,
+    fully_shard,
+)
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.multiprocessing.spawn import start_processes
 from transformers import GptOssConfig, GptOssForCausalLM
@@ -92,7 +97,35 @@ def rank_main(rank: int, folder: Path) -> None:
         for name, one in plain.items()
     }
     save({"model": both}, checkpoint_id=folder / "ep")
+    rank_files(folder, rank)
     dist.destroy_process_group()
+
+
+def rank_files(folder: Path, rank: int) -> None:
+    """What verl's manager saves: `torch.save` of each rank's sharded state dict, under FSDP 2, with
+    replicas, and under FSDP 1 with a mesh (DTensor) and without (ShardedTensor)."""
+    line = init_device_mesh("cpu", (RANKS,))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ddp", "fsdp"))
+    for name, mesh in (("fsdp2", line), ("hsdp", square)):
+        model = model_of(1)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        save_rank(folder / name, rank, model.state_dict())
+    for name, given in (("fsdp1-mesh", {"device_mesh": line}), ("fsdp1", {})):
+        wrapped = FullyShardedDataParallel(
+            model_of(1), device_id=torch.device("cpu"), use_orig_params=True, **given
+        )
+        FullyShardedDataParallel.set_state_dict_type(
+            wrapped, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(offload_to_cpu=True)
+        )
+        save_rank(folder / name, rank, wrapped.state_dict())
+
+
+def save_rank(folder: Path, rank: int, state: dict[str, Any]) -> None:
+    """One rank's file."""
+    (folder / "actor").mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / "actor" / f"model_world_size_{RANKS}_rank_{rank}.pt")
 
 
 def accelerate_fsdp2(folder: Path) -> None:
