@@ -5,6 +5,7 @@ Sources: torch.distributed.checkpoint; accelerate's FSDP utilities, NeMo-RL, tor
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from gptoss_convert.formats.names import kind_of, read_names
 from gptoss_convert.formats.trained import Form, Place, open_trained, trainer_tables
 from gptoss_convert.layouts.tables import load_table
 
-_MEGATRON = ("decoder.", "embedding.", "output_layer.")
-"""How names of Megatron's own torch_dist begin."""
+_MEGATRON = re.compile(r"(model\.)?(module\.)*(decoder|embedding|output_layer)\.")
+"""How names of Megatron's model begin, whatever it is saved as."""
 
 
 def is_nested(folder: Path) -> bool:
-    """Whether `.metadata` is a state dict's of torch, and not Megatron's torch_dist."""
+    """Whether `.metadata` is a state dict's of torch, and not of Megatron's model."""
     if not (folder / ".metadata").is_file() or (folder / "metadata.json").exists():
         return False
     try:
@@ -28,7 +29,7 @@ def is_nested(folder: Path) -> bool:
     except GptossError:
         # Whoever reads it says what is wrong with it.
         return False
-    return not any(name.startswith(_MEGATRON) for name in names)
+    return not any(map(_MEGATRON.match, names))
 
 
 FORM = Form(

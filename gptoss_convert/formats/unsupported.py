@@ -99,10 +99,7 @@ class AdapterError(InputError):
     """A directory is an adapter where a model is expected."""
 
 
-NESTED = (
-    "a state dict as torch nests it, Megatron's fsdp_dtensor or torch_dcp; have Megatron save "
-    "torch_dist"
-)
+NESTED = "a state dict as torch nests it, of no model of Megatron's; name this folder itself"
 TRAINERS_FOLDERS = ("huggingface", "tokenizer", ".hf_metadata")
 """Folders in which trainers put what belongs to the model and is no weight: verl, NeMo-RL,
 Automodel."""
@@ -149,11 +146,7 @@ _DIRECTORIES = (
         "DeepSpeed's ZeRO ({found}); its own script makes it readable: python zero_to_fp32.py "
         "{root} OUT --safe_serialization",
     ),
-    Directory(
-        "mp_rank_*",
-        "Megatron's legacy torch format; supported: torch_dist",
-        always=True,
-    ),
+    Directory("mp_rank_*", "Megatron's legacy torch format, without model_optim_rng.pt in {found}"),
     Directory(
         "model-rank-*-part-*.safetensors",
         "vLLM's or SGLang's sharded_state (model-rank-*-part-*.safetensors); save the model itself "

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from gptoss_convert.containers.torch_dist.iterations import RELEASE, find_iteration
-from gptoss_convert.containers.torch_dist.reader import TorchDist, read, tensor_names
+from gptoss_convert.containers.torch_dist.reader import (
+    TorchDist,
+    kind_of,
+    read,
+    read_object,
+    tensor_names,
+)
 from gptoss_convert.containers.torch_dist.serialized import extra_state_objects
 from gptoss_convert.containers.torch_dist.writer import image
 
@@ -13,6 +19,8 @@ __all__ = [
     "extra_state_objects",
     "find_iteration",
     "image",
+    "kind_of",
     "read",
+    "read_object",
     "tensor_names",
 ]

@@ -28,31 +28,48 @@ class Opaque(str):
 
 
 def parse(read_at: ReadAt, length: int, where: str) -> dict[str, object]:
-    """Return the dict in a `torch.save` archive of `length` bytes as plain data.
+    """Return the dict in a `torch.save` archive of `length` bytes as plain data; see `plain`.
+
+    core 0.19 and later wrap the dict in a list of one. InputError for a wrong checksum.
+    """
+    value = _load(read_at, length, where)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return plain(value, where)
+
+
+def parse_namespace(read_at: ReadAt, length: int, where: str) -> dict[str, object]:
+    """Return the attributes of the one object in a `torch.save` archive as plain data."""
+    value = _load(read_at, length, where)
+    return plain(value.state if isinstance(value, Record) else value, where)
+
+
+def plain(value: object, where: str) -> dict[str, object]:
+    """Return a dict as plain data.
 
     Lists, tuples, dicts, strings, numbers, None stay; namespaces become dicts, known enums and
     paths strings, everything else `Opaque`: trainers keep objects of their own classes there.
-    core 0.19 and later wrap the dict in a list of one. InputError for a wrong checksum, and values
-    that expand without bound.
+    InputError for values that expand without bound.
     """
-    archive = read_archive(read_at, length, where)
-    members = strip_root(archive.members, where)
-    pickled = pickled_record(members, read_at, MAX_PICKLE_BYTES, where)
-    # Zero stands for "not computed": torch can be told to write none.
-    if members["data.pkl"].crc not in (0, zlib.crc32(pickled)):
-        raise InputError(f"{where}: data.pkl does not match its checksum")
-    value = pickles.load(pickled, COMMON, where, open=True)
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected a dict, found {type(value).__name__}")
     args = value.get("args")
     if isinstance(args, Record) and isinstance(args.state, dict):
         # Arguments are a namespace, whatever a trainer calls its class.
         value["args"] = args.state
-    plain = _Plain(where).convert(value, 0)
-    assert isinstance(plain, dict)
-    return {str(key): item for key, item in plain.items()}
+    found = _Plain(where).convert(value, 0)
+    assert isinstance(found, dict)
+    return {str(key): item for key, item in found.items()}
+
+
+def _load(read_at: ReadAt, length: int, where: str) -> object:
+    archive = read_archive(read_at, length, where)
+    members = strip_root(archive.members, where)
+    pickled = pickled_record(members, read_at, MAX_PICKLE_BYTES, where)
+    # Zero stands for "not computed": torch can be told to write none.
+    if members["data.pkl"].crc not in (0, zlib.crc32(pickled)):
+        raise InputError(f"{where}: data.pkl does not match its checksum")
+    return pickles.load(pickled, COMMON, where, open=True)
 
 
 @dataclass(slots=True)

@@ -16,11 +16,12 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 _MAX_TEXT = 1 << 16
 
 
-def find_iteration(root: Path, iteration: int | None) -> Path:
+def find_iteration(root: Path, iteration: int | None, legacy: bool = False) -> Path:
     """Return the directory of the asked or the latest iteration, found to be `torch_dist`.
 
-    `root` may be the iteration directory itself. Raises UsageError if the choice is open,
-    InputError for the formats that are not read, IntegrityError for an unfinished save.
+    It may be of the `legacy` format where the caller reads that. `root` may be the iteration
+    directory itself. Raises UsageError if the choice is open, InputError for the formats that are
+    not read, IntegrityError for an unfinished save.
     """
     if (root / ".metadata").is_file() or (root / "metadata.json").is_file() or _is_legacy(root):
         if iteration is not None and root.name != f"iter_{iteration:07d}":
@@ -32,7 +33,8 @@ def find_iteration(root: Path, iteration: int | None) -> Path:
             raise UsageError(f"{root}: no iteration {iteration}; {_choices(root)}")
     else:
         directory = _latest(root)
-    _require_torch_dist(directory)
+    if not (legacy and _is_legacy(directory)):
+        _require_torch_dist(directory)
     return directory
 
 

@@ -67,6 +67,14 @@ def tensor_names(directory: Path) -> tuple[str, ...]:
     return tuple(tensor.name for tensor in _content(directory).tensors)
 
 
+def read_object(directory: Path, name: str) -> dict[str, object]:
+    """Return the attributes of a serialized object as plain data; raises as `read` does."""
+    item = _content(directory).objects[name]
+    where = f"{directory / item.file}: {name}"
+    with open_file(directory, item.file) as opened:
+        return common.parse_namespace(within(opened.read_at, item, where), item.length, where)
+
+
 def kind_of(name: str) -> str:
     """Return what an entry holds by Megatron's names: weight, optimizer, rng, extra_state, ..."""
     parts = name.replace("/", ".").split(".")

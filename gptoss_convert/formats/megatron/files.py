@@ -16,6 +16,8 @@ RUN_CONFIG = "run_config.yaml"
 ITERATION = 1
 """Megatron-LM and Megatron-Bridge refuse iteration 0."""
 TRACKER = "latest_checkpointed_iteration.txt"
+NEMO_WEIGHTS = "weights"
+"""Where NeMo 2 puts its torch_dist, beside `context/`."""
 HF_FOLDER = "hf"
 """Where a Megatron checkpoint carries config.json, tokenizer and template for the way back.
 

@@ -8,14 +8,21 @@ from functools import partial
 from pathlib import Path
 
 from gptoss_convert.containers import Image, torch_dist
+from gptoss_convert.containers.paths import folder_inside
 from gptoss_convert.containers.torch_dist import RELEASE
 from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.formats import carried, dcp, shards
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats.checkpoint import CONFIG, Checkpoint, Choices, Format
 from gptoss_convert.formats.config import Config
-from gptoss_convert.formats.megatron import state
-from gptoss_convert.formats.megatron.files import HF_FOLDER, ITERATION, RUN_CONFIG, TRACKER
+from gptoss_convert.formats.megatron import legacy, state
+from gptoss_convert.formats.megatron.files import (
+    HF_FOLDER,
+    ITERATION,
+    NEMO_WEIGHTS,
+    RUN_CONFIG,
+    TRACKER,
+)
 from gptoss_convert.formats.megatron.launch import LAUNCH, launch_page, launch_words
 from gptoss_convert.formats.megatron.opening import open_megatron
 from gptoss_convert.formats.options import ImageOptions
@@ -33,7 +40,11 @@ def _recognise(path: Path) -> Path | None:
     # verl's and SkyRL's trackers have the name of Megatron's.
     if dcp.is_nested(path) or any(path.glob("global_step_*")):
         return None
+    of_nemo = folder_inside(path, NEMO_WEIGHTS)
+    if of_nemo is not None and (of_nemo / "metadata.json").exists():
+        return of_nemo
     marked = any((path / name).exists() for name in _MARKERS) or any(path.glob("iter_*"))
+    marked = marked or legacy.is_legacy(path)
     return path if marked or (path / RELEASE / ".metadata").exists() else None
 
 

@@ -8,6 +8,7 @@ means to save contiguous rows, and its versions differ in which of them it turns
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
@@ -17,7 +18,8 @@ from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.formats.megatron.stated import Stated
 
 FIELD = "moe_mlp_glu_interleave_size"
-_FC1 = (".mlp.experts.experts.linear_fc1.weight", ".mlp.experts.experts.linear_fc1.bias")
+_FC1 = re.compile(r"\.mlp\.experts\..*linear_fc1\.(weight|bias)\d*$")
+"""Stacked or of one expert, under torch_dist's names or the modules'."""
 
 
 def run_length(said: Sequence[Stated], asked: int | None) -> int:
@@ -65,12 +67,12 @@ def contiguous(chunks: Sequence[Chunk], run: int) -> tuple[Chunk, ...]:
             raise InputError(
                 f"{chunk.tensor}: gate and up apart, and interleaved by {run}: not read"
             )
-        result.extend(_runs(chunk, run) if chunk.tensor.endswith(_FC1) else [chunk])
+        result.extend(_runs(chunk, run) if _FC1.search(chunk.tensor) else [chunk])
     return tuple(result)
 
 
 def _runs(chunk: Chunk, run: int) -> Iterator[Chunk]:
-    axis = len(chunk.shape) - (1 if chunk.tensor.endswith(".bias") else 2)
+    axis = len(chunk.shape) - (1 if ".linear_fc1.bias" in chunk.tensor else 2)
     inter = chunk.shape[axis] // 2
     if chunk.shape[axis] % (2 * run):
         raise InputError(f"{chunk.tensor}: {inter} rows of gate are no multiple of {run}")

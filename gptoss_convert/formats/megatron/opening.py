@@ -8,7 +8,7 @@ from pathlib import Path
 from gptoss_convert.containers import torch_dist
 from gptoss_convert.containers.paths import settled
 from gptoss_convert.containers.torch_dist import TorchDist
-from gptoss_convert.errors import InputError
+from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats import dcp, sidecar, unsupported
 from gptoss_convert.formats.checkpoint import (
@@ -21,18 +21,26 @@ from gptoss_convert.formats.checkpoint import (
 )
 from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.config.numbers import made
-from gptoss_convert.formats.megatron import fields, files, interleave, stated, vocabulary
+from gptoss_convert.formats.megatron import (
+    fields,
+    files,
+    interleave,
+    legacy,
+    nested,
+    stated,
+    vocabulary,
+)
 from gptoss_convert.formats.megatron.stated import Stated
 
 
 def open_megatron(kind: Format, root: Path, choices: Choices) -> Checkpoint:
     """Open the asked or the latest iteration; raises as `open_checkpoint` does."""
-    directory = torch_dist.find_iteration(root, choices.iteration)
+    directory = torch_dist.find_iteration(root, choices.iteration, legacy=True)
     if dcp.is_nested(directory):
         raise InputError(f"{directory}: {unsupported.NESTED}")
     # An iteration may be a link within the checkpoint, which says nothing of where that lies.
     base = files.root_of(root) if directory == root else root
-    stored = torch_dist.read(directory)
+    stored = _stored(directory, choices)
     said = _stated(directory, stored)
     config, text, stated_by = _configuration(directory, base, stored, said, choices)
     chunks, padding = vocabulary.without_padding(stored.chunks, config.vocab_size)
@@ -77,13 +85,26 @@ def open_megatron(kind: Format, root: Path, choices: Choices) -> Checkpoint:
     )
 
 
+def _stored(directory: Path, choices: Choices) -> TorchDist:
+    """What an iteration holds, in whichever of Megatron's forms."""
+    if not legacy.is_legacy(directory):
+        return nested.read(directory, choices.from_main_params)
+    if choices.from_main_params:
+        raise UsageError(
+            f"{directory}: --from-main-params: the legacy format has no names for them"
+        )
+    return legacy.read(directory)
+
+
 def _stated(directory: Path, stored: TorchDist) -> list[Stated]:
     """What Bridge's run_config.yaml and Megatron-LM's args state, whichever there are."""
     found: list[Stated] = []
     if model := files.read_run_config(directory):
+        model = nested.without_pairs(str(directory / files.RUN_CONFIG), model)
         found.append(stated.of_provider(str(directory / files.RUN_CONFIG), model))
     args = stored.common.get("args")
     if isinstance(args, dict) and args:
+        args = nested.without_pairs(f"{directory}: args", args)
         found.append(stated.of_args(f"{directory}: args", args))
     return found
 
