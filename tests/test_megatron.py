@@ -472,7 +472,7 @@ def test_an_unknown_tensor_is_named(tmp_path: Path, name: str) -> None:
 def legacy(iteration: Path) -> None:
     shutil.rmtree(iteration)
     (iteration / "mp_rank_00").mkdir(parents=True)
-    (iteration / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"")
+    torch.save({"checkpoint_version": 3.0}, iteration / "mp_rank_00" / "model_optim_rng.pt")
 
 
 def zarr(iteration: Path) -> None:
@@ -489,9 +489,9 @@ def fsdp(iteration: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (legacy, "legacy 'torch' format (mp_rank_*); supported: torch_dist"),
+        (legacy, "no args, which say how ranks shared the model"),
         (zarr, "format 'zarr'; supported: torch_dist"),
-        (fsdp, "an fsdp_dtensor or torch_dcp checkpoint"),
+        (fsdp, "a state dict as torch nests it, of no model of Megatron"),
     ],
     ids=["legacy", "zarr", "fsdp"],
 )

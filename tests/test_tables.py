@@ -47,6 +47,8 @@ def test_the_variants_are_these():
             *("stacked", "stacked-local", "stacked-both"),
             *("per-layer", "per-layer-local", "per-layer-both"),
             *("per-expert", "per-expert-local"),
+            *("module-grouped", "module-grouped-local"),
+            *("module-sequential", "module-sequential-local"),
         ],
         "scales": ["scales"],
     }

@@ -174,6 +174,7 @@ class Choices:
         "What a gate_proj of each expert holds, where names (experts.0.gate_proj) leave it open: "
         "its gate, or half of the rows in which gate and up alternate.",
         among=("gate", "half"),
+    )
     from_main_params: bool = option(
         False,
         "Megatron SOURCE: read the float32 parameters of its optimizer instead of the weights; "

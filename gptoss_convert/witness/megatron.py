@@ -188,6 +188,11 @@ def _reader(given: Given, fetcher: Fetcher) -> MegatronReader:
         places = " and ".join(where for where, _ in given.words)
         raise InputError(f"{places}: state different models")
     config = said[0] if said else config
+    if given.naming.startswith("module-"):
+        raise InputError(
+            f"{given.root}: names of Megatron's modules, which no reader here opens for logits; "
+            "convert it and verify that, or use --level values"
+        )
     run = _interleaved_by(given)
     device = fetcher.device
     return MegatronReader(given.root, given.chunks, config, device, fetcher, given.rounded, run)

@@ -731,9 +731,10 @@ def missing_distcp(path: Path) -> None:
         file.unlink()
 
 
-@case(61, "megatron", 3, "DIR/iter_*: legacy 'torch' format (mp_rank_*); supported: torch_dist")
+@case(61, "megatron", 4, "DIR/iter_*/mp_rank_00/model_optim_rng.pt: empty file")
 def legacy_torch(path: Path) -> None:
     (iteration(path) / "mp_rank_00").mkdir()
+    (iteration(path) / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"")
 
 
 @case(61, "megatron", 3, "DIR/iter_*/metadata.json: format 'zarr'; supported: torch_dist")
