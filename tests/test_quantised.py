@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ from gptoss_convert.formats import quantised
 from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.layouts.extents import Extent
 from gptoss_convert.machine.files import Arena, SourceFiles
+from gptoss_convert.verify.gate import verify_checkpoints
+from gptoss_convert.verify.result import VerifyOptions
 from tests import odd_models
-from tests.tiny_models import FP4_VALUES
+from tests.tiny_files import hf_config
+from tests.tiny_models import DISTINCT, FP4_VALUES, decode_mxfp4, hf_bf16_tensors, random_weights
+from tests.trainer_names import per_expert
 
 RECORDED = Path(__file__).parent / "recorded"
 FILE = "quantised.safetensors"
@@ -265,3 +270,130 @@ def test_bitsandbytes_says_in_json_what_its_blocks_are(tmp_path: Path):
     ):
         with pytest.raises(InputError, match=message):
             opened(**changes)
+
+
+SMALL = replace(DISTINCT, layers=1, experts=4, hidden=64, inter=96, vocab=99)
+WHOLE = hf_bf16_tensors(random_weights(SMALL, seed=21))
+
+
+def with_config(folder: Path, **said: Any) -> Path:
+    folder.mkdir()
+    config = {**hf_config(SMALL, mxfp4=False), "quantization_config": said}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def converted(source: Path, target: Path, **options: Any) -> dict[str, Tensor]:
+    run(plan(source, target, Options("hf", workers=1, **options)))
+    return load_file(target / "model.safetensors")
+
+
+def stacked(decoded: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The model in which these experts have taken their places, by parameter and expert."""
+    model = {name: tensor.clone() for name, tensor in WHOLE.items()}
+    for name, tensor in decoded.items():
+        stem, _, kind = name.partition(".mlp.experts.")
+        which, expert = names[kind.removesuffix(".weight")].split()
+        model[f"{stem}.mlp.experts.{which}"][int(expert)] = tensor.T
+    return model
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert not [n for n, t in expected.items() if not torch.equal(t, found[n])]
+
+
+def test_unsloth_s_4_bit_experts_are_decoded_and_stacked(tmp_path: Path):
+    """unsloth's names; half of the experts, as layers may be left in BF16."""
+    generator = torch.Generator().manual_seed(3)
+    levels = load_file(RECORDED / FILE)["plain.weight.quant_map"]
+    stored = per_expert(WHOLE, "unsloth")
+    decoded: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for which in ("gate_up", "down"):
+        for expert in (0, 2):
+            name = f"model.layers.0.mlp.experts.{which}_projs.{expert}.weight"
+            shape = stored[name].shape
+            codes = torch.randint(0, 256, (stored[name].numel() // 2, 1), generator=generator)
+            largest = torch.rand(len(codes) // 32, generator=generator)
+            pairs = torch.cat((codes >> 4, codes & 15), dim=1).reshape(-1)
+            values = levels[pairs].reshape(-1, 64) * largest[:, None]
+            decoded[name] = values.to(torch.bfloat16).reshape(shape)
+            names[f"{which}_projs.{expert}"] = f"{which}_proj {expert}"
+            state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [*shape]}
+            stored |= {
+                name: codes.to(torch.uint8),
+                f"{name}.absmax": largest,
+                f"{name}.quant_map": levels.clone(),
+                f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(
+                    [*json.dumps(state).encode()], dtype=torch.uint8
+                ),
+            }
+    source = with_config(tmp_path / "source", quant_method="bitsandbytes", load_in_4bit=True)
+    save_file(stored, source / "model.safetensors")
+    assert_same(converted(source, tmp_path / "out"), stacked(decoded, names))
+
+
+def test_compressed_mxfp4_of_attention_and_experts_goes_on_to_mxfp4(tmp_path: Path):
+    """llm-compressor's names, gate and up apart; attention is decoded, experts stay exact."""
+    generator = torch.Generator().manual_seed(4)
+    stored = per_expert(WHOLE, "before")
+    expected = {name: tensor.clone() for name, tensor in WHOLE.items()}
+    for name, tensor in [*stored.items()]:
+        experts = ".experts.experts." in name and name.endswith(".weight")
+        if not experts and not name.endswith("o_proj.weight"):
+            continue
+        rows, columns = tensor.shape
+        if columns % 32:
+            continue
+        codes = torch.randint(0, 256, (rows, columns // 2), generator=generator).to(torch.uint8)
+        scales = torch.randint(119, 123, (rows, columns // 32), generator=generator)
+        scales = scales.to(torch.uint8)
+        values = decode_mxfp4(codes.reshape(rows, -1, 16), scales)
+        stem = name.removesuffix(".weight")
+        del stored[name]
+        stored |= {f"{stem}.weight_packed": codes, f"{stem}.weight_scale": scales}
+        if not experts:
+            expected[name] = values
+            continue
+        layer, _, rest = stem.partition(".experts.experts.")
+        expert, which = rest.split(".")
+        whole = expected[f"{layer}.experts.{'down' if which == 'down_proj' else 'gate_up'}_proj"]
+        into = whole[int(expert)]
+        half = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+        into[:, half.get(which, slice(None))] = values.T
+    source = with_config(
+        tmp_path / "source",
+        quant_method="compressed-tensors",
+        format="mxfp4-pack-quantized",
+        quantization_status="compressed",
+        config_groups={
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "float",
+                    "strategy": "group",
+                    "group_size": 32,
+                    "symmetric": True,
+                    "dynamic": False,
+                    "actorder": None,
+                },
+            }
+        },
+    )
+    save_file(stored, source / "model.safetensors")
+    assert_same(converted(source, tmp_path / "bf16"), expected)
+    run(plan(source, tmp_path / "mxfp4", Options("hf", "mxfp4", workers=1)))
+    assert compare_values(
+        open_checkpoint(source), open_checkpoint(tmp_path / "mxfp4"), workers=1
+    ).same
+
+
+def test_a_quantised_model_has_no_witness_and_says_so(modelopt: Path):
+    with pytest.raises(InputError, match="which no witness here reads; convert it"):
+        verify_checkpoints(
+            modelopt / "nvfp4",
+            modelopt / "bf16",
+            VerifyOptions(level="logits", device="cpu", max_length=20, sample=20, workers=1),
+        )

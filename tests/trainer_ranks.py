@@ -112,9 +112,9 @@ def rank_files(folder: Path, rank: int) -> None:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         save_rank(folder / name, rank, model.state_dict())
-    for name, given in (("fsdp1-mesh", {"device_mesh": line}), ("fsdp1", {})):
+    for name, given in (("fsdp1-mesh", line), ("fsdp1", None)):
         wrapped = FullyShardedDataParallel(
-            model_of(1), device_id=torch.device("cpu"), use_orig_params=True, **given
+            model_of(1), device_id=torch.device("cpu"), use_orig_params=True, device_mesh=given
         )
         FullyShardedDataParallel.set_state_dict_type(
             wrapped, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(offload_to_cpu=True)
