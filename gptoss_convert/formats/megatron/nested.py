@@ -137,6 +137,6 @@ def without_pairs(where: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
     layers = fields.get("num_layers")
     if not isinstance(pattern, str) or pattern != "*E" * (len(pattern) // 2):
         raise InputError(f"{where}: {_PATTERN} is {pattern!r:.80}, GPT-OSS has '*E' for each layer")
-    if layers != len(pattern):
+    if type(layers) is not int or layers != len(pattern):
         raise InputError(f"{where}: num_layers is {layers!r:.40}, {_PATTERN} has {len(pattern)}")
     return {**{k: v for k, v in fields.items() if k != _PATTERN}, "num_layers": layers // 2}
