@@ -390,6 +390,21 @@ def test_compressed_mxfp4_of_attention_and_experts_goes_on_to_mxfp4(tmp_path: Pa
     ).same
 
 
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("quark", "which does not say whether rows of gate and up alternate"),
+        ("gptq", "dequantise it with its own library"),
+        ("hqq", "which is not known here; supported: bitsandbytes, compressed-tensors, fp8"),
+    ],
+)
+def test_other_quantisations_are_told_by_name(tmp_path: Path, method: str, words: str):
+    source = with_config(tmp_path / "source", quant_method=method)
+    save_file({**WHOLE, "odd": torch.ones(1)}, source / "model.safetensors")
+    with pytest.raises(InputError, match=rf"quantised with '{method}', .*{words}"):
+        open_checkpoint(source)
+
+
 def test_a_quantised_model_has_no_witness_and_says_so(modelopt: Path):
     with pytest.raises(InputError, match="which no witness here reads; convert it"):
         verify_checkpoints(

@@ -244,11 +244,19 @@ def test_no_pickle_is_executed(saved: Path, tmp_path: Path):
         MakeDirectory(canary),
         {"model": MakeDirectory(canary), **MODEL},
         {**MODEL, "lm_head.weight": MakeDirectory(canary)},
+        {"args": MakeDirectory(canary), "checkpoint_version": 3.0, "model": dict(MODEL)},
     ]
     actor = copied(saved, tmp_path / "ranks")
     single = with_config(tmp_path / "single")
+    legacy = tmp_path / "legacy" / "iter_0000001"
+    (legacy / "mp_rank_00").mkdir(parents=True)
+    places = (
+        (actor, actor / rank_file(1)),
+        (single, single / "model.pt"),
+        (legacy, legacy / "mp_rank_00" / "model_optim_rng.pt"),
+    )
     for value in values:
-        for source, file in ((actor, actor / rank_file(1)), (single, single / "model.pt")):
+        for source, file in places:
             torch.save(value, file)
             try:
                 inspect(source, DEFAULT)

@@ -711,7 +711,12 @@ def lora_adapter(path: Path) -> None:
     (path / "adapter_config.json").write_text("{}")
 
 
-@case(54, "one", 3, "DIR/config.json: quantised with 'bitsandbytes'; supported: 'mxfp4' or none")
+@case(
+    54,
+    "one",
+    3,
+    "DIR/config.json: quantised with 'bitsandbytes', and no tensor is stored as that stores them",
+)
 def bitsandbytes(path: Path) -> None:
     edit_config(path, quantization_config={"quant_method": "bitsandbytes"})
     drop(path / SHARD, "model.layers.0.mlp.router.bias")

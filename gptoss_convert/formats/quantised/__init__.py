@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gptoss_convert.formats.quantised.tensors import Quantised, decoded, methods
+from gptoss_convert.formats.quantised.tensors import Quantised, decoded, methods, why_not
 
-__all__ = ["Quantised", "decoded", "methods"]
+__all__ = ["Quantised", "decoded", "methods", "why_not"]

@@ -159,6 +159,14 @@ def _bitsandbytes(where: str, said: Mapping[str, Any]) -> dict[str, float]:
     return {}
 
 
+UNREAD = {
+    "quark": "which does not say whether rows of gate and up alternate; have Quark export BF16",
+    "gptq": "whose integers no format here holds; dequantise it with its own library, save BF16",
+    "awq": "whose integers no format here holds; dequantise it with its own library, save BF16",
+    "torchao": "whose tensors are classes of its own; dequantise it with torchao, save BF16",
+}
+"""Methods that are known and not read: why, and what helps."""
+
 METHODS = {
     "modelopt": _modelopt,
     "compressed-tensors": _compressed,

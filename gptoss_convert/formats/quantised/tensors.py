@@ -17,7 +17,7 @@ from gptoss_convert.containers.paths import open_file
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
-from gptoss_convert.formats.quantised.settings import METHODS
+from gptoss_convert.formats.quantised.settings import METHODS, UNREAD
 from gptoss_convert.layouts.model import read_toml
 
 _STATE = "state"
@@ -75,6 +75,14 @@ def _sections() -> tuple[_Section, ...]:
 def methods() -> frozenset[str]:
     """The values of `quant_method` that are read here."""
     return frozenset(one.method for one in _sections())
+
+
+def why_not(method: str) -> str:
+    """Why a checkpoint that names this method has no tensors that are decoded."""
+    if method in methods():
+        return "and no tensor is stored as that stores them"
+    known = ", ".join(sorted({"mxfp4", *methods()}))
+    return UNREAD.get(method, f"which is not known here; supported: {known}, or none")
 
 
 def decoded(where: str, root: Path, chunks: Sequence[Chunk], said: object) -> Quantised:
