@@ -9,8 +9,11 @@ from pathlib import PurePath
 from typing import Any
 
 HIDDEN = "***"
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]{0,20}://)([^\s\"'<>\\]+)", re.IGNORECASE)
-_TOKEN = re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{20,}|(?<=\bbearer )[!-~]+", re.IGNORECASE)
+_ADDRESS = re.compile(r"(https?:/|(?<=:/)/)([^\s\"'<>\\]+)", re.IGNORECASE)
+"""Of an address that was taken for a path, one of its two slashes is left."""
+_TOKEN = re.compile(r"(?:hf_|api_org_)[A-Za-z0-9]{20,}|(?<=[Bb]earer )[!-~]+")
+_HINTS = ("hf_", "api_org_", "earer ")
+"""Without one of these a text holds no token: looked for first, as it takes no time."""
 _NAMED = re.compile(
     r"(?:.*_)?(?:TOKEN|PASSWORD|PASSWD|SECRET|SECRET_KEY|SECRET_ACCESS_KEY|API_?KEY)", re.IGNORECASE
 )
@@ -37,9 +40,9 @@ def scrub(text: str) -> str:
     """
     for secret in _known():
         text = text.replace(secret, HIDDEN)
-    if "://" in text:
+    if ":/" in text:
         text = _ADDRESS.sub(_bare, text)
-    return _TOKEN.sub(HIDDEN, text)
+    return _TOKEN.sub(HIDDEN, text) if any(hint in text for hint in _HINTS) else text
 
 
 def holds_secret(text: str) -> bool:
@@ -61,6 +64,8 @@ def nameable(value: Any) -> Any:
 def _bare(found: re.Match[str]) -> str:
     """An address without name and password, query and fragment."""
     scheme, rest = found.groups()
+    host = rest.lstrip("/")
+    scheme, rest = scheme + "/" * (len(rest) - len(host)), host
     end = min((at for mark in "?#" if (at := rest.find(mark)) >= 0), default=len(rest))
     rest = rest[:end] + (f"{rest[end]}{HIDDEN}" if end + 1 < len(rest) else rest[end:])
     host, slash, path = rest.partition("/")
