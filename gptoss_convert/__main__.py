@@ -1,6 +1,7 @@
 """The command's entry: turns errors into one line and an exit status; a bug keeps its traceback.
 
-What is not needed to take signals is imported afterwards, where a failure has its status, too.
+Only what handling signals needs is imported at once. The rest is imported later, where a failure to
+import ends with an exit status of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Options: each is declared once, as a field of the dataclass that means it.
+"""Options: each is declared once, as a field of a dataclass.
 
 The command line makes its options of these fields: name, default, help and accepted values.
 """

@@ -1,1 +1,1 @@
-"""The command line: options in, one call, text or JSON out."""
+"""The command line: each command reads options, makes one call, and prints text or JSON."""

@@ -1,4 +1,4 @@
-"""How a command ends that does not end well: what it tells people, programs and other ranks."""
+"""How a command ends when it fails: what it tells people, programs and other ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: options in, one call, text or JSON out."""
+"""The command line: each command reads options, makes one call, and prints text or JSON."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Codecs: how a weight is stored otherwise than as BF16 values; each in a folder of its own."""
+"""Codecs: encodings of a weight other than as BF16 values, each in a folder of its own."""

@@ -1,4 +1,4 @@
-"""What encodings look like, and what encoding did to the values, in numbers that add up."""
+"""Statistics of encodings, and of what encoding did to values; those of steps can be added up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far two arrays of BF16 values lie apart, in numbers that add up over steps."""
+"""How far two arrays of BF16 values are apart, in numbers that can be added up over steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How `diff` goes about it."""
+"""The options of `diff`."""
 
 from __future__ import annotations
 

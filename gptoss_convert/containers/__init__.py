@@ -53,8 +53,8 @@ class Chunk:
     identity: Identity | None = field(default=None, compare=False, repr=False)
     """What the file was when this was read from it; None for one that is to be written."""
     packed: Packed | None = None
-    """What its values are decoded from. Then it is a whole tensor, `offset` is 0, and its bytes are
-    those of the decoded values, which lie nowhere."""
+    """What the values are decoded from, for a quantised tensor. The chunk is then a whole tensor at
+    offset 0 whose bytes are those of the decoded values, which are in no file."""
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +64,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A quantised tensor: the stored ones that its values are decoded from, and by what."""
+    """A quantised tensor: the stored tensors that its values are decoded from, and the decoder."""
 
     decoder: str
     """Name of the module among the codecs' decoders."""

@@ -26,7 +26,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[Record], value: Any) -> Record:
-    """The record that `to_json` made plain; raises ValueError for anything else."""
+    """The record that `to_json` turned into these values; raises ValueError for anything else."""
     return _reader(kind)(value)
 
 

@@ -1,7 +1,7 @@
 """Untrusted trees: names from checkpoints never lead out of their directory, nor do links.
 
-A path that its user named is settled once: its links are resolved. From then on a link on the way
-to a directory was put there by somebody else, and is refused; within a checkpoint's own directory
+A path that the user named is settled once: its links are resolved. A link that appears on the way
+to it later was put there by somebody else, and is refused. Within a checkpoint's own directory,
 links are resolved by hand, never above it (`walk`).
 """
 

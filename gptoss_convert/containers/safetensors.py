@@ -1,4 +1,4 @@
-"""The safetensors container: checked headers in, planned shards out.
+"""The safetensors container: headers are read and checked, shards are planned.
 
 Why the header is read and written here and not by the reference library:
 docs/decisions/0002-own-safetensors-headers.md.

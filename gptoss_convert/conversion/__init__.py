@@ -1,1 +1,1 @@
-"""Conversions: planned, run, gone on with where they were stopped, and published all at once."""
+"""Conversions: planned, run, resumed after an interruption, and published all at once."""

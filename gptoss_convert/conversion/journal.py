@@ -1,7 +1,7 @@
-"""The journal of a conversion: which steps are on the disk, so that the same command can go on.
+"""The journal of a conversion: which steps are on the disk, so that the same command can resume it.
 
-A line is written only after the bytes it speaks of have been synced; it begins with the CRC-32 of
-the rest, so that a line torn by a crash is recognised and dropped with all that follows.
+A line is written only after the bytes it records have been synced. It begins with the CRC-32 of the
+rest, so that a line torn by a crash is recognised, and dropped with all that follows.
 """
 
 from __future__ import annotations

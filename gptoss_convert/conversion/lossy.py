@@ -1,4 +1,4 @@
-"""What `--lossy` and its companions ask for, and what that makes of a plan."""
+"""Which rounding `--lossy` and the options beside it ask for, and how it enters a plan."""
 
 from __future__ import annotations
 
@@ -49,8 +49,10 @@ def rule_of(options: Options) -> str | None:
 
 
 def with_rounding(changes: Changes, held: Sequence[Extent], rule: str | None) -> Changes:
-    """The changes of a plan, with the rounding by a rule after those of each weight; without any of
-    the weights that a calibration has changed and rounded before."""
+    """The changes of a plan, with rounding by a rule added after those of each weight.
+
+    With a calibration, weights that can be encoded have none: it has changed and rounded them.
+    """
     if rule is None:
         return changes
     model = load_model()
@@ -67,7 +69,7 @@ def with_rounding(changes: Changes, held: Sequence[Extent], rule: str | None) ->
 def rounded_layers(
     source: Checkpoint, target: Path, encodes: bool, sizes: Mapping[str, int]
 ) -> RoundedLayers:
-    """Where a calibration puts what it rounds; raises UsageError where there is nothing to do."""
+    """Where a calibration puts what it rounds; UsageError if that is impossible or needless."""
     tuned = source.adapter is not None and source.adapter.changes_experts
     if source.encoding == "mxfp4" and not tuned:
         raise UsageError(f"--lossy calibrated: {source.place} is MXFP4, nothing is to be rounded")

@@ -77,9 +77,9 @@ class Options(Choices, AdapterOptions, ImageOptions):
     def decisive(self) -> dict[str, Any]:
         """The options that decide what is written, as plain data."""
         free = {"workers", "max_memory", "overwrite", "restart", "trust_journal"}
-        # The commit that a revision named, and nothing else about it, stands among the facts.
+        # Only the commit that a revision named decides: the plan's header has it.
         free |= {"revision", "stream", "follow_links"}
-        # Nor where an adapter lay: what it holds does.
+        # Nor does the adapter's path decide: the header has the digest of its content.
         free |= {"adapter"}
         return {name: _plain(value) for name, value in vars(self).items() if name not in free}
 

@@ -1,4 +1,4 @@
-"""Shares of a plan, one a rank, and what must hold where several ranks write one TARGET."""
+"""Shares of a plan, one for each rank, and the checks needed where several write one TARGET."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversions: open SOURCE and plan, all that is decided before the first byte."""
+"""Planning a conversion: SOURCE is opened, and all is decided before the first byte is written."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Conversion:
 
     @cached_property
     def header(self) -> dict[str, Any]:
-        """What decides the bytes of TARGET: an interrupted run goes on only if it is the same."""
+        """What decides the bytes of TARGET: an interrupted run is resumed only with the same."""
         digest = hashlib.sha256()
         for file in self.image.files:
             digest.update(f"{file.name} {file.size}\n".encode())
@@ -115,7 +115,7 @@ class Conversion:
 
     @cached_property
     def _adapter(self) -> dict[str, Any] | None:
-        """What is merged, so that nobody need ask: dialect, strength and digest."""
+        """What is merged: dialect, strength and digest."""
         adapter = self.source.adapter
         return adapter.record() if adapter else None
 
@@ -127,12 +127,12 @@ class Conversion:
             yield (str(file.path.relative_to(base)) if inside else str(file)), file
 
     def _identity(self, file: FileRef) -> list[int]:
-        """Which file it was when its header was read; empty for one that lay nowhere then."""
+        """Which file it was when its header was read; empty for one that was not on disk then."""
         outline = self.source.outline
         if outline is not None and file.root.is_relative_to(outline):
-            # The commit says more than the time of a download.
+            # The commit identifies it; the time of a download does not.
             return []
-        # The rounded layers come and go with the run, and say themselves what they are of.
+        # Rounded layers have none: the run makes and removes them, and they record their origin.
         one = file.identity
         # Devices are numbered anew when a machine starts.
         return [one.size, one.written_ns, one.changed_ns, one.inode] if one else []
@@ -177,7 +177,7 @@ def plan(
 ) -> Conversion:
     """Everything that is decided before the first byte: opens and checks, reads headers only.
 
-    So many `processes` of one run share this machine.
+    `processes` is how many processes of one run share this machine.
     """
     place, target = locate(source, options.revision), Path(target)
     if options.stream and isinstance(place, Path):
@@ -200,7 +200,7 @@ def plan(
 
 
 def _for_adapter(opened: Checkpoint, options: Options) -> Options:
-    """The options that an adapter leaves; raises UsageError where rounding must be asked for."""
+    """The options, adapted to a merge; raises UsageError if it needs a rounding not asked for."""
     if opened.adapter is None or not opened.adapter.changes_experts:
         return options
     kind = FORMATS[options.to]
@@ -211,7 +211,7 @@ def _for_adapter(opened: Checkpoint, options: Options) -> Options:
             f"--adapter {opened.adapter.place}: changes the experts, which {stored.upper()} "
             "rounds; pass --dtype bf16 where --to allows it, or --lossy to round them"
         )
-    # Scales of the experts as they were before would restore nothing.
+    # The scales belong to the experts before the merge: kept, they would restore nothing.
     return replace(options, keep_scales=False)
 
 

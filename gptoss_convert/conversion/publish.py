@@ -36,7 +36,7 @@ from gptoss_convert.machine.private import (
 )
 
 _USELESS = {InputError.exit_code, IntegrityError.exit_code}
-"""Statuses after which the work is of no use; after any other the same command can go on."""
+"""Statuses after which the unfinished work is useless; after any other it can be resumed."""
 _REFUSED = {UsageError.exit_code, TargetError.exit_code}
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _NO_EXCHANGE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}

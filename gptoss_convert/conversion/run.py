@@ -1,4 +1,4 @@
-"""Running a planned conversion: execute, record, publish; go on where a run was stopped."""
+"""Running a planned conversion: execute, record and publish, or resume an interrupted run."""
 
 from __future__ import annotations
 
@@ -146,8 +146,10 @@ def _run(job: _Job) -> Report:
 
 
 def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done], Calibrated | None]:
-    """Be rank 0, or alone; returns all steps, those that were done before, and what a calibration
-    did."""
+    """Run as rank 0, or as the only process.
+
+    Returns all steps, those that were done before, and what a calibration did.
+    """
     conversion, ranks = job.conversion, job.ranks
     with workspace(conversion.target, conversion.options.restart, conversion.names) as space:
         journal = Journal(space.journal, str(conversion.target), conversion.header)
@@ -168,10 +170,10 @@ def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done], Calibrated
             _create(conversion, files)
             ranks.broadcast(conversion.header)
             require_shared(conversion.target, ranks)
-            # The others have read what this journal says of an interrupted run.
+            # Until all are here, some may still read this journal for steps of an interrupted run.
             ranks.barrier()
             before = _execute(job, files, journal, journal.done)
-        # The others have closed their journals, which speak of bytes that are on the disk.
+        # Now the others have closed their journals, and all that these record is on the disk.
         ranks.barrier()
         _take_over(journal, conversion.target, range(1, ranks.size))
         done = {number: journal.done[number] for number in range(len(conversion.plan.steps))}
@@ -202,7 +204,7 @@ def _calibrate(job: _Job) -> Calibrated | None:
 
 
 def _follow(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done]]:
-    """Be another rank; returns the steps that this one did, and those that were done before."""
+    """Run as another rank; returns the steps that it did, and those that were done before."""
     conversion, ranks = job.conversion, job.ranks
     header = ranks.broadcast()
     if header is None:

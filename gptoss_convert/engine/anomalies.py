@@ -27,8 +27,10 @@ Matrix = tuple[str, int, int]
 
 
 def examine(work: Work, finite: bool) -> Anomalies:
-    """What is odd in the values that a step holds, BF16 bits or an encoding; `finite`: no infinity
-    or NaN is among them."""
+    """What is odd in the values that a step holds, as BF16 bits or encoded.
+
+    `finite` says that they are known to hold no infinity or NaN, so none is looked for.
+    """
     family, recipe = work.step.family, work.step.recipe
     axis = family.axes.index("expert") if "expert" in family.axes else -1
     experts = range(*work.step.box[axis]) if axis >= 0 else range(1)

@@ -121,7 +121,7 @@ def gather(parts: Sequence[Part], box: Box) -> Array:
 
 
 def loose(like: Part, box: Box) -> Part:
-    """A place of its own, outside the arena, for elements of the same kind."""
+    """An array of its own, outside the arena, for elements of the same kind."""
     array = np.empty([hi - lo for lo, hi in box], like.array.dtype)
     return Part(like.extent, box, -1, array)
 
@@ -129,7 +129,7 @@ def loose(like: Part, box: Box) -> Part:
 def joined(parts: Sequence[Part]) -> Sequence[Part]:
     """The parts as one view where they follow one another along one axis, equally far apart.
 
-    Chunks that halve an expert, gate and up, are converted in one sweep so, not half by half.
+    So the two chunks of an expert, gate and up, are converted in one pass instead of two.
     """
     if len(parts) < 2 or any(part.position < 0 for part in parts):
         return parts

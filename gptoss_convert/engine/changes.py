@@ -1,4 +1,4 @@
-"""What an adapter changes on the way of a plan; numpy is imported only where there is one."""
+"""What a plan changes on the way: merges and roundings. numpy is imported only if there is any."""
 
 from __future__ import annotations
 

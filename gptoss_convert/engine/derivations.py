@@ -1,8 +1,8 @@
-"""Derivations: how what a target stores of a weight is made of what a source stores.
+"""Derivations: how the parameters that a target stores are made from those that a source stores.
 
-They are chosen when the plan is made, by what either side holds; executing a step runs them in
-order. A change on the way, such as the merge of an adapter or another rounding, is a derivation of
-its own that a plan is given: docs/decisions/0011-derivations.md.
+They are chosen when the plan is made, by what both sides hold; executing a step runs them in order.
+A change of values on the way, such as the merge of an adapter or another rounding, is a derivation
+that is given to the plan: docs/decisions/0011-derivations.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A further parameter that a change reads, beside what the family's own members hold."""
+    """A further parameter that a change reads, besides the weight and its encodings."""
 
     param: str
     axes: tuple[str, ...]
@@ -33,14 +33,14 @@ class Input:
     lengths: tuple[int, ...]
 
     def box(self, axes: Sequence[str], box: Box) -> Box:
-        """What a box of the weight, whose axes these are, needs of it."""
+        """The box of this parameter that belongs to a box of the weight, whose axes are `axes`."""
         spans = dict(zip(axes, box, strict=True))
         lengths = zip(self.axes, self.lengths, strict=True)
         return tuple(spans.get(axis, (0, length)) for axis, length in lengths)
 
 
 class Derivation(Protocol):
-    """One way to get from some parameters of a step's box to others."""
+    """Makes some parameters of a step's box from others."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -58,12 +58,15 @@ class Derivation(Protocol):
 
 
 class Change(Derivation, Protocol):
-    """A derivation that a plan is given for a weight: one that makes the weight changes its values
-    in place, once they are there; one that makes an encoding's members encodes them."""
+    """A derivation that a plan is given for a weight.
+
+    One that makes the weight changes its values in place, when they have been read or decoded. One
+    that makes an encoding's members encodes them.
+    """
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """What it reads besides; extents among the plan's sources hold it, in any dtype."""
+        """What else it reads; extents among the plan's sources hold it, in any dtype."""
         ...
 
 
@@ -102,7 +105,7 @@ class Decode(_Chosen):
 
 @dataclass(frozen=True, slots=True)
 class Encode(_Chosen):
-    """An encoding of a weight's values, led by what is known of a former one."""
+    """An encoding of a weight's values, guided by the scales of a former one if they are known."""
 
     encoding: Encoding
     guides: tuple[str, ...]
@@ -122,11 +125,11 @@ class Recipe:
     makes: tuple[str, ...]
     """What is written."""
     first: tuple[Derivation, ...]
-    """For what was read, before all else."""
+    """Run first, on what was read."""
     whole: tuple[Derivation, ...]
-    """For the step's box at once: what makes anything but the target's weight."""
+    """Run next, on the whole box of the step: those that do not make the target's weight."""
     by_piece: tuple[Derivation, ...]
-    """For one piece of the step's box after the other: what makes the target's weight."""
+    """Run last, on one piece of the box after another: those that make the target's weight."""
     scratch: bool
     """Whether the weight is made on the way, though neither side stores it."""
     has_values: bool
@@ -193,7 +196,7 @@ def choose(
 
 
 def _decode(family: Family, source: Encoding | None, held: Mapping[str, object]) -> Decode:
-    """Decode what is held; without a whole encoding, the one of which most is there lacks least."""
+    """Decode what is held; of several incomplete encodings, the one that lacks least is named."""
     if source is None and family.encodings:
         source = max(family.encodings, key=lambda one: sum(param in held for param in one.params))
     if source is None:

@@ -121,8 +121,7 @@ class _Worker:
 
 
 class _Written:
-    """The runs of bytes that a step has written; in an extent, each piece goes on where the one
-    before ended."""
+    """The runs of bytes that a step has written; within an extent, pieces follow one another."""
 
     def __init__(self) -> None:
         self._regions: dict[Extent, list[Region]] = defaultdict(list)

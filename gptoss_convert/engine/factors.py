@@ -1,7 +1,7 @@
 """The halves of an adapter's updates in memory: read when they are first needed, kept for a while.
 
-They are small beside the weights, but a step's part of them may lie strewn over all of a tensor, so
-an update's halves are read at once and kept for the steps that follow.
+They are small beside the weights, but the part that one step needs may be scattered over a whole
+tensor. So both halves of an update are read as a whole, and kept for the steps that follow.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 class Factors:
     """Factors as float32 arrays in the order of their axes; safe to share between threads.
 
-    What was asked for last is kept, up to so many times the largest update.
+    The factors that were used last are kept, up to a multiple of the largest update's bytes.
     """
 
     def __init__(self, updates: Iterable[Update]) -> None:

@@ -3,7 +3,7 @@
 The fingerprint of a parameter is the sum over its elements of bits·Πw, modulo 2^64: the element's
 BF16 bits times an odd pseudo-random 64-bit weight for its index on each axis but the layer. Being a
 sum, it takes tiles in any order and layout. A change of one element always shows; exchanged rows,
-transposes and shifts show but for a chance of about 2^-48. It is no defence against forgery:
+transposes and shifts go unseen with a chance of about 2^-48. It is no defence against forgery:
 docs/decisions/0006-fingerprints.md.
 """
 

@@ -1,7 +1,7 @@
-"""The merge of an adapter: a change of a weight by what the adapter's updates add to it.
+"""The merge of an adapter: a change that adds the adapter's updates to a weight.
 
-Each update is cut into matrices whose rows belong to one half and whose columns to the other; what
-both halves have, as experts mostly are, or neither, is looped over.
+An update is computed matrix by matrix: the rows are axes that only one half has, the columns axes
+that only the other half has. Axes that both have, as experts mostly, or neither, are looped over.
 """
 
 from __future__ import annotations

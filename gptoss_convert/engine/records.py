@@ -1,4 +1,4 @@
-"""What executing a plan leaves behind, step by step: for journal, manifest and report."""
+"""Records of executed steps, for journal, manifest and report."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def _pieces(box: Box, extents: Sequence[Extent], unit: int) -> Iterator[Box]:
 
 
 def _slowest(extent: Extent, box: Box) -> int:
-    """The axis that the extent's part of a box lies along."""
+    """The slowest axis of the extent's part of a box, of those longer than 1 if there are any."""
     part = overlap(extent.box, box) or box
     return max(
         range(len(part)), key=lambda axis: (part[axis][1] - part[axis][0] > 1, extent.strides[axis])

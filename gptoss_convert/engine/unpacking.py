@@ -1,7 +1,6 @@
-"""Quantised tensors as sources of bytes: those of their BF16 values, decoded as they are asked for.
+"""Quantised tensors read as the bytes of their BF16 values, which are decoded when they are read.
 
-A step then reads such a tensor as it reads any other; its file is that of the decoded values, which
-lies nowhere.
+A step reads such a tensor like any other, although no file holds the decoded values.
 """
 
 from __future__ import annotations

@@ -36,13 +36,13 @@ _SERVED = frozenset(
 )
 """What servers read beside config.json and the weights, by name."""
 _SAID = ("LICENSE", "LICENCE", "NOTICE", "USAGE_POLICY", "README", "COPYING", "CITATION")
-"""How the names begin of what says who made the model, and under which terms."""
+"""Beginnings of the names of files that say who made the model, and under which terms."""
 _PAGES = frozenset(("", ".md", ".txt", ".cff"))
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _OURS = frozenset((CONFIG, MANIFEST, "dtypes.json", "original", "metal", sidecar.FOLDER))
-"""What is no weight, is not carried, and needs no remark."""
+"""Neither weights nor carried, and not worth a note."""
 _MOST = 256 << 20
-"""Most bytes of such files, each and all together."""
+"""Most bytes of one carried file, and of all of them together."""
 _PARSED = 1 << 20
 """JSON up to this size is parsed; of a larger one, a tokenizer of 28 MB say, both ends are seen."""
 _END = 4096
@@ -77,7 +77,7 @@ def copies(source: Checkpoint, options: ImageOptions) -> tuple[list[tuple[str, C
     if folder is not None:
         folder = Followed(folder) if isinstance(source.root, Followed) else settled(folder)
     paths = carried_files(folder) if folder is not None else source.carried
-    # Of a repository names and sizes are known so far, and the Hub sends no pointers.
+    # Of a repository only names and sizes are known so far; the Hub sends files, never pointers.
     known = folder is not None or source.outline is None
     found = [(path.name, _checked(path) if known else _promised(path)) for path in paths]
     if (nbytes := sum(copied.size for _, copied in found)) > _MOST:

@@ -215,7 +215,7 @@ class Format:
     written: bool = True
     """Whether TARGET can have it; what trainers leave is read only (`read_only`)."""
     launch_words: Callable[[Config, str], Sequence[str]] | None = None
-    """Lines on how a trainer loads a TARGET, for formats that do not say all by themselves."""
+    """Lines on how a trainer loads a TARGET, for formats whose files do not say everything."""
     launch_page: Callable[[Config], str] | None = None
     """The same as a Markdown page."""
 

@@ -20,7 +20,7 @@ from gptoss_convert.layouts.tables import load_table
 
 _FOLDER = "original"
 _HF = f"hf/{CONFIG}"
-"""What OpenAI's keys cannot say, for the way back; only where there is such a thing."""
+"""Says what OpenAI's keys cannot, for the way back; written only if there is something to say."""
 _PUBLISHED_BYTES = 10 << 30
 _TAGS = {"blocks": "FP4", "scales": "UE8"}
 

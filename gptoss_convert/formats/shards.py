@@ -105,7 +105,10 @@ def restored(format: str, tensors: Iterable[Tensor], origin: Origin | None) -> H
 
 
 def index_json(headers: Mapping[str, str], end: str, origin: Origin | None) -> bytes | None:
-    """The index of several shards, None for a single file; as before where the files are."""
+    """The index of several shards, None for a single file.
+
+    A remembered index is used again, byte for byte, if every tensor is in the same file as before.
+    """
     weight_map: dict[str, str] = {}
     total = 0
     for name, text in headers.items():

@@ -1,4 +1,4 @@
-"""The client's progress bar, told to our own progress; and the way to end a download."""
+"""The client's progress bar, forwarded to our own progress; it can also end a download."""
 
 from __future__ import annotations
 

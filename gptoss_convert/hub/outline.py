@@ -1,4 +1,4 @@
-"""A repository as whoever reads headers sees it: a directory of sparse files, fetched by ranges.
+"""A repository as a directory of sparse files, of which only the headers are fetched, by ranges.
 
 The headers are parsed by the same code, with the same checks, as those of a directory on disk.
 """

@@ -1,4 +1,4 @@
-"""The hub: axes and parameters of GPT-OSS, from `mappings/model.toml`, fully checked."""
+"""The model: axes and parameters of GPT-OSS, from `mappings/model.toml`, fully checked."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Model:
-    """The hub: axes and parameters, from `model.toml`."""
+    """The model's axes and parameters, from `model.toml`."""
 
     axes: Mapping[str, str | int]
     params: Mapping[str, tuple[str, ...]]
@@ -143,7 +143,7 @@ class Model:
 
 @cache
 def load_model() -> Model:
-    """The hub, from the installed tables."""
+    """The model, from the installed tables."""
     return parse_model(read_hub())
 
 
@@ -157,7 +157,7 @@ def read_hub() -> dict[str, Any]:
 
 
 def parse_model(content: Mapping[str, Any], find: Callable[[str], Codec] = load_codec) -> Model:
-    """Check and build the hub; raises InputError naming the parameter and the axis.
+    """Check and build the model; raises InputError naming the parameter and the axis.
 
     A section besides axes and parameters names a codec, which `find` finds.
     """

@@ -1,4 +1,4 @@
-"""How the ranks of one run find one another: through torchrun's store, in a process that ends then.
+"""How the ranks of one run find one another: through torchrun's store, in a short-lived process.
 
 Only that process imports torch (docs/decisions/0007-ranks.md).
 """

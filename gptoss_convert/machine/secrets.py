@@ -1,4 +1,4 @@
-"""What must not leave: passwords, tokens and the signed part of addresses, in any text."""
+"""What no output may show: passwords, tokens and the signed part of addresses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The three standard streams of the command, whatever it was started with.
 
-stderr never fails and tells no secret: a full disk behind it must not decide an exit status. stdout
-carries the result, so that an error there is one (status 5); closed, it was not wanted.
+Writing to stderr never raises and shows no secret: a full disk behind it must not decide an exit
+status. stdout carries the result, so that an error in writing it is an error of the command (status
+5); if it is closed, the result was not wanted.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Column by column, the error that rounding made so far is spread over the columns to come, weighted
 by the second moments of what the matrix will be multiplied with (GPTQ, Frantar et al. 2022, for
 fixed block scales), so that errors cancel in the outputs. Rounding to nearest in that scheme still
-pulls weights back to the base's codes: what is least for each output is a smaller update, and the
-same pull in every layer adds up. So each column is rounded stochastically, except where the errors
-fed into it already scatter it over more than a step.
+pulls weights back to the base's codes: the smallest error of each output comes with a smaller
+update, and the same pull in every layer adds up. So each column is rounded stochastically, except
+where the errors fed into it already scatter it over more than a step.
 
 Shapes: E experts, K columns (inputs), N rows (outputs), B blocks of 32 columns. Any float dtype;
 the same inputs give the same bits on the same device.

@@ -1,8 +1,8 @@
 """A layer's experts, rounded so that their outputs stay what the tuned model's are.
 
-A matrix is rounded for the inputs that it will get, the rounded stream's, and for the outputs that
-it has in the tuned one; what the layers before made different is made good at each expert's output.
-Tokens held out take part in nothing but what is reported.
+A matrix is rounded for the inputs that it will get, which are those of the rounded model, and aims
+at the outputs that it has in the tuned model. So each expert's output also compensates what the
+layers before it changed. Held-out tokens are used only for what is reported.
 
 Shape suffixes as in `witness.forward` and `calibrated`; J stands for both halves of gate_up, gate's
 rows before up's.

@@ -1,8 +1,8 @@
 """What the ranks of one machine share: every byte of weights leaves the disk once for all of them.
 
-The first of them reads and the others receive, over NVLink if they compute on GPUs. Reading alone,
-each for itself, would do only as long as the page cache holds what the slowest still needs, and
-would copy every byte through the processors once a rank.
+The first of them reads and the others receive, over NVLink if they compute on GPUs. If each rank
+read for itself, bytes would leave the disk again as soon as the page cache no longer holds what the
+slowest rank still needs, and the processors would copy every byte once for each rank.
 """
 
 from __future__ import annotations

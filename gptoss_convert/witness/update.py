@@ -1,7 +1,7 @@
-"""How much of a fine-tune is left: the tuned model, what was made of it, and the base together.
+"""How much of a fine-tune is left: the tuned model, the model made from it, and their base.
 
-What each expert adds to a token is compared on the tuned model's own inputs and routing: the update
-is what the tuned expert adds beyond the base's, kept is what of it the other model's expert adds.
+The outputs of each expert are compared on the tuned model's own inputs and routing. The update is
+what the tuned expert adds beyond the base's; kept is what of it the other model's expert adds too.
 """
 
 from __future__ import annotations

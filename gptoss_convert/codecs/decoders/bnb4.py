@@ -1,8 +1,8 @@
-"""bitsandbytes' 4 bits, NF4 or FP4: codes into a map of 16 values, times a maximum for each block.
+"""bitsandbytes' 4 bits, NF4 or FP4: a code picks one of 16 values, times the block's maximum.
 
 `functional.dequantize_4bit`: value = bf16(map[code] * absmax[i / blocksize]); with nested
 statistics, absmax = nested_map[absmax] * nested_absmax[i / nested_blocksize] + nested_offset, each
-step in float32. Blocks run through the flat tensor and care for no row.
+step in float32. Blocks run through the flat tensor, regardless of its rows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FP8: E4M3 values times float scales: one, one per row, or one per block of rows and columns.
 
-As compressed-tensors (`weight_scale`) and DeepSeek's form (`weight_scale_inv`, which multiplies
-too, 128 x 128) give it: in float32, rounded once.
+The arithmetic is that of compressed-tensors (`weight_scale`) and of DeepSeek's form, with blocks of
+128 x 128 (`weight_scale_inv`, which is a factor too, despite its name): float32, rounded once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sums over MXFP4 blocks that need no room for values: fingerprints, and what scales hold."""
+"""Sums over MXFP4 blocks that store no decoded values: fingerprints, and statistics of scales."""
 
 from __future__ import annotations
 

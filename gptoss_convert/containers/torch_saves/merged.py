@@ -1,4 +1,4 @@
-"""State dicts of one rank or of all: every tensor whole, from parts that tile it."""
+"""State dicts of one rank or of all ranks: each tensor is put together from parts that tile it."""
 
 from __future__ import annotations
 

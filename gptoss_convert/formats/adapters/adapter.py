@@ -1,4 +1,4 @@
-"""The normal form of an adapter: updates of the hub's parameters, and what replaces them."""
+"""The normal form of an adapter: updates of the model's parameters, and what replaces them."""
 
 from __future__ import annotations
 

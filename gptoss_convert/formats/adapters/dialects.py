@@ -1,4 +1,4 @@
-"""Which dialect an adapter in PEFT's files is in: by names, marks and shapes, or else asked."""
+"""Which dialect an adapter in PEFT's files has: told by names, marks and shapes, or by the user."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Config:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """The whole numbers, by key: what the axes of the hub are computed from."""
+        """The whole numbers, by key: what the lengths of the model's axes are computed from."""
         return {k: v for k, v in vars(self).items() if type(v) is int}
 
     @property

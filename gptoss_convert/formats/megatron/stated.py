@@ -1,7 +1,7 @@
 """What a Megatron checkpoint states of its model, in the names of `field_table`.
 
 Megatron-LM pickles its arguments, Megatron-Bridge writes its provider as YAML. Each is read here as
-the code reads it that makes a model of it: `core_transformer_config_from_args` and its YaRN part,
+by the code that builds a model from it: `core_transformer_config_from_args` and its YaRN part,
 `post_training/model_builder.py`, `gpt_oss_bridge.py`, and `TransformerConfig.__post_init__`.
 """
 
