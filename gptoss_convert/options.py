@@ -42,4 +42,4 @@ def workers_option() -> Any:
 
 def memory_option() -> Any:
     """Bytes that all buffers of a comparison or a check fit in."""
-    return option(4_000_000_000, "Limit that buffers must fit in.", kind="size", shown="4GB")
+    return option(4_000_000_000, "Memory that the buffers may take.", kind="size", shown="4GB")

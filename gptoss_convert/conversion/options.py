@@ -24,7 +24,7 @@ class Options(Choices, AdapterOptions, ImageOptions):
     )
     max_memory: int | None = option(
         None,
-        "Limit that buffers must fit in.",
+        "Memory that the buffers may take.",
         kind="size",
         shown="400MB, or what --workers take",
     )
@@ -37,8 +37,8 @@ class Options(Choices, AdapterOptions, ImageOptions):
     )
     lossy: str | bool | None = option(
         None,
-        "Round values that have no exact MXFP4 form: without a word stochastically, so that an "
-        "update is kept on average; to nearest; or calibrated on text, with torch.",
+        "Round values that have no exact MXFP4 form: stochastically, as --lossy alone does, which "
+        "keeps an update on average; to nearest; or calibrated on text, which needs torch.",
         among=("stochastic", "nearest", "calibrated"),
         alone="stochastic",
         shown="refuse them",
@@ -71,7 +71,7 @@ class Options(Choices, AdapterOptions, ImageOptions):
     allow_zero: bool = option(False, "Keep weight matrices that are zero throughout.")
     overwrite: bool = option(False, "Replace TARGET, once everything is written.")
     restart: bool = option(False, "Discard what an interrupted run left.")
-    trust_journal: bool = option(False, "Go on without reading back what an interrupted run wrote.")
+    trust_journal: bool = option(False, "Resume without reading back what was written before.")
 
     @property
     def decisive(self) -> dict[str, Any]:

@@ -150,7 +150,9 @@ class Choices:
     repair: bool = option(
         False, "Read what transformers 5.21 to 5.23, or torchtitan's export, mis-saved."
     )
-    iteration: int | None = option(None, "Megatron SOURCE: not the latest iteration.", least=0)
+    iteration: int | None = option(
+        None, "Megatron SOURCE: the iteration to read.", least=0, shown="the latest"
+    )
     config: Path | None = option(
         None, "A Hugging Face config.json, where SOURCE (Megatron's, a trainer's) carries none."
     )
@@ -165,8 +167,8 @@ class Choices:
     )
     glu_interleave: int | None = option(
         None,
-        "Megatron SOURCE: rows of gate and of up in expert fc1 that alternate by so many, 0 for "
-        "none, where only Megatron-Bridge's run_config.yaml tells.",
+        "Megatron SOURCE: by how many rows gate and up alternate in expert fc1, 0 if they do not; "
+        "needed where only Megatron-Bridge's run_config.yaml tells.",
         least=0,
     )
     gate_proj: str | None = option(
@@ -180,11 +182,11 @@ class Choices:
         "Megatron SOURCE: read the float32 parameters of its optimizer instead of the weights; "
         "needs --cast.",
     )
-    strict: bool = option(False, "Refuse what is only remarked on: files that nothing names.")
-    cast: bool = option(False, "Round a float32 or float16 SOURCE to BF16.")
-    follow_links: bool = option(
-        False, "Read files of SOURCE that are links to anywhere, as in a shared store."
+    strict: bool = option(
+        False, "Refuse what otherwise is only noted, as files that nothing names."
     )
+    cast: bool = option(False, "Round a float32 or float16 SOURCE to BF16.")
+    follow_links: bool = option(False, "Follow links out of SOURCE, as those of a shared store.")
 
 
 DEFAULT = Choices()

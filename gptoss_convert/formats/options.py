@@ -33,7 +33,7 @@ class ImageOptions:
     )
     also_local_spec: bool = option(
         False,
-        "Megatron TARGET: name the second norm as models without Transformer Engine do, too.",
+        "Megatron TARGET: name the second norm also as models without Transformer Engine do.",
     )
     bridge: str = option(
         "modern",
