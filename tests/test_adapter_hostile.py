@@ -192,7 +192,7 @@ CASES: dict[str, tuple[Edit, int, str]] = {
     "alpha 0": (told(lora_alpha=0), INPUT, "lora_alpha is 0"),
     "alpha in words": (told(lora_alpha="8"), INPUT, "lora_alpha is '8'"),
     "alpha is NaN": (text('{"r": 4, "lora_alpha": NaN}'), DAMAGED, "NaN is not a JSON number"),
-    "alpha is infinite": (text('{"r": 4, "lora_alpha": 1e999}'), INPUT, "lora_alpha is inf"),
+    "alpha is infinite": (text('{"r": 4, "lora_alpha": 1e999}'), DAMAGED, "1e999 is no finite"),
     "a configuration of nothing": (text(""), DAMAGED, "not JSON"),
     "a list": (text("[]"), DAMAGED, "expects a JSON object"),
     "cut configuration": (text('{"r": 4,'), DAMAGED, "not JSON"),

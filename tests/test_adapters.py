@@ -311,7 +311,7 @@ def test_the_command_line_merges_inspects_and_verifies(models: Mapping[str, Path
     assert judged.exit_code == 0
     told = json.loads(judged.stdout)["source"]["adapter"]
     manifest = json.loads((tmp_path / "out" / "gptoss-convert.json").read_text())["adapter"]
-    assert told == manifest and told["dialect"] == "peft"
+    assert told == manifest | {"path": adapter} and told["dialect"] == "peft"
     page = tmp_path / "page"
     words = ["--adapter", adapter, "--level", "values", "--report", str(page)]
     shown = runner.invoke(cli, ["verify", base, out, *words]).stdout
