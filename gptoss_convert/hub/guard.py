@@ -61,7 +61,8 @@ def _install() -> None:
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
 
-    make = _http._GLOBAL_CLIENT_FACTORY
+    # Whoever imports this package may have set another.
+    make = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
     if not isinstance(make, _Guarding):
         set_client_factory(_Guarding(make))
 
