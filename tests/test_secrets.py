@@ -14,13 +14,12 @@ from huggingface_hub import get_session, snapshot_download
 
 from gptoss_convert import Options, plan
 from gptoss_convert.conversion.run import run
-from gptoss_convert.errors import GptossError, NetworkError, UsageError
+from gptoss_convert.conversion.shareable import require_shareable
+from gptoss_convert.errors import GptossError, NetworkError, UsageError, secrets
+from gptoss_convert.errors.secrets import keep, nameable, scrub
 from gptoss_convert.formats.repository import Repository
 from gptoss_convert.hub.client import resolve, translated
-from gptoss_convert.hub.push import require_shareable
-from gptoss_convert.machine import secrets
 from gptoss_convert.machine.progress import Lines
-from gptoss_convert.machine.secrets import keep, nameable, scrub
 from gptoss_convert.show import report
 from gptoss_convert.show.texts import write_text
 from gptoss_convert.synth.synth import synth

@@ -114,7 +114,7 @@ def _destination(push_to: str | None, dry_run: bool) -> Repository | None:
 
 def _require_shareable(conversion: Conversion) -> None:
     """Nothing that --push-to will publish tells what it should not."""
-    from gptoss_convert.hub.push import require_shareable
+    from gptoss_convert.conversion.shareable import require_shareable
 
     require_shareable(conversion)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from gptoss_convert.formats.adapters.options import AdapterOptions
 from gptoss_convert.formats.checkpoint import Choices
+from gptoss_convert.formats.option import option, workers_option
 from gptoss_convert.formats.options import ImageOptions
-from gptoss_convert.options import option, workers_option
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,12 @@ from gptoss_convert.conversion.resume import intact
 from gptoss_convert.engine.execute import execute, written_ranges
 from gptoss_convert.engine.records import Done, Effect
 from gptoss_convert.errors import UsageError
+from gptoss_convert.errors.secrets import nameable
 from gptoss_convert.hub.stream import ShardStream
 from gptoss_convert.machine import resources
 from gptoss_convert.machine.files import ByteSource, SourceFiles, TargetFiles, pieces, write_file
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
-from gptoss_convert.machine.secrets import nameable
 from gptoss_convert.quantise.report import Calibrated
 
 

@@ -15,6 +15,7 @@ from gptoss_convert.errors import UsageError
 from gptoss_convert.formats import sidecar
 from gptoss_convert.formats.adapters.adapter import Adapter
 from gptoss_convert.formats.config import Config
+from gptoss_convert.formats.option import option
 from gptoss_convert.formats.options import ImageOptions
 from gptoss_convert.formats.repository import Repository
 from gptoss_convert.formats.sidecar import Origin
@@ -22,7 +23,6 @@ from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import Table, load_table
 from gptoss_convert.layouts.updates import Update
-from gptoss_convert.options import option
 
 CONFIG = "config.json"
 MANIFEST = "gptoss-convert.json"

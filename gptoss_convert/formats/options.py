@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from gptoss_convert.options import option
+from gptoss_convert.formats.option import option
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from urllib.parse import quote
 from gptoss_convert.containers.budget import ANSWER
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import IntegrityError, NetworkError
+from gptoss_convert.errors.secrets import scrub
 from gptoss_convert.formats.repository import Repository
 from gptoss_convert.hub.bars import limited
 from gptoss_convert.hub.guard import MOST, Expected, guarded
 from gptoss_convert.hub.listing import Listing, listed, remember_beginning, require_digest
 from gptoss_convert.hub.names import require_endpoint, similar
-from gptoss_convert.machine.secrets import scrub
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _TRIES = 3

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Protocol, TextIO
 
-from gptoss_convert.machine.secrets import scrub
+from gptoss_convert.errors.secrets import scrub
 from gptoss_convert.machine.terminal import is_dumb, printable
 
 Advance = Callable[[int], None]

@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from gptoss_convert.errors import EXIT_LOST, NetworkError, RankError
+from gptoss_convert.errors.secrets import scrub
 from gptoss_convert.machine.introduction import accepted, connected
-from gptoss_convert.machine.secrets import scrub
 from gptoss_convert.machine.terminal import printable
 
 _SILENCE = 10

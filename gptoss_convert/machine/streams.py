@@ -11,7 +11,7 @@ import io
 import os
 import sys
 
-from gptoss_convert.machine.secrets import scrub
+from gptoss_convert.errors.secrets import scrub
 
 
 def prepare() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptoss_convert.options import option, workers_option
+from gptoss_convert.formats.option import option, workers_option
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from gptoss_convert.formats.adapters.options import AdapterOptions
 from gptoss_convert.formats.checkpoint import DEFAULT, Choices
-from gptoss_convert.options import memory_option, option, workers_option
+from gptoss_convert.formats.option import memory_option, option, workers_option
 
 LEVELS = ("header", "values", "logits", "oracle")
 LOSSLESS = "lossless"

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from gptoss_convert.errors import UsageError
-from gptoss_convert.options import option
+from gptoss_convert.formats.option import option
 
 LAYOUTS = ("peft", "grouped")
 ORIENTATIONS = ("normal", "swapped")

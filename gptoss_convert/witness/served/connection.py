@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError, NetworkError, UsageError
-from gptoss_convert.machine.secrets import keep
+from gptoss_convert.errors.secrets import keep
 from gptoss_convert.version import VERSION
 
 _CONNECT_SECONDS = 15.0

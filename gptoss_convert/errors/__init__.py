@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptoss_convert.machine.secrets import scrub
+from gptoss_convert.errors.secrets import scrub
 
 
 class GptossError(Exception):
