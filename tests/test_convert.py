@@ -501,7 +501,8 @@ BAD_TENSORS: dict[str, tuple[Callable[[Tensors], object], type[GptossError], str
             t.update({n[:-4] + "what": t[n] * 2}) for n in [*t] if n.endswith("o_proj.bias")
         ],
         IntegrityError,
-        "4 unknown tensors: model.layers.{0..3}.self_attn.o_proj.what",
+        "4 unknown tensors: model.layers.{0..3}.self_attn.o_proj.what; --drop PATTERN leaves out "
+        "what is not the model's",
     ),
     "missing": (
         lambda t: [t.pop(n) for n in [*t] if n.endswith("sinks")],
@@ -527,12 +528,10 @@ BAD_TENSORS: dict[str, tuple[Callable[[Tensors], object], type[GptossError], str
         InputError,
         "LoRA weights; merge them into their base model first (model.norm.lora_A.weight)",
     ),
-    "unsloth": (
+    "one of unsloth's names among others": (
         rename(DOWN, "model.layers.2.mlp.experts.down_projs.0.weight"),
-        InputError,
-        "unsloth's per-expert naming (mlp.experts.gate_up_projs.0); save with unsloth's "
-        "save_pretrained_merged in Hugging Face's naming first "
-        "(model.layers.2.mlp.experts.down_projs.0.weight)",
+        IntegrityError,
+        "1 unknown tensors: model.layers.2.mlp.experts.down_projs.0.weight",
     ),
     "gptq": (
         rename("model.norm.weight", "model.norm.qweight"),
