@@ -91,7 +91,7 @@ def _open(root: Path, choices: Choices) -> Checkpoint:
     own = configs.quantization(str(path), content)
     method = None if choices.config or found.decoded else own
     if method not in {None, "mxfp4"} and misfits(table, variant, said.config, said.chunks):
-        raise InputError(f"{path}: quantised with {method!r}, {quantised.why_not(method)}")
+        raise InputError(f"{path}: quantised with {method!r}, {quantised.why_not(str(method))}")
     notes += repaired(root, variant, choices)
     stated = choices.config is None and variant not in MIS_SAVED
     if stated and method != ("mxfp4" if variant == "mxfp4" else None):
