@@ -32,6 +32,7 @@ from gptoss_convert.witness.node import choose_device, sharing
 from gptoss_convert.witness.parity import compare
 from gptoss_convert.witness.parity_report import ParityReport
 from gptoss_convert.witness.readers import Reader
+from gptoss_convert.witness.rows import Rows
 from gptoss_convert.witness.tokens import TokenSequence, sequence, token_set
 from tests.mutants import MUTANTS, MutantReader, zeroed_expert
 
@@ -308,7 +309,7 @@ def multiplied(bench: Bench) -> None:
     ]
     gate, up, down = ((m, torch.randn(e, d, generator=gen, device=DEVICE)) for m in matrices)
     chosen = torch.randn(tokens, e, generator=gen, device=DEVICE).topk(4).indices
-    rows, choice = products.Rows.of_choices(chosen, e)
+    rows, choice = Rows.of_choices(chosen, e)
     shares, held = torch.ones(len(choice), device=DEVICE), choice // 4
     config = bench.reader("mxfp4").config
     inner = products.gated(x, held, rows, gate, up, config)

@@ -27,6 +27,7 @@ from gptoss_convert.witness.megatron import MegatronReader
 from gptoss_convert.witness.model import LayerWeights, ModelConfig
 from gptoss_convert.witness.openai import OpenAiReader
 from gptoss_convert.witness.parity import compare
+from gptoss_convert.witness.rows import Rows
 from gptoss_convert.witness.tokens import token_set
 from gptoss_convert.witness.walk import layer_states
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4, write_megatron, write_openai
@@ -200,7 +201,7 @@ def test_split_products_are_as_exact_as_float32_and_rows_stand_alone() -> None:
     biases = [torch.randn(e, d, generator=gen, device=GPU) for _ in range(3)]
     gate, up, down = zip(weights, biases, strict=True)
     chosen = torch.randn(tokens, e, generator=gen, device=GPU).topk(4).indices
-    rows, choice = products.Rows.of_choices(chosen, e)
+    rows, choice = Rows.of_choices(chosen, e)
     shares, held = torch.rand(len(choice), generator=gen, device=GPU), choice // 4
     inner = products.gated(x, held, rows, gate, up, config)
     added = products.down(inner, rows, *down, shares)

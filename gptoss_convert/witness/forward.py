@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from gptoss_convert.witness import products
+from gptoss_convert.witness.activation import swiglu
 from gptoss_convert.witness.first_calls import settle_kernels
 from gptoss_convert.witness.fp4 import Packed
 from gptoss_convert.witness.fp8 import rounded
 from gptoss_convert.witness.model import ExpertMatrices, LayerWeights, ModelConfig, fresh
+from gptoss_convert.witness.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -285,13 +287,6 @@ def route(router_TE: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     return chosen_TA, top_TA.float().softmax(-1).to(router_TE.dtype)
 
 
-def swiglu(gate: Tensor, up: Tensor, config: ModelConfig) -> Tensor:
-    """Clamped gated QuickGELU: the gate is clamped from above only, up on both sides, plus one."""
-    gate = gate.clamp(max=config.swiglu_limit)
-    up = up.clamp(-config.swiglu_limit, config.swiglu_limit)
-    return gate * torch.sigmoid(config.swiglu_alpha * gate) * (up + config.swiglu_offset)
-
-
 def experts(
     batches: Iterable[Tensor],
     routings: Sequence[Routing],
@@ -325,7 +320,7 @@ def _all_experts(
     gate_EFD, up_EFD, down_EDF = (one for one in matrices if isinstance(one, Tensor))
     gate, up = (gate_EFD, weights.gate_bias), (up_EFD, weights.up_bias)
     for x, chosen_TA, shares_TA in zip(*chunks, strict=True):
-        rows, choice_R = products.Rows.of_choices(chosen_TA, config.experts)
+        rows, choice_R = Rows.of_choices(chosen_TA, config.experts)
         tokens_R = choice_R // config.experts_per_token
         inner_PRF = products.gated(x, tokens_R, rows, gate, up, config)
         shares_R = shares_TA.flatten()[choice_R]

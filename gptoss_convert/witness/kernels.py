@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptoss_convert.witness.products import TILE, Rows
+from gptoss_convert.witness.rows import TILE, Rows
 
 _LARGE = 200_000
 """Bytes of shared memory for a block of threads from which the deep pipelines fit."""

@@ -11,18 +11,16 @@ Letters as in `forward`; P parts, R rows: a token at one of its experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gptoss_convert.witness.activation import swiglu
 from gptoss_convert.witness.model import ModelConfig
+from gptoss_convert.witness.rows import Rows
 
-TILE = 128
-"""Rows that one block of threads computes."""
 TOKENS = 8192
 """Tokens whose rows are held at once."""
 
@@ -56,36 +54,6 @@ def exact(weight: Tensor) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a product: each belongs to an expert, and they are sorted by it."""
-
-    ends: Tensor
-    """Where the rows of each expert end, int32 `[E]`."""
-    tile_ends: Tensor
-    """The same in tiles, as a tile holds rows of one expert only."""
-
-    @classmethod
-    def of(cls, ends_E: Tensor) -> Rows:
-        """Rows whose experts end there; nothing waits for the device."""
-        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-        tiles_E = (counts_E + (TILE - 1)) // TILE
-        return cls(ends_E.int(), tiles_E.cumsum(0).int())
-
-    @classmethod
-    def of_choices(cls, chosen_TA: Tensor, experts: int) -> tuple[Rows, Tensor]:
-        """A row for each choice; also, by row, the index into `chosen_TA`, flattened."""
-        sorted_R, choice_R = chosen_TA.flatten().sort(stable=True)
-        each_E = torch.arange(experts, device=chosen_TA.device)
-        return cls.of(torch.searchsorted(sorted_R, each_E, right=True)), choice_R
-
-    def each(self) -> Iterator[slice]:
-        """The rows of each expert."""
-        ends = self.ends.tolist()
-        for start, end in zip([0, *ends], ends, strict=False):
-            yield slice(start, end)
-
-
 def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
     """`x @ weight.T + bias`, `[T, N]` in the dtype of x; the weight is BF16."""
     parts = split(x_TD)
@@ -110,8 +78,6 @@ def gated(
     """SwiGLU of each row's expert, as parts `[P, R, F]`; `gate` and `up` are weight and bias."""
     parts = split(x_TD)
     if not x_TD.is_cuda:
-        from gptoss_convert.witness.forward import swiglu
-
         held = parts[:, tokens_R]
         inner = swiglu(_by_expert(held, rows, *gate), _by_expert(held, rows, *up), config)
         return split(inner.to(x_TD.dtype))
