@@ -115,7 +115,7 @@ def table() -> Table:
     """Hugging Face's table, and one more variant of it."""
     content = read_toml("hf.toml")
     stem = "model.layers.{layer}.mlp.experts."
-    content["variants"]["int8"] = ["common", "int8"]
+    content["variants"]["int8"] = ["common", "biases", "int8"]
     content["int8"] = {
         f"{stem}gate_up.codes": rule("gate_up.weight.codes", "expert (inter glu) hidden_16 code"),
         f"{stem}gate_up.steps": rule("gate_up.weight.steps", "expert (inter glu) hidden_16"),

@@ -133,7 +133,10 @@ def test_unknown_missing_and_misshapen_tensors_are_named():
     )
     with pytest.raises(IntegrityError) as refused:
         extents("dir", known[1:], chunks)
-    assert str(refused.value) == "dir: 1 unknown tensors: model.embed_tokens.weight"
+    assert str(refused.value) == (
+        "dir: 1 unknown tensors: model.embed_tokens.weight; --drop PATTERN leaves out what is not "
+        "the model's"
+    )
     chunks[0] = replace(chunks[0], shape=(32, 5), extent=(32, 5))
     with pytest.raises(InputError) as refused:
         extents("dir", known, chunks)

@@ -70,7 +70,7 @@ def test_what_is_no_record_is_refused(plain: object) -> None:
         from_json(Outer, plain)
 
 
-def test_a_finished_step_is_written_as_it_always_was() -> None:
+def test_a_finished_step_is_written_as_the_journal_of_schema_4_has_it() -> None:
     region = Region("model.safetensors", 8, 4096, 0xFFFFFFFF)
     stats = EncodeStats(blocks=4, squared_error=0.25, first_inexact=-1)
     anomalies = Anomalies(1, "inf", (3, 5))
@@ -78,6 +78,6 @@ def test_a_finished_step_is_written_as_it_always_was() -> None:
     text = json.dumps(to_json(done), separators=(",", ":"))
     assert text == (
         '[7,[["model.safetensors",8,4096,4294967295]],null,[2,1,0,3,9],'
-        '[4,0,0,0,0,0,0,255,0,0.0,0.25,0.0,0,-1],1,[1,"inf",[3,5]]]'
+        '[4,0,0,0,0,0,0,255,0,0.0,0.25,0.0,0,-1,0.0,0.0,0,0],1,[1,"inf",[3,5]]]'
     )
     assert from_json(Done, json.loads(text)) == done

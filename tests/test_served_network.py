@@ -77,7 +77,7 @@ HOSTILE: dict[str, tuple[Callable[[Hostile], None], int, str]] = {
     "no object": (lambda s: s.say(b"[1, 2]"), 3, "expects a JSON object"),
     "no UTF-8": (lambda s: s.say(b'{"a": "\xff"}'), 3, "not UTF-8"),
     "NaN": (nan_logprobs, 3, "NaN is not a JSON number"),
-    "infinity": (impossible("-1e999"), 3, "expects log probabilities up to 0, found -inf"),
+    "infinity": (impossible("-1e999"), 3, "not JSON: -1e999 is no finite number"),
     "a probability above 1": (impossible("3.5"), 3, "expects log probabilities up to 0"),
     "a text for a number": (impossible('"0.5"'), 3, "expects a log probability, found a text"),
     "about other tokens": (

@@ -131,7 +131,7 @@ def test_models_of_different_sizes_are_refused(
 
 def test_unknown_limits_list_the_choices() -> None:
     with pytest.raises(
-        UsageError, match="expects one of lossless, float32, bfloat16, found 'loose'"
+        UsageError, match="expects one of lossless, float32, bfloat16, lossy, found 'loose'"
     ):
         load_limits("loose")
 
