@@ -180,7 +180,7 @@ def peft(base: str, adapter: str, out: str) -> None:
     import resource
 
     began = time.monotonic()
-    import peft
+    import peft  # pyright: ignore[reportMissingImports]
     import torch
     import transformers
 

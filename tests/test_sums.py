@@ -61,7 +61,7 @@ def test_a_sum_is_the_nearest_bf16_to_the_rational_sum(way: str, kind: str, scal
         for (x, y), bits in np.ndenumerate(made):
             pairs = zip(p[x], q[:, y], strict=True)
             total = sum(Fraction(float(a)) * Fraction(float(b)) for a, b in pairs)
-            exact = value(weights[x, y]) + scale * total
+            exact = value(int(weights[x, y])) + scale * total
             assert_nearest(exact, int(bits))
 
 
