@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+_PRELOADED = [
+    "megatron.core.dist_checkpointing",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.optimizer",
+    "megatron.core.tensor_parallel",
+]
 
 
 @dataclass(frozen=True)
@@ -151,13 +159,17 @@ def model_parallel(parallel: Parallel) -> Iterator[None]:
 
 
 def run_ranks(world: int, function: Callable[..., None], *args: object) -> None:
-    """Run a module-level function in `world` processes that form a gloo process group."""
+    """Run a module-level function in `world` processes that form a gloo process group.
+
+    They are forked from one that has imported what takes long, once for all tests of a process.
+    """
+    get_context("forkserver").set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         start_processes(
             _rank_main,
             (world, Path(folder) / "store", function, args),
             nprocs=world,
-            start_method="spawn",
+            start_method="forkserver",
         )
 
 
