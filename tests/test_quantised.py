@@ -39,11 +39,11 @@ FILE = "quantised.safetensors"
 FP8 = {"num_bits": 8, "type": "float", "block_structure": [8, 64]}
 
 
-def values(chunk: Chunk, spans: Sequence[tuple[int, int]] = ()) -> Tensor:
+def values(chunk: Chunk, spans: Sequence[tuple[int, int]] = (), folder: Path = RECORDED) -> Tensor:
     """The decoded values of a tensor of the recorded file, or those of ranges, one by one."""
     box = tuple((0, n) for n in chunk.shape)
     extent = Extent(
-        "", box, FileRef(RECORDED, FILE), 0, (), "BF16", chunk.tensor, packed=chunk.packed
+        "", box, FileRef(folder, FILE), 0, (), "BF16", chunk.tensor, packed=chunk.packed
     )
     count = int(np.prod(chunk.shape))
     arena = Arena(1 << 20)
@@ -99,6 +99,24 @@ def test_every_tensor_decodes_as_its_library_decodes_it(
         spans = [(int(low), int(high) + 1) for low, high in ends]
         pieces = torch.cat([whole[low:high] for low, high in spans])
         assert torch.equal(values(chunk, spans).view(torch.int16), pieces.view(torch.int16)), name
+
+
+@pytest.mark.parametrize("size", [None, [128, 128]])
+def test_fp8_with_inverse_scales_is_the_product_by_blocks(tmp_path: Path, size: list[int] | None):
+    """As transformers' FineGrainedFP8 multiplies: the name says inverse, the number is a factor."""
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randn(300, 200, generator=generator).to(torch.float8_e4m3fn)
+    grid = (3, 2) if size else (1, 1)
+    scales = torch.rand(grid, generator=generator) * 0.01 + 1e-4
+    save_file({"w.weight": codes, "w.weight_scale_inv": scales}, tmp_path / FILE)
+    chunks = safetensors.read_header(tmp_path, FILE).chunks
+    said = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": size}
+    (found,) = quantised.decoded("config.json", tmp_path, chunks, said).chunks
+    each = (128, 128) if size else codes.shape
+    spread = scales.repeat_interleave(each[0], 0).repeat_interleave(each[1], 1)[:300, :200]
+    wanted = (codes.float() * spread).to(torch.bfloat16)
+    whole = values(found, folder=tmp_path)
+    assert torch.equal(whole.view(torch.int16), wanted.reshape(-1).view(torch.int16))
 
 
 def unpacked(codes: Tensor, scales: Tensor, common: Tensor) -> Tensor:
