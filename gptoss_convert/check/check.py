@@ -139,8 +139,7 @@ def _place(base: Path, file: FileRef) -> str:
 
 
 def _weight_files(opened: Checkpoint, base: Path) -> set[str]:
-    extents = opened.extents(casts(True))
-    return {_place(base, file) for extent in extents for file in extent.files}
+    return {_place(base, file) for file in opened.files()}
 
 
 def _listed_files(base: Path, manifest: Manifest, weights: set[str]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from gptoss_convert.containers import Chunk, Image, safetensors
 from gptoss_convert.containers.budget import TEXT
 from gptoss_convert.containers.paths import read_text
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats import sidecar
@@ -114,6 +115,10 @@ class Checkpoint:
             beside = load_table("scales").tensors("scales", sizes)
             result += extents(place, beside, self.scales.chunks, root=self.base)
         return self.adapter.over(result) if self.adapter else result
+
+    def files(self) -> frozenset[FileRef]:
+        """The files that hold its tensors, whatever floats they are; each shape is checked."""
+        return frozenset(file for extent in self.extents(casts(True)) for file in extent.files)
 
     @property
     def updates(self) -> tuple[tuple[Update, ...], str]:

@@ -10,7 +10,7 @@ from queue import Empty, SimpleQueue
 
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import UsageError
-from gptoss_convert.formats.checkpoint import Checkpoint, casts
+from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.hub.bars import PIECE, bar_type
 from gptoss_convert.hub.client import cached, download, resolve
 from gptoss_convert.hub.listing import Listing, require_same_beginning
@@ -91,9 +91,7 @@ def _remember(listing: Listing, folder: Path) -> None:
 def weight_files(source: Checkpoint) -> frozenset[str]:
     """The files of the repository that hold the checkpoint's tensors."""
     outline = source.outline or source.root
-    extents = source.extents(casts(True))
-    files = {file.path for extent in extents for file in extent.files}
-    mine = (file for file in files if file.is_relative_to(outline))
+    mine = (file.path for file in source.files() if file.path.is_relative_to(outline))
     return frozenset(file.relative_to(outline).as_posix() for file in mine)
 
 
