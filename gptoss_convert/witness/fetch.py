@@ -23,7 +23,7 @@ from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import DiskError, IntegrityError
 
 PIECE = 16 << 20
-"""Bytes that one thread reads at a time."""
+"""Bytes that one thread reads at a time. torch rounds page-locked memory up to powers of two."""
 MAX_AHEAD = 2_000_000_000
 """Bytes of a checkpoint that are read before they are needed: a layer of the 20b as BF16."""
 
@@ -40,17 +40,24 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class Loading:
-    """A host tensor of bytes that threads are filling."""
+    """Bytes that threads are reading, in pieces of PIECE bytes, the last one shorter."""
 
-    content: Tensor
-    pending: Sequence[Future[None]]
+    nbytes: int
+    whole: Tensor | None
+    """Where the pieces lie one after another: on the host, if that is what computes."""
+    pieces: Sequence[Future[Tensor]]
+    """The pieces; the result raises IntegrityError or DiskError that names the file."""
 
-    def wait(self) -> Tensor:
-        """The bytes, u8; raises IntegrityError or DiskError that names the file."""
-        wait(self.pending)
-        for piece in self.pending:
-            piece.result()
-        return self.content
+    def on(self, device: torch.device) -> Tensor:
+        """The bytes in one tensor on `device`, u8; raises what reading them raised."""
+        wait(self.pieces)
+        read = [piece.result() for piece in self.pieces]
+        if self.whole is not None:
+            return self.whole
+        content = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        for number, piece in enumerate(read):
+            content[number * PIECE :][: len(piece)].copy_(piece, non_blocking=True)
+        return content
 
 
 class Fetcher:
@@ -73,23 +80,27 @@ class Fetcher:
     def ahead(self, wanted: Sequence[tuple[ByteRange, ...]]) -> None:
         """Start to read what `read` will soon be asked for, unless memory is short."""
         wanted = [ranges for ranges in wanted if ranges not in self._ahead]
-        held = sum(loading.content.numel() for loading in self._ahead.values())
+        held = sum(loading.nbytes for loading in self._ahead.values())
         if held + sum(one.nbytes for ranges in wanted for one in ranges) <= self._max_ahead:
             self._ahead |= {ranges: self._begin(ranges) for ranges in wanted}
 
     def read(self, ranges: tuple[ByteRange, ...]) -> Tensor:
         """The bytes of `ranges` in one tensor on the device, u8."""
-        content = (self._ahead.pop(ranges, None) or self._begin(ranges)).wait()
-        return content.to(self.device, non_blocking=True)
+        return (self._ahead.pop(ranges, None) or self._begin(ranges)).on(self.device)
 
     def _begin(self, ranges: tuple[ByteRange, ...]) -> Loading:
-        content = torch.empty(length(ranges), dtype=torch.uint8, pin_memory=self._pinned)
-        view = content.numpy().data
         for one in ranges:
             if one.file not in self._open:
                 self._open[one.file] = _opened(one.file)
-        pieces = [[(self._open[one.file], one) for one in batch] for batch in _batches(ranges)]
-        return Loading(content, [_threads().submit(_fill, piece, view) for piece in pieces])
+        nbytes = length(ranges)
+        whole = None if self._pinned else torch.empty(nbytes, dtype=torch.uint8)
+        pieces: list[Future[Tensor]] = []
+        for number, piece in enumerate(_pieces(ranges)):
+            start = number * PIECE
+            room = None if whole is None else whole[start : start + PIECE]
+            there = [(self._open[one.file], one) for one in piece]
+            pieces.append(_threads().submit(_read, there, min(PIECE, nbytes - start), room))
+        return Loading(nbytes, whole, pieces)
 
 
 def length(ranges: Sequence[ByteRange]) -> int:
@@ -107,20 +118,25 @@ def _opened(file: FileRef) -> int:
         return os.dup(stream.fileno())
 
 
-def _batches(ranges: Sequence[ByteRange]) -> Iterator[list[ByteRange]]:
-    """Groups of about PIECE bytes: long ranges are cut, short ones are read one after another."""
-    batch: list[ByteRange] = []
-    held = 0
+def _pieces(ranges: Sequence[ByteRange]) -> list[list[ByteRange]]:
+    """What goes into each PIECE bytes, with positions in them; long ranges are cut."""
+    pieces: list[list[ByteRange]] = [[] for _ in range(-(-length(ranges) // PIECE))]
     for one in ranges:
-        for start in range(0, one.nbytes, PIECE):
-            nbytes = min(PIECE, one.nbytes - start)
-            batch.append(ByteRange(one.file, one.offset + start, nbytes, one.position + start))
-            held += nbytes
-            if held >= PIECE:
-                yield batch
-                batch, held = [], 0
-    if batch:
-        yield batch
+        done = 0
+        while done < one.nbytes:
+            number, position = divmod(one.position + done, PIECE)
+            nbytes = min(one.nbytes - done, PIECE - position)
+            pieces[number].append(ByteRange(one.file, one.offset + done, nbytes, position))
+            done += nbytes
+    return pieces
+
+
+def _read(piece: Sequence[tuple[int, ByteRange]], nbytes: int, room: Tensor | None) -> Tensor:
+    """Fill a piece: its room, else page-locked memory, which takes time to get."""
+    if room is None:
+        room = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    _fill(piece, room.numpy().data)
+    return room
 
 
 def _fill(piece: Sequence[tuple[int, ByteRange]], view: memoryview) -> None:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -209,12 +210,18 @@ def query_blocks(
 
 def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin `[S, h]` in float32, times YaRN's concentration 0.1 ln(factor) + 1."""
-    inverse_h = inverse_frequencies(config).to(device)
+    inverse_h = _inverse_on(config, device)
     angles_Sh = torch.arange(length, device=device).float().unsqueeze(1) * inverse_h
     concentration = config.rope_concentration
     if concentration is None:
         concentration = 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_factor > 1 else 1.0
     return angles_Sh.cos() * concentration, angles_Sh.sin() * concentration
+
+
+@lru_cache(8)
+def _inverse_on(config: ModelConfig, device: torch.device) -> Tensor:
+    """The same tensor again: to copy it for each sequence would wait for the device each time."""
+    return inverse_frequencies(config).to(device)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

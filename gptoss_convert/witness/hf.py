@@ -71,8 +71,9 @@ class HfReader(Reader):
         return self._files.read(name, (self.config.vocab, self.config.hidden))
 
     def prepare(self, index: int) -> None:
-        """Start to read layer `index`."""
-        self._files.ahead(f"model.layers.{index}.")
+        """Start to read layer `index`, or the unembedding."""
+        last = index == len(self.config.sliding)
+        self._files.ahead("lm_head." if last else f"model.layers.{index}.")
 
     def _layer(self, index: int) -> LayerWeights:
         """The weights of layer `index`; gate and up are the even and odd rows, or columns."""

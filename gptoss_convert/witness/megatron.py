@@ -80,8 +80,10 @@ class MegatronReader(Reader):
         return self._tensors.read(name, (rows, self.config.hidden))[: self.config.vocab]
 
     def prepare(self, index: int) -> None:
-        """Start to read layer `index`."""
-        if self._stacked:
+        """Start to read layer `index`, or the unembedding."""
+        if index == len(self.config.sliding):
+            self._tensors.ahead("output_layer.")
+        elif self._stacked:
             self._tensors.ahead("decoder.layers.", (index,))
         else:
             self._tensors.ahead(f"decoder.layers.{index}.")

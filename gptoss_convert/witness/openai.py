@@ -37,8 +37,9 @@ class OpenAiReader(Reader):
         return self._files.read("unembedding.weight", (self.config.vocab, self.config.hidden))
 
     def prepare(self, index: int) -> None:
-        """Start to read layer `index`."""
-        self._files.ahead(f"block.{index}.")
+        """Start to read layer `index`, or the unembedding."""
+        last = index == len(self.config.sliding)
+        self._files.ahead("unembedding." if last else f"block.{index}.")
 
     def _layer(self, index: int) -> LayerWeights:
         """The weights of layer `index`: q, k, v lie one after another, gate and up alternate."""

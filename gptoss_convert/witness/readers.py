@@ -64,7 +64,7 @@ class Reader(ABC):
 
     @abstractmethod
     def prepare(self, index: int) -> None:
-        """Start to read layer `index`, which will be asked for soon."""
+        """Start to read layer `index`, or what follows the last one: the unembedding."""
 
     @abstractmethod
     def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ class ChangedReader(Reader):
         self.config = config
 
     def prepare(self, index: int) -> None:
-        """Start to read layer `index`, which will be asked for soon."""
+        """Start to read layer `index`, or the unembedding."""
         self._reader.prepare(index)
 
     def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:

@@ -38,9 +38,8 @@ def walk_both(
     layers = len(source.config.sliding)
     for index in range(layers):
         weights = source.layer(index), target.layer(index)
-        if index + 1 < layers:
-            source.prepare(index + 1)
-            target.prepare(index + 1)
+        source.prepare(index + 1)
+        target.prepare(index + 1)
         if not both:
             # Also where sides were apart: an expert that no position chose leaves no trace.
             _join(ours, theirs)

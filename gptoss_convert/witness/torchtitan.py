@@ -23,8 +23,9 @@ class TorchtitanReader(Reader):
         self._files = StoredTensors(given.root, given.chunks, fetcher, given.rounded)
 
     def prepare(self, index: int) -> None:
-        """Start to read layer `index`."""
-        self._files.ahead(f"layers.{index}.")
+        """Start to read layer `index`, or the unembedding."""
+        last = index == len(self.config.sliding)
+        self._files.ahead("lm_head." if last else f"layers.{index}.")
 
     def _embedding(self) -> Tensor:
         return self._files.read("tok_embeddings.weight", (self.config.vocab, self.config.hidden))
