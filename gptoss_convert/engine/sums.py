@@ -29,6 +29,8 @@ _AT_ONCE = 1 << 18
 """Elements of one call of a kernel: as many places for those in doubt."""
 _SPAN = 256
 """Columns that a kernel sums together."""
+_LINE = 16
+"""Floats in a cache line."""
 _HALF = np.int64(1 << 44)
 """Half of BF16's last place in the bits of a float64, whose fraction is 45 bits longer."""
 _BELOW = np.int64((1 << 45) - 1)
@@ -100,8 +102,12 @@ def _lengths(rows: F32) -> F32:
 
 
 def _padded(q: F32) -> F32:
-    """Rows of whole spans of columns, zeros at their ends."""
-    width = -(-q.shape[1] // _SPAN) * _SPAN
+    """Rows of whole spans of columns, zeros at their ends.
+
+    A cache line more keeps rows from the distance of pages, at which they drive one another out of
+    the cache.
+    """
+    width = -(-q.shape[1] // _SPAN) * _SPAN + _LINE
     padded = np.zeros((len(q), width), np.float32)
     padded[:, : q.shape[1]] = q
     return padded

@@ -627,7 +627,13 @@ KERNEL(void, compare, (const u8 *ours, const u8 *theirs, i64 count, struct chang
 
 /* --- Merging --------------------------------------------------------------------------------- */
 
-enum { SPAN = 256 };               /* columns summed together: all of them in the nearest cache */
+enum {
+    SPAN = 256,    /* columns summed together: their factors fit in the nearest cache */
+    TOGETHER = 16, /* rows summed while these are there: each row's own bytes come in long runs */
+    WIDTH = 16,    /* sums in one vector */
+    BESIDE = 8,    /* vectors that are summed side by side, in registers */
+};
+typedef float lanes __attribute__((vector_size(4 * WIDTH)));
 #define HALF ((u64)1 << 44)        /* half of BF16's last place in the bits of a double */
 #define BELOW (((u64)1 << 45) - 1) /* the bits that BF16 has not */
 
@@ -638,30 +644,31 @@ INLINE float widened(u16 bits) { return ((union single){.bits = (u32)bits << 16}
 INLINE double size_of(double value) { return value < 0 ? -value : value; }
 INLINE u32 even(u32 bits) { return bits + 0x7FFF + (bits >> 16 & 1); }
 
-/* Values of a row, side by side, and back to where they lie. */
+/* SPAN values of a row, side by side, zeros behind its end; and back to where they lie. */
 INLINE void load(const u8 *row, i64 step, i64 count, u16 *into)
 {
-    if (step == NEAR) memcpy(into, row, NEAR * count);
-    else for (i64 j = 0; j < count; j++) into[j] = *(const bf16 *)(row + j * step);
+    if (step == NEAR && count == SPAN) memcpy(into, row, NEAR * SPAN);
+    else for (i64 j = 0; j < SPAN; j++) into[j] = j < count ? *(const bf16 *)(row + j * step) : 0;
 }
 INLINE void store(u8 *row, i64 step, i64 count, const u16 *from)
 {
-    if (step == NEAR) memcpy(row, from, NEAR * count);
+    if (step == NEAR && count == SPAN) memcpy(row, from, NEAR * SPAN);
     else for (i64 j = 0; j < count; j++) *(bf16 *)(row + j * step) = from[j];
 }
 
 /* sums[j]: over k, p[k] times row k of q. */
 INLINE void products(float *restrict sums, const float *p, const float *q, i64 rank, i64 columns)
 {
-    i64 k = 0;
-    for (int j = 0; j < SPAN; j++) sums[j] = 0;
-    for (; k + 4 <= rank; k += 4) {
-        const float *a = q + k * columns, *b = a + columns, *c = b + columns, *d = c + columns;
-        for (int j = 0; j < SPAN; j++)
-            sums[j] += (p[k] * a[j] + p[k + 1] * b[j]) + (p[k + 2] * c[j] + p[k + 3] * d[j]);
+    for (int first = 0; first < SPAN; first += BESIDE * WIDTH) {
+        lanes held[BESIDE] = {0};
+        for (i64 k = 0; k < rank; k++)
+            for (int i = 0; i < BESIDE; i++) {
+                lanes some;
+                memcpy(&some, q + k * columns + first + i * WIDTH, sizeof some);
+                held[i] += p[k] * some;
+            }
+        memcpy(sums + first, held, sizeof held);
     }
-    for (; k < rank; k++)
-        for (int j = 0; j < SPAN; j++) sums[j] += p[k] * q[k * columns + j];
 }
 
 /* Add and round where the error, at most `floor` and margin times length, leaves no doubt; is
@@ -713,24 +720,31 @@ INLINE i64 add_exact(u8 *values, const i64 *steps, i64 rows, i64 columns, const 
        times the sum of all errors, since below a power of two the next middle is half as far. */
     double margin = (rank + 2) * size * 0x1p-22, floor = (rank + 2) * (1 + size) * 0x1p-147;
     if (!(size >= 0x1p-100) | !(size < 0x1p100)) floor = 1e38; /* no factor for floats */
-    for (i64 first = 0; first < columns; first += SPAN) {
-        i64 width = least(SPAN, columns - first);
-        for (i64 row = 0; row < rows; row++) {
-            float sums[SPAN];
-            u16 held[SPAN] = {0};
-            u8 doubt[SPAN], *place = values + row * steps[0] + first * steps[1];
-            if (row_lengths[row] == 0) continue;
-            load(place, steps[1], width, held);
-            products(sums, p + row * rank, q + first, rank, padded);
-            int any = settle(held, sums, scale, margin * row_lengths[row], floor, lengths + first,
-                             doubt);
-            for (i64 j = 0; any && j < width; j++)
-                if (doubt[j] && !settle_one(held + j, p + row * rank, q + first + j, rank, padded,
-                                            scale, (double)row_lengths[row] * lengths[first + j]))
-                    unsure[count++] = row * columns + first + j;
-            store(place, steps[1], width, held);
-        }
-    }
+    for (i64 top = 0; top < rows; top += TOGETHER)
+        for (i64 first = 0; first < columns; first += SPAN)
+            for (i64 row = top; row < least(top + TOGETHER, rows); row++) {
+                i64 width = least(SPAN, columns - first);
+                float sums[SPAN];
+                u16 held[SPAN];
+                u8 doubt[SPAN], *place = values + row * steps[0] + first * steps[1];
+                if (row_lengths[row] == 0) continue;
+                load(place, steps[1], width, held);
+                products(sums, p + row * rank, q + first, rank, padded);
+                int any = settle(held, sums, scale, margin * row_lengths[row], floor,
+                                 lengths + first, doubt);
+                for (i64 start = 0; any && start < width; start += sizeof(u64)) {
+                    u64 some; /* a byte for each doubt: eight at a time, as few have any */
+                    memcpy(&some, doubt + start, sizeof some);
+                    for (; some; some &= some - 1) {
+                        i64 j = start + __builtin_ctzll(some) / 8;
+                        double length = (double)row_lengths[row] * lengths[first + j];
+                        if (!settle_one(held + j, p + row * rank, q + first + j, rank, padded,
+                                        scale, length))
+                            unsure[count++] = row * columns + first + j;
+                    }
+                }
+                store(place, steps[1], width, held);
+            }
     return count;
 }
 KERNEL(i64, add_exact, (u8 *v, const i64 *steps, i64 rows, i64 columns, const float *p,
@@ -746,7 +760,7 @@ INLINE void add_as_peft(u8 *values, const i64 *steps, i64 rows, i64 columns, con
         i64 width = least(SPAN, columns - first);
         for (i64 row = 0; row < rows; row++) {
             float sums[SPAN] = {0};
-            u16 held[SPAN] = {0};
+            u16 held[SPAN];
             u8 *place = values + row * steps[0] + first * steps[1];
             for (i64 k = 0; k < rank; k++) {
                 const float *other = q + k * padded + first;
