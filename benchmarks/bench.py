@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import measure, remove
-from gptoss_convert.machine.files import pieces, write_file
+from gptoss_convert.machine.small_files import pieces, write_file
 from gptoss_convert.synth.synth import plan_synth
 
 FORMATS = {

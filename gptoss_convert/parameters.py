@@ -36,8 +36,9 @@ from gptoss_convert.layouts.extents import Extent, overlap, volume
 from gptoss_convert.layouts.layout import Box
 from gptoss_convert.layouts.model import Family, load_model
 from gptoss_convert.layouts.updates import Update
+from gptoss_convert.machine.arena import Arena
 from gptoss_convert.machine.failures import absent
-from gptoss_convert.machine.files import Arena, SourceFiles
+from gptoss_convert.machine.files import SourceFiles
 
 if TYPE_CHECKING:
     from torch import Tensor

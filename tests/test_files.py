@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptoss_convert.machine.files import PAGE, Arena, TargetFiles
+from gptoss_convert.machine.arena import PAGE, Arena
+from gptoss_convert.machine.files import TargetFiles
 
 
 def flags_of(address: int) -> list[str]:

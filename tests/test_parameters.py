@@ -21,7 +21,8 @@ from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.formats.checkpoint import Choices
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.machine.files import Arena, SourceFiles
+from gptoss_convert.machine.arena import Arena
+from gptoss_convert.machine.files import SourceFiles
 from tests.tiny_files import hf_config, write_hf_bf16, write_hf_mxfp4, write_megatron, write_openai
 from tests.tiny_models import DISTINCT, TinyShape, decode_mxfp4, random_weights
 

@@ -26,7 +26,8 @@ from gptoss_convert.errors import GptossError, InputError, IntegrityError
 from gptoss_convert.formats import quantised
 from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.layouts.extents import Extent
-from gptoss_convert.machine.files import Arena, SourceFiles
+from gptoss_convert.machine.arena import Arena
+from gptoss_convert.machine.files import SourceFiles
 from gptoss_convert.verify.gate import verify_checkpoints
 from gptoss_convert.verify.result import VerifyOptions
 from tests import odd_models

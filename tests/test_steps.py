@@ -31,7 +31,8 @@ from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.layouts.extents import Extent, extents, volume
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import Table, load_table, parse_table
-from gptoss_convert.machine.files import Arena, TargetFiles
+from gptoss_convert.machine.arena import Arena
+from gptoss_convert.machine.files import TargetFiles
 from tests.tiny_models import (
     TinyShape,
     decode_mxfp4,

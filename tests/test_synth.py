@@ -17,7 +17,7 @@ from gptoss_convert.conversion import manifest
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.run import convert
 from gptoss_convert.errors import TargetError, UsageError
-from gptoss_convert.machine.files import Arena
+from gptoss_convert.machine.arena import Arena
 from gptoss_convert.synth.synth import MODELS, plan_synth, special_tokens, synth, virtual_checkpoint
 from gptoss_convert.synth.values import SyntheticBytes, distributions, tensors_of
 from tests.tiny_files import known

@@ -30,7 +30,8 @@ from gptoss_convert.formats import carried, releases, sidecar
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, casts
 from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.layouts.folding import fold
-from gptoss_convert.machine.files import Arena, SourceFiles
+from gptoss_convert.machine.arena import Arena
+from gptoss_convert.machine.files import SourceFiles
 from gptoss_convert.machine.progress import SILENT, Progress
 
 _SMALL = 256 << 20

@@ -18,7 +18,7 @@ from gptoss_convert.errors import EXIT_CODES
 from gptoss_convert.errors.secrets import scrub
 from gptoss_convert.formats import registry
 from gptoss_convert.formats.option import Option
-from gptoss_convert.machine.files import disk_error
+from gptoss_convert.machine.failures import disk_error
 from gptoss_convert.machine.streams import discard_output
 from gptoss_convert.machine.terminal import printable
 from gptoss_convert.show.documents import document

@@ -23,7 +23,8 @@ from gptoss_convert.engine.work import Work
 from gptoss_convert.layouts.extents import Extent, volume
 from gptoss_convert.layouts.model import Family
 from gptoss_convert.machine import resources
-from gptoss_convert.machine.files import PAGE, SourceFiles
+from gptoss_convert.machine.arena import PAGE
+from gptoss_convert.machine.files import SourceFiles
 from gptoss_convert.machine.progress import Progress
 from gptoss_convert.machine.threads import run_all
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.errors import DiskError, IntegrityError
-from gptoss_convert.machine.files import Arena, SourceFiles, TargetFiles
+from gptoss_convert.machine.arena import Arena
+from gptoss_convert.machine.files import SourceFiles, TargetFiles
 
 SAMPLE = 64 << 20
 """Bytes read from SOURCE and written beside TARGET."""

@@ -18,7 +18,8 @@ from gptoss_convert.engine.execute import written_ranges
 from gptoss_convert.engine.records import Done, Region
 from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import DiskError, UsageError
-from gptoss_convert.machine.files import PAGE, Arena, SourceFiles
+from gptoss_convert.machine.arena import PAGE, Arena
+from gptoss_convert.machine.files import SourceFiles
 from gptoss_convert.machine.partition import contiguous
 from gptoss_convert.machine.ranks import Ranks
 

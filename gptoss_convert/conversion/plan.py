@@ -28,7 +28,8 @@ from gptoss_convert.layouts.folding import fold_tensors
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import Table, load_table
 from gptoss_convert.machine import resources
-from gptoss_convert.machine.files import Places, pieces
+from gptoss_convert.machine.files import Places
+from gptoss_convert.machine.small_files import pieces
 from gptoss_convert.quantise.layers import RoundedLayers
 from gptoss_convert.version import VERSION
 

@@ -24,7 +24,6 @@ from gptoss_convert.errors import (
     UsageError,
 )
 from gptoss_convert.formats.repository import Repository
-from gptoss_convert.machine.files import sync_directory
 from gptoss_convert.machine.private import (
     list_folder,
     make_folder,
@@ -34,6 +33,7 @@ from gptoss_convert.machine.private import (
     remove_marked,
     require_own,
 )
+from gptoss_convert.machine.small_files import sync_directory
 
 _USELESS = {InputError.exit_code, IntegrityError.exit_code}
 """Statuses after which the unfinished work is useless; after any other it can be resumed."""

@@ -13,7 +13,8 @@ from gptoss_convert.engine.execute import written_ranges
 from gptoss_convert.engine.records import Done, Region
 from gptoss_convert.engine.steps import Step
 from gptoss_convert.errors import DiskError, IntegrityError
-from gptoss_convert.machine.files import Arena, SourceFiles
+from gptoss_convert.machine.arena import Arena
+from gptoss_convert.machine.files import SourceFiles
 from gptoss_convert.machine.progress import Progress
 from gptoss_convert.machine.ranks import Ranks
 

@@ -44,9 +44,10 @@ from gptoss_convert.errors import UsageError
 from gptoss_convert.errors.secrets import nameable
 from gptoss_convert.hub.stream import ShardStream
 from gptoss_convert.machine import resources
-from gptoss_convert.machine.files import ByteSource, SourceFiles, TargetFiles, pieces, write_file
+from gptoss_convert.machine.files import ByteSource, SourceFiles, TargetFiles
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
+from gptoss_convert.machine.small_files import pieces, write_file
 from gptoss_convert.quantise.report import Calibrated
 
 

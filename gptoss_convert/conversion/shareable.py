@@ -11,7 +11,7 @@ from gptoss_convert.containers.budget import TEXT
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.errors import UsageError
 from gptoss_convert.errors.secrets import holds_secret
-from gptoss_convert.machine.files import pieces
+from gptoss_convert.machine.small_files import pieces
 
 _LOCAL = re.compile(r"(?<![\w./])(?:/(?:home|Users)/[\w.-]+|/root)/[\w.-]+")
 """Where people's own files lie."""

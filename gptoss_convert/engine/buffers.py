@@ -17,7 +17,8 @@ from gptoss_convert.engine.steps import Step
 from gptoss_convert.engine.unpacking import Unpacker, array_type
 from gptoss_convert.layouts.extents import Extent, overlap, volume
 from gptoss_convert.layouts.layout import Box
-from gptoss_convert.machine.files import PAGE, Arena, ByteSource
+from gptoss_convert.machine.arena import PAGE, Arena
+from gptoss_convert.machine.files import ByteSource
 
 Array = npt.NDArray[Any]
 

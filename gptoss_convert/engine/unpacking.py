@@ -16,7 +16,8 @@ from gptoss_convert.containers import DTYPE_BYTES, Chunk
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import CodecError, IntegrityError
 from gptoss_convert.layouts.extents import Extent
-from gptoss_convert.machine.files import PAGE, Arena, ByteSource
+from gptoss_convert.machine.arena import PAGE, Arena
+from gptoss_convert.machine.files import ByteSource
 
 _PIECE = 1 << 19
 """Values decoded at once: what is made of them on the way stays within a few megabytes."""

@@ -16,7 +16,8 @@ from gptoss_convert.formats import sidecar
 from gptoss_convert.hub.bars import bar_type
 from gptoss_convert.hub.client import cached, download
 from gptoss_convert.hub.listing import Listing, require_same_beginning
-from gptoss_convert.machine.files import Arena, Places, SourceFiles
+from gptoss_convert.machine.arena import Arena
+from gptoss_convert.machine.files import Places, SourceFiles
 from gptoss_convert.machine.private import make_marked, remove_marked
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 
-from gptoss_convert.errors import GptossError, InputError, ResourceError, UsageError
+from gptoss_convert.errors import DiskError, GptossError, InputError, ResourceError, UsageError
 
 _NO_ROOM = ("cannot allocate memory", "failed to map segment", "bad_alloc", "can't allocate memory")
 """Of libraries that tell of missing memory by an error of another kind; in small letters."""
+UNSUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
+"""What a file system answers to a request that it does not know, for O_DIRECT say."""
 
 
 def meaning(error: BaseException) -> GptossError | None:
@@ -19,8 +21,6 @@ def meaning(error: BaseException) -> GptossError | None:
     if isinstance(error, OSError):
         if error.errno == errno.EAGAIN:
             return _no_threads()
-        from gptoss_convert.machine.files import disk_error
-
         return disk_error(error.filename or "input or output", error)
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return _no_threads()
@@ -28,6 +28,17 @@ def meaning(error: BaseException) -> GptossError | None:
         text = " ".join(str(error).split()) or "no reason given"
         return InputError(f"a library gave up on what it was given to read: {text:.300}")
     return None
+
+
+def disk_error(where: object, error: OSError) -> DiskError:
+    """What the system refused, and what to do about it."""
+    hint = {
+        errno.ENOSPC: "; free some space and run the same command again",
+        errno.EDQUOT: "; the quota is used up",
+        errno.EFBIG: "; the file system or a limit allows no file of this size",
+        errno.EMFILE: "; allow more open files (ulimit -n 4096), or raise --max-shard-size",
+    }.get(error.errno or 0, "")
+    return DiskError(f"{where}: {error.strerror or error}{hint}")
 
 
 def is_panic(error: BaseException) -> bool:

@@ -6,12 +6,10 @@ descriptor opened with O_DIRECT and only ragged ends through a second, buffered 
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
 import resource
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -21,58 +19,16 @@ from typing import Generic, Protocol, Self, TypeVar
 
 from isal import isal_zlib
 
-from gptoss_convert.containers import Content
 from gptoss_convert.containers.paths import create_inside, open_file, settled
 from gptoss_convert.containers.refs import FileRef, Identity
-from gptoss_convert.containers.walk import folder
 from gptoss_convert.errors import DiskError, InputError, IntegrityError
+from gptoss_convert.machine.arena import PAGE, Arena
+from gptoss_convert.machine.failures import UNSUPPORTED, disk_error
 
-PAGE = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _PIECE = 4 << 20
 _MANY, _AT_ONCE = 64, 32
 """From so many files on, so many are synced side by side."""
-_REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
-
-
-class Arena:
-    """One worker's buffer: page-aligned anonymous memory, handed out anew for every step.
-
-    Private, since huge pages, and with them long requests to the disk, are seldom allowed for
-    shared memory. Not inherited by fork, which would copy pages that a disk is writing to.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        self._allocate(nbytes)
-
-    def _allocate(self, nbytes: int) -> None:
-        self.memory = mmap.mmap(-1, max(nbytes, PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-            with suppress(AttributeError, OSError):
-                self.memory.madvise(getattr(mmap, advice))
-        self._free = 0
-
-    def reset(self, nbytes: int) -> None:
-        """Start over with room for at least `nbytes`."""
-        self._free = 0
-        if nbytes > len(self.memory):
-            self._allocate(nbytes)
-
-    def mark(self) -> int:
-        """Where the memory begins that has not been handed out."""
-        return self._free
-
-    def rewind(self, mark: int) -> None:
-        """Take back all that was handed out since `mark`."""
-        self._free = mark
-
-    def take(self, nbytes: int, phase: int) -> int:
-        """A position with room for `nbytes`, whole pages around it, at `phase` within its page."""
-        position = self._free + phase % PAGE
-        self._free = -(-(position + nbytes) // PAGE) * PAGE
-        if self._free > len(self.memory):
-            raise AssertionError(f"arena of {len(self.memory)} bytes is too small")
-        return position
 
 
 class _File:
@@ -166,7 +122,7 @@ class SourceFiles(_OpenFiles[FileRef]):
                     file.direct, arena, position - lead, whole, offset - lead, lead + nbytes
                 )
             except OSError as error:
-                if error.errno not in _REFUSED:
+                if error.errno not in UNSUPPORTED:
                     raise DiskError(f"{file.path}: {error.strerror} at byte {offset}") from None
                 file.direct = None
             else:
@@ -327,68 +283,10 @@ class TargetFiles(_OpenFiles[str]):
             try:
                 done += os.pwrite(descriptor, view[done:], offset + done)
             except OSError as error:
-                if descriptor == file.direct and error.errno in _REFUSED:
+                if descriptor == file.direct and error.errno in UNSUPPORTED:
                     raise _DirectRefusedError from None
                 raise disk_error(file.path, error) from None
 
 
 class _DirectRefusedError(Exception):
     """The file system opened a file with O_DIRECT but refuses to write so."""
-
-
-def disk_error(where: object, error: OSError) -> DiskError:
-    """What the system refused, and what to do about it."""
-    hint = {
-        errno.ENOSPC: "; free some space and run the same command again",
-        errno.EDQUOT: "; the quota is used up",
-        errno.EFBIG: "; the file system or a limit allows no file of this size",
-        errno.EMFILE: "; allow more open files (ulimit -n 4096), or raise --max-shard-size",
-    }.get(error.errno or 0, "")
-    return DiskError(f"{where}: {error.strerror or error}{hint}")
-
-
-def pieces(content: Content, places: Places) -> Iterator[bytes]:
-    """A small file's content, piece by piece; raises IntegrityError if a copied file changed."""
-    if isinstance(content, bytes):
-        yield content
-        return
-    file, left = content.file, content.size
-    with open_file(moved(file, places)) as stream:
-        while piece := stream.read(_PIECE):
-            left -= len(piece)
-            yield piece
-    if left:
-        raise IntegrityError(f"{file}: {content.size} bytes when the plan was made, now {-left:+}")
-
-
-def write_file(root: Path, name: str, content: Iterable[bytes]) -> int:
-    """Write a small file anew and wait until it is on the disk; returns its CRC-32."""
-    crc = 0
-    try:
-        descriptor = create_inside(root, name, os.O_WRONLY)
-        try:
-            os.ftruncate(descriptor, 0)
-            for piece in content:
-                crc = isal_zlib.crc32(piece, crc)
-                left = memoryview(piece)
-                while left:
-                    left = left[os.write(descriptor, left) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise disk_error(root / name, error) from None
-    return crc
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until the directory's entries are on the disk."""
-    with folder(path) as place:
-        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _REFUSED:
-            raise disk_error(path, error) from None
-    finally:
-        os.close(descriptor)

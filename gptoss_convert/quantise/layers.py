@@ -21,8 +21,9 @@ from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import UsageError
 from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.tables import Tensor, load_table
-from gptoss_convert.machine.files import disk_error, sync_directory
+from gptoss_convert.machine.failures import disk_error
 from gptoss_convert.machine.private import make_marked, own_folder
+from gptoss_convert.machine.small_files import sync_directory
 
 Buffer: TypeAlias = bytes | memoryview
 STATE = "calibration.json"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptoss_convert.machine.files import disk_error
+from gptoss_convert.machine.failures import disk_error
 
 
 class Streams:

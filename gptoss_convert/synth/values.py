@@ -25,7 +25,7 @@ from gptoss_convert.formats import hf
 from gptoss_convert.formats.config import Config
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import Tensor
-from gptoss_convert.machine.files import Arena
+from gptoss_convert.machine.arena import Arena
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
