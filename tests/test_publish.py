@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from gptoss_convert.conversion import publish
-from gptoss_convert.conversion.publish import check_absent, check_input, check_target, workspace
+from gptoss_convert.conversion.target import check_absent, check_input, check_target
+from gptoss_convert.conversion.workspace import workspace
 from gptoss_convert.errors import DiskError, GptossError, InputError, TargetError, UsageError
 from gptoss_convert.machine.private import make_marked
 
@@ -92,7 +93,7 @@ def test_what_was_made_appears_at_once_and_nothing_else_stays(tmp_path: Path):
         space.open()
         (space.work / "file").write_text("new")
         assert "out" not in names(tmp_path)
-        space.publish(space.replaces())
+        publish.publish(space, space.replaces())
     assert names(tmp_path) == {"out"}
     assert (tmp_path / "out" / "file").read_text() == "new"
 
@@ -104,7 +105,7 @@ def test_what_is_replaced_stays_until_the_new_one_is_there(tmp_path: Path):
         space.open()
         (space.work / "file").write_text("new")
         assert (tmp_path / "out" / "file").read_text() == "old"
-        space.publish(space.replaces())
+        publish.publish(space, space.replaces())
     assert names(tmp_path) == {"out"}
     assert (tmp_path / "out" / "file").read_text() == "new"
 
@@ -141,7 +142,7 @@ def test_a_second_writer_is_refused_and_harms_nothing(tmp_path: Path):
             raise AssertionError("two writers at once")
         assert first.work.is_dir()
         (first.work / "file").write_text("first")
-        first.publish(first.replaces())
+        publish.publish(first, first.replaces())
     assert names(tmp_path) == {"out"}
 
 
@@ -167,7 +168,7 @@ def going_on(folder: Path, restart: bool = False) -> None:
     with workspace(folder / "out", restart=restart, names=NAMES) as space:
         space.open()
         (space.work / "file").write_text("whole")
-        space.publish(space.replaces())
+        publish.publish(space, space.replaces())
 
 
 def foreign_file(work: Path) -> None:
@@ -210,7 +211,7 @@ def test_what_comes_into_the_hidden_directory_under_way_is_not_published(tmp_pat
         space.open()
         (space.work / "file").write_text("whole")
         foreign_file(space.work)
-        space.publish(space.replaces())
+        publish.publish(space, space.replaces())
     assert (tmp_path / ".out.gptoss-convert" / "modeling_gpt_oss.py").exists()
     assert not (tmp_path / "out").exists()
 
@@ -300,7 +301,7 @@ def test_what_could_not_be_removed_of_a_replaced_target_is_said_and_not_taken_ov
         with workspace(tmp_path / "out", restart=False, names=NAMES) as space:
             space.open()
             (space.work / "file").write_text("new")
-            left = space.publish(space.replaces())
+            left = publish.publish(space, space.replaces())
     assert left is not None
     assert (left / "old").read_text() == "old"
     assert names(tmp_path / "out") == {"file"}
@@ -327,7 +328,7 @@ def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path) -> 
                 pytest.raises(TargetError, match=problem),
                 workspace(tmp_path / "out", restart=False, names=NAMES) as space,
             ):
-                space.require_replaceable()
+                publish.require_replaceable(space)
             assert (tmp_path / place / "precious").exists()
         finally:
             unmount()
@@ -345,15 +346,15 @@ def test_a_lower_layer_is_refused_unless_target_is_empty(tmp_path: Path) -> None
             pytest.raises(TargetError, match="lies in a lower layer of an overlay"),
             workspace(tmp_path / "m" / "out", restart=False, names=NAMES) as space,
         ):
-            space.require_replaceable()
+            publish.require_replaceable(space)
         (tmp_path / "m" / "upper").mkdir()
         (tmp_path / "m" / "upper" / "old").write_text("old")
         for name in ("empty", "upper", "new"):
             with workspace(tmp_path / "m" / name, restart=False, names=NAMES) as space:
-                space.require_replaceable()
+                publish.require_replaceable(space)
                 space.open()
                 (space.work / "file").write_text("new")
-                assert space.publish(space.replaces()) is None
+                assert publish.publish(space, space.replaces()) is None
             assert names(tmp_path / "m" / name) == {"file"}
         assert names(tmp_path / "m") == {"out", "empty", "upper", "new"}
     finally:
@@ -370,7 +371,7 @@ def test_a_target_that_becomes_a_link_under_way_stays_one(tmp_path: Path) -> Non
         space.open()
         (space.work / "file").write_text("new")
         (tmp_path / "out").symlink_to("elsewhere")
-        space.publish(space.replaces())
+        publish.publish(space, space.replaces())
     assert (tmp_path / "out").is_symlink()
     assert names(tmp_path / "elsewhere") == set()
     assert names(tmp_path / ".out.gptoss-convert") == {"file"}

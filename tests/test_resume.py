@@ -25,7 +25,8 @@ from gptoss_convert.containers.json_records import from_json
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.plan import Conversion, plan
 from gptoss_convert.conversion.resume import _plausible
-from gptoss_convert.conversion.run import _gaps, run
+from gptoss_convert.conversion.run import run
+from gptoss_convert.conversion.work_files import _gaps
 from gptoss_convert.engine.records import Done
 from gptoss_convert.errors import DiskError, IntegrityError, TargetError, UsageError
 from gptoss_convert.synth.synth import synth

@@ -17,8 +17,9 @@ import pytest
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.partition import require_same_plan
 from gptoss_convert.conversion.plan import Conversion, plan
-from gptoss_convert.conversion.publish import journal_path, locked_journal, workspace
 from gptoss_convert.conversion.run import run
+from gptoss_convert.conversion.target import journal_path, locked_journal
+from gptoss_convert.conversion.workspace import workspace
 from gptoss_convert.engine import execute
 from gptoss_convert.errors import TargetError, UsageError
 from gptoss_convert.machine.ranks import Ranks

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from gptoss_convert.conversion.options import Options
-from gptoss_convert.conversion.publish import rounded_path
+from gptoss_convert.conversion.target import rounded_path
 from gptoss_convert.engine.changes import Changes
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint

@@ -12,8 +12,8 @@ from typing import Any
 
 from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.conversion.plan import Conversion
-from gptoss_convert.conversion.publish import journal_path, locked_journal, work_path
 from gptoss_convert.conversion.resume import same_bytes
+from gptoss_convert.conversion.target import journal_path, locked_journal, work_path
 from gptoss_convert.engine.execute import written_ranges
 from gptoss_convert.engine.records import Done, Region
 from gptoss_convert.engine.steps import Plan

@@ -14,7 +14,7 @@ from gptoss_convert.containers.refs import Copied, FileRef
 from gptoss_convert.conversion import lossy
 from gptoss_convert.conversion.acceptable import require_acceptable
 from gptoss_convert.conversion.options import Options
-from gptoss_convert.conversion.publish import check_input, check_target
+from gptoss_convert.conversion.target import check_input, check_target
 from gptoss_convert.engine.changes import Changes, merges_of
 from gptoss_convert.engine.steps import Plan, make_plan
 from gptoss_convert.errors import UsageError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.plan import Conversion
-from gptoss_convert.conversion.publish import work_path
+from gptoss_convert.conversion.target import work_path
 from gptoss_convert.engine.execute import written_ranges
 from gptoss_convert.engine.records import Done, Region
 from gptoss_convert.engine.steps import Step

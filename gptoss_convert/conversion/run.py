@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
-import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.conversion import lossy, manifest
+from gptoss_convert.conversion import lossy, work_files
 from gptoss_convert.conversion.journal import Journal, Publishing, recorded
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.outcome import (
@@ -28,26 +26,24 @@ from gptoss_convert.conversion.partition import (
     spread,
 )
 from gptoss_convert.conversion.plan import Conversion, plan
-from gptoss_convert.conversion.publish import (
-    Workspace,
+from gptoss_convert.conversion.publish import finish, is_published, publish, require_replaceable
+from gptoss_convert.conversion.resume import intact
+from gptoss_convert.conversion.target import (
     check_absent,
     journal_path,
     locked_journal,
     shards_path,
     work_path,
-    workspace,
 )
-from gptoss_convert.conversion.resume import intact
-from gptoss_convert.engine.execute import execute, written_ranges
+from gptoss_convert.conversion.workspace import workspace
+from gptoss_convert.engine.execute import execute
 from gptoss_convert.engine.records import Done, Effect
 from gptoss_convert.errors import UsageError
-from gptoss_convert.errors.secrets import nameable
 from gptoss_convert.hub.stream import ShardStream
 from gptoss_convert.machine import resources
 from gptoss_convert.machine.files import ByteSource, SourceFiles, TargetFiles
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
-from gptoss_convert.machine.small_files import pieces, write_file
 from gptoss_convert.quantise.report import Calibrated
 
 
@@ -155,20 +151,20 @@ def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done], Calibrated
     with workspace(conversion.target, conversion.options.restart, conversion.names) as space:
         journal = Journal(space.journal, str(conversion.target), conversion.header)
         _take_over(journal, conversion.target, space.other_ranks())
-        if journal.published is not None and _is_published(space, journal.published):
+        if journal.published is not None and is_published(space, journal.published):
             ranks.broadcast(None)
-            _state_left(job, space.finish(journal.published.replaces))
+            _state_left(job, finish(space, journal.published.replaces))
             return journal.done, journal.done, None
         if not conversion.options.overwrite:
             check_absent(conversion.target)
         replaced = journal.published.replaces if journal.published else None
         journal.working_in(space.open(replaced))
-        space.require_replaceable()
-        needed = conversion.write_bytes - _held(space.work)
+        require_replaceable(space)
+        needed = conversion.write_bytes - work_files.held_bytes(space.work)
         resources.check_disk(conversion.target.parent.resolve(), needed)
         calibrated = _calibrate(job)
         with job.target_files as files:
-            _create(conversion, files)
+            work_files.create(conversion, files)
             ranks.broadcast(conversion.header)
             require_shared(conversion.target, ranks)
             # Until all are here, some may still read this journal for steps of an interrupted run.
@@ -180,10 +176,10 @@ def _lead(job: _Job) -> tuple[Mapping[int, Done], Mapping[int, Done], Calibrated
         done = {number: journal.done[number] for number in range(len(conversion.plan.steps))}
         refuse_zeros(conversion, done)
         state_losses(conversion, outcomes_of(conversion, done.values()), job.progress)
-        manifest_crc = _close(conversion, space.work, done)
+        manifest_crc = work_files.complete(conversion, space.work, done)
         publishing = Publishing(manifest_crc, space.open(replaced), space.replaces() or replaced)
         journal.publishing(publishing)
-        _state_left(job, space.publish(publishing.replaces))
+        _state_left(job, publish(space, publishing.replaces))
     return done, before, calibrated
 
 
@@ -228,68 +224,6 @@ def _take_over(journal: Journal, target: Path, ranks: Iterable[int]) -> None:
             journal.take_over(descriptor)
 
 
-def _create(conversion: Conversion, files: TargetFiles) -> None:
-    """Every file in its final size, with the bytes that no step writes, before any step."""
-    there = any(map(os.path.lexists, (files.root / f.name for f in conversion.image.files)))
-    gaps = _gaps(conversion) if there else {}
-    for file in conversion.image.files:
-        files.create(file.name, file.size)
-        for offset, content in file.fixed:
-            files.write_bytes(file.name, offset, content)
-        for offset, length in gaps.get(file.name, ()):
-            files.write_zeros(file.name, offset, length)
-    files.sync()
-
-
-def _gaps(conversion: Conversion) -> Mapping[str, list[tuple[int, int]]]:
-    """By file, (offset, length) of what nobody writes: zeros, whatever an interrupted run left."""
-    written: dict[str, list[tuple[int, int]]] = {
-        file.name: [(at, len(content)) for at, content in file.fixed]
-        for file in conversion.image.files
-    }
-    for step in conversion.plan.steps:
-        for name, offset, length in written_ranges(step):
-            written[name].append((offset, length))
-    gaps: dict[str, list[tuple[int, int]]] = {}
-    for file in conversion.image.files:
-        end = 0
-        for offset, length in (*sorted(written[file.name]), (file.size, 0)):
-            if offset > end:
-                gaps.setdefault(file.name, []).append((end, offset - end))
-            end = max(end, offset + length)
-    return gaps
-
-
-def _open(conversion: Conversion, files: TargetFiles, numbers: Iterable[int]) -> None:
-    """The files that these steps write, which rank 0 has created."""
-    steps = (conversion.plan.steps[number] for number in numbers)
-    names = {extent.file.name for step in steps for extent in step.targets}
-    for file in conversion.image.files:
-        if file.name in names:
-            files.create(file.name, file.size)
-
-
-def _close(conversion: Conversion, work: Path, done: Mapping[int, Done]) -> int:
-    """Write the small files, the manifest among them; returns the manifest's CRC-32."""
-    header = {
-        k: v for k, v in conversion.header.items() if k in {"tool", "plan", "from", "to", "adapter"}
-    }
-    small = {
-        name: write_file(work, name, pieces(content, conversion.places))
-        for name, content in conversion.image.closing
-    }
-    content = manifest.manifest(nameable(header), conversion.image, conversion.plan, done, small)
-    return write_file(work, manifest.NAME, [content])
-
-
-def _is_published(space: Workspace, publishing: Publishing) -> bool:
-    """Whether an interrupted run had renamed its work to TARGET already."""
-    path = space.target / manifest.NAME
-    if not path.is_file() or space.target.stat().st_ino != publishing.inode:
-        return False
-    return zlib.crc32(path.read_bytes()) == publishing.manifest
-
-
 def _execute(
     job: _Job, files: TargetFiles, journal: Journal, known: Mapping[int, Done]
 ) -> dict[int, Done]:
@@ -300,7 +234,7 @@ def _execute(
     shares = shares_of(plan, left, ranks.size)
     mine = shares[ranks.rank]
     if ranks.rank:
-        _open(conversion, files, mine)
+        work_files.open_for(conversion, files, mine)
     total = sum(plan.steps[number].moved_bytes() for number in mine)
     with (
         _reading(conversion, job.source) as sources,
@@ -345,8 +279,3 @@ def _reading(
     if source is None:
         return SourceFiles(conversion.places)
     return source if isinstance(source, ShardStream) else nullcontext(source)
-
-
-def _held(work: Path) -> int:
-    """Bytes of disk that an interrupted run's files already hold."""
-    return sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file())

@@ -17,8 +17,8 @@ from typing import Any
 from gptoss_convert.containers import Chunk
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.plan import ENCODINGS, SHARDS, Conversion, plan_opened
-from gptoss_convert.conversion.publish import check_target
 from gptoss_convert.conversion.run import Report, run
+from gptoss_convert.conversion.target import check_target
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats import hf
