@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from gptoss_convert.witness import forward
+from gptoss_convert.witness import forward, rotary
 from gptoss_convert.witness.model import ModelConfig
 
 LENGTH = 512
@@ -118,7 +118,7 @@ def logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits [B, S, V], in bfloat16 where autocast says so, and how unevenly experts are chosen."""
     x = p["model.embed_tokens.weight"][tokens_BS]
-    tables = forward.rotary_tables(config, tokens_BS.shape[1], tokens_BS.device)
+    tables = rotary.rotary_tables(config, tokens_BS.shape[1], tokens_BS.device)
     uneven = x.new_zeros(())
     for n in range(len(config.sliding)):
         start = f"model.layers.{n}."

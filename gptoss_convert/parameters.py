@@ -12,9 +12,8 @@ from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from operator import index as as_number
 from pathlib import Path
-from types import EllipsisType, ModuleType, TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -33,6 +32,7 @@ from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, cast
 from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.hub.adapters import with_adapter
 from gptoss_convert.layouts.extents import Extent, overlap, volume
+from gptoss_convert.layouts.indexing import Index, resolved
 from gptoss_convert.layouts.layout import Box
 from gptoss_convert.layouts.model import Family, load_model
 from gptoss_convert.layouts.updates import Update
@@ -42,8 +42,6 @@ from gptoss_convert.machine.files import SourceFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
 
 def open(
@@ -203,7 +201,7 @@ class Parameter:
 
     def __getitem__(self, index: Index) -> Tensor:
         torch = _torch()
-        box, picked = _resolve(self, index)
+        box, picked = resolved(self.name, self.axes, self.shape, index)
         tensor = torch.from_numpy(self._read(box))[picked]
         return tensor.view(torch.bfloat16) if self.dtype == "BF16" else tensor
 
@@ -272,43 +270,6 @@ def _held(
         for param in family.members[1:]:
             if param in held and family.weight not in changed:
                 yield Family(param, model.params[param], dtype=model.dtype(param)), held[param]
-
-
-def _resolve(parameter: Parameter, index: Index) -> tuple[Box, tuple[int | slice, ...]]:
-    """The box that an index needs, and the index that picks its elements out of that box.
-
-    Raises IndexError for what is out of range, TypeError for what is no index.
-    """
-    given = list(index) if isinstance(index, tuple) else [index]
-    if given.count(...) > 1 or len(given) - given.count(...) > len(parameter.axes):
-        axes = ", ".join(parameter.axes)
-        raise IndexError(f"{parameter.name}: {len(given)} indexes for the axes {axes}")
-    place = given.index(...) if ... in given else len(given)
-    missing = len(parameter.axes) - len(given) + given.count(...)
-    given[place : place + 1] = [slice(None)] * missing
-    box: list[tuple[int, int]] = []
-    picked: list[int | slice] = []
-    for axis, length, item in zip(parameter.axes, parameter.shape, given, strict=True):
-        span, pick = _span(f"{parameter.name}: {axis}", length, item)
-        box.append(span)
-        picked.append(pick)
-    return tuple(box), tuple(picked)
-
-
-def _span(where: str, length: int, item: object) -> tuple[tuple[int, int], int | slice]:
-    if isinstance(item, slice):
-        start, stop, step = item.indices(length)
-        if step < 1:
-            raise IndexError(f"{where}: slices go forwards, found step {step}")
-        return (start, max(start, stop)), slice(None, None, step)
-    try:
-        number = as_number(item)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        raise TypeError(f"{where}: {item!r:.40} is neither a number nor a slice") from None
-    if not -length <= number < length:
-        raise IndexError(f"{where} {number} does not exist, there are {length}")
-    number %= length
-    return (number, number + 1), 0
 
 
 def _times(shape: Sequence[int]) -> str:

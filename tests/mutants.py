@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from gptoss_convert.witness import forward
+from gptoss_convert.witness import forward, rotary
 from gptoss_convert.witness.fp4 import Packed
 from gptoss_convert.witness.model import LayerWeights, ModelConfig
 from gptoss_convert.witness.readers import ChangedReader, Reader
@@ -139,7 +139,7 @@ def swiglu_like(low: float, high: float, offset: float) -> Callable[..., Tensor]
 
 
 def no_concentration(config: ModelConfig, length: int, device: torch.device):
-    angles = torch.arange(length).float().unsqueeze(1) * forward.inverse_frequencies(config)
+    angles = torch.arange(length).float().unsqueeze(1) * rotary.inverse_frequencies(config)
     return angles.cos(), angles.sin()
 
 

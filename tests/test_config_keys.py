@@ -20,7 +20,7 @@ from transformers.utils import logging
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats.config.keys import KEYS, ROPE, Use
-from gptoss_convert.witness import forward
+from gptoss_convert.witness import rotary
 from gptoss_convert.witness.configs import Section
 from gptoss_convert.witness.hf_config import hf_config as witness_config
 from tests.tiny_files import hf_config
@@ -212,9 +212,9 @@ def test_the_forward_pass_turns_positions_as_transformers_does(content: dict[str
         return
     _, frequencies, factor = numbers_of(source)
     found = witness_config(Section(content, "config.json"))
-    ours = forward.inverse_frequencies(found)
+    ours = rotary.inverse_frequencies(found)
     torch.testing.assert_close(ours, torch.tensor(frequencies), rtol=1e-5, atol=1e-9)
-    cos, _ = forward.rotary_tables(found, 1, torch.device("cpu"))
+    cos, _ = rotary.rotary_tables(found, 1, torch.device("cpu"))
     assert math.isclose(float(cos[0, 0]), factor, rel_tol=1e-6)
 
 

@@ -16,6 +16,7 @@ from gptoss_convert.witness import forward
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.fp4 import Packed
 from gptoss_convert.witness.model import LayerWeights, ModelConfig
+from gptoss_convert.witness.rows import rows_by_expert
 from gptoss_convert.witness.walk import Prompts, after_attention, with_operands
 
 
@@ -83,7 +84,7 @@ class Passage:
         self._tuned_TD = forward.rms_norm(tuned_TD, weights.mlp_norm, config.norm_eps)
         self._rounded_TD = forward.rms_norm(rounded_TD, weights.mlp_norm, config.norm_eps)
         self._routing = forward.router(rounded_TD, weights, config)
-        self._places = forward.rows_by_expert(self._routing.chosen, config.experts)
+        self._places = rows_by_expert(self._routing.chosen, config.experts)
         self._per_token = config.experts_per_token
 
     def met(self, expert: int) -> Met | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptoss_convert.witness.adapter_files import Asked, Pair, Source, adapter_files
+from gptoss_convert.witness.adapter_files import FILE, AdapterFiles, Asked, Pair
+from gptoss_convert.witness.bridge_files import BridgeFiles
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.fp4 import Packed
 from gptoss_convert.witness.model import ExpertMatrices, LayerWeights
@@ -37,7 +38,8 @@ class AdaptedReader(ChangedReader):
         self, base: Reader, root: Path, asked: Asked, fetcher: Fetcher, as_peft: bool = False
     ) -> None:
         super().__init__(base, base.config)
-        self._adapter: Source = adapter_files(root, base.config, asked, fetcher)
+        kind = AdapterFiles if (root / FILE).exists() else BridgeFiles
+        self._adapter = kind(root, base.config, asked, fetcher)
         self._as_peft = as_peft
 
     def _embedding(self) -> Tensor:

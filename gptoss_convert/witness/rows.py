@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,3 +40,10 @@ class Rows:
         ends = self.ends.tolist()
         for start, end in zip([0, *ends], ends, strict=False):
             yield slice(start, end)
+
+
+def rows_by_expert(chosen_TA: Tensor, experts: int) -> Sequence[Tensor]:
+    """For each expert the ascending indices into `chosen_TA`, flattened, where it stands."""
+    found = chosen_TA.flatten()
+    counts = found.bincount(minlength=experts).tolist()
+    return found.sort(stable=True).indices.split(counts)

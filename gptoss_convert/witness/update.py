@@ -17,6 +17,7 @@ from gptoss_convert.witness import forward, metrics
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.model import LayerWeights, ModelConfig
 from gptoss_convert.witness.readers import Reader
+from gptoss_convert.witness.rows import rows_by_expert
 from gptoss_convert.witness.tokens import TokenSequence
 from gptoss_convert.witness.walk import Prompts, after_attention, with_operands
 
@@ -99,7 +100,7 @@ def _by_expert(
     """Tokens, kept and error of each expert, on the tuned model's inputs and routing."""
     routing = forward.router(x_TD, sides[0], config)
     normed_TD = forward.rms_norm(x_TD, sides[0].mlp_norm, config.norm_eps)
-    rows = forward.rows_by_expert(routing.chosen, config.experts)
+    rows = rows_by_expert(routing.chosen, config.experts)
     kept: list[float | None] = []
     error: list[float | None] = []
     for e, places in enumerate(rows):

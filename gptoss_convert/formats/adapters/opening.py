@@ -14,15 +14,8 @@ from gptoss_convert.formats.adapters import bridge
 from gptoss_convert.formats.adapters.adapter import Adapter
 from gptoss_convert.formats.adapters.dialects import recognise
 from gptoss_convert.formats.adapters.options import LAYOUTS, ORIENTATIONS, AdapterOptions
-from gptoss_convert.formats.adapters.resolve import (
-    Found,
-    Resolved,
-    Strength,
-    replaced,
-    rows,
-    updates,
-    whole_names,
-)
+from gptoss_convert.formats.adapters.placed import Strength, replaced, rows, updates
+from gptoss_convert.formats.adapters.resolve import Found, Resolved, whole_names
 from gptoss_convert.formats.adapters.settings import Settings, read_settings
 from gptoss_convert.formats.adapters.stored import Stored, read_stored
 from gptoss_convert.layouts.extents import Extent, overlap
