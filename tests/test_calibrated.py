@@ -10,20 +10,9 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.codecs import mxfp4
-from gptoss_convert.quantise import calibrated
-from gptoss_convert.quantise.calibrated import (
-    BLOCK,
-    DAMPING,
-    FADE,
-    Moments,
-    Rounded,
-    draw,
-    exact_form,
-    nearest,
-    packed,
-    round_matrices,
-    unpacked,
-)
+from gptoss_convert.quantise import matrices
+from gptoss_convert.quantise.calibrated import DAMPING, FADE, Moments, draw, nearest, round_matrices
+from gptoss_convert.quantise.matrices import BLOCK, Rounded, exact_form, packed, unpacked
 
 EXPERTS, COLUMNS, ROWS, TOKENS = 3, 96, 20, 400
 POINTS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -197,7 +186,7 @@ def test_experts_without_usable_moments_are_rounded_each_value_for_itself(spoile
     for e in (0, 2):
         assert torch.equal(made.codes[e], whole.codes[e])
     grid = made.values(torch.float32)[1]
-    step = calibrated.scale_values(made.scales[1], torch.float32).repeat_interleave(BLOCK, 0) * 2
+    step = matrices.scale_values(made.scales[1], torch.float32).repeat_interleave(BLOCK, 0) * 2
     assert ((grid - weights[1]).abs() <= step).all()
     # Each value for itself: a change of one column changes no other.
     other = weights.clone()

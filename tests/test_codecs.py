@@ -24,7 +24,8 @@ from gptoss_convert.engine.work import Work
 from gptoss_convert.errors import InputError
 from gptoss_convert.layouts.extents import Extent, extents, volume
 from gptoss_convert.layouts.model import Model, parse_model, read_hub, read_toml
-from gptoss_convert.layouts.tables import Table, parse_table
+from gptoss_convert.layouts.table_files import parse_table
+from gptoss_convert.layouts.tables import Table
 from gptoss_convert.machine.arena import Arena
 from gptoss_convert.machine.files import TargetFiles
 

@@ -14,7 +14,8 @@ from gptoss_convert.containers import DTYPE_BYTES, Chunk
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.layouts.extents import Extent, disjoint, extents, overlap, volume
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import Tensor, load_table
+from gptoss_convert.layouts.table_files import load_table
+from gptoss_convert.layouts.tables import Tensor
 
 SIZES = load_model().sizes(
     {

@@ -19,7 +19,8 @@ from gptoss_convert.formats.checkpoint import Checkpoint, Choices, Format, best_
 from gptoss_convert.formats.options import ImageOptions
 from gptoss_convert.formats.registry import FORMATS, formats_in, open_checkpoint
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import Table, load_table, parse_table
+from gptoss_convert.layouts.table_files import load_table, parse_table
+from gptoss_convert.layouts.tables import Table
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4
 from tests.tiny_models import DISTINCT, random_weights
 

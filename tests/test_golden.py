@@ -21,7 +21,7 @@ from gptoss_convert.engine.steps import make_plan
 from gptoss_convert.formats.shards import specs_of
 from gptoss_convert.layouts.extents import extents
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import load_table
+from gptoss_convert.layouts.table_files import load_table
 from tests.tiny_files import known
 
 SIZES = {"20b": (24, 32), "120b": (36, 128)}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from gptoss_convert.containers import TensorSpec, safetensors
+from gptoss_convert.containers import TensorSpec, safetensors, safetensors_writer
 from gptoss_convert.containers.paths import open_inside, safe_name
 from gptoss_convert.errors import GptossError, InputError, IntegrityError
 
@@ -261,7 +261,7 @@ SPECS = [TensorSpec(n, NAMES[t.dtype], tuple(t.shape)) for n, t in TENSORS.items
 
 def written(text: str) -> bytes:
     """The file that a planned header makes of TENSORS."""
-    image, chunks = safetensors.file_image(FILE, text)
+    image, chunks = safetensors_writer.file_image(FILE, text)
     content = bytearray(image.size)
     for offset, part in image.fixed:
         content[offset : offset + len(part)] = part
@@ -276,12 +276,14 @@ def test_the_reference_order_makes_the_reference_librarys_file(
     tmp_path: Path, metadata: dict[str, str]
 ):
     save_file(TENSORS, tmp_path / FILE, metadata=metadata or None)
-    text = safetensors.header_text(safetensors.reference_order(SPECS), metadata, 8)
+    text = safetensors_writer.header_text(safetensors_writer.reference_order(SPECS), metadata, 8)
     assert written(text) == (tmp_path / FILE).read_bytes()
 
 
 def test_a_padded_file_is_read_by_the_reference_library(tmp_path: Path):
-    text = safetensors.header_text(safetensors.aligned_order(SPECS), {"format": "pt"}, 4096)
+    text = safetensors_writer.header_text(
+        safetensors_writer.aligned_order(SPECS), {"format": "pt"}, 4096
+    )
     (tmp_path / FILE).write_bytes(written(text))
     with safe_open(tmp_path / FILE, "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -296,7 +298,7 @@ def test_whole_pages_come_first_so_that_they_start_on_pages():
         TensorSpec("large", "U8", (2, 4096)),
         TensorSpec("other", "BF16", (4096,)),
     ]
-    assert [s.name for s in safetensors.aligned_order(specs)] == ["large", "other", "small"]
+    assert [s.name for s in safetensors_writer.aligned_order(specs)] == ["large", "other", "small"]
 
 
 def write_shards(root: Path, shards: dict[str, list[str]]) -> None:

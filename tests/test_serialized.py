@@ -39,7 +39,7 @@ from gptoss_convert.formats import shards
 from gptoss_convert.formats.config import from_hf
 from gptoss_convert.formats.megatron.state import common_state
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import load_table
+from gptoss_convert.layouts.table_files import load_table
 from tests.test_golden import published_config
 from tests.torch_dist_files import DTYPES, load_common
 

@@ -30,7 +30,8 @@ from gptoss_convert.engine.steps import Plan, make_plan
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.layouts.extents import Extent, extents, volume
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import Table, load_table, parse_table
+from gptoss_convert.layouts.table_files import load_table, parse_table
+from gptoss_convert.layouts.tables import Table
 from gptoss_convert.machine.arena import Arena
 from gptoss_convert.machine.files import TargetFiles
 from tests.tiny_models import (

@@ -11,7 +11,7 @@ import pytest
 
 from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.layouts.model import load_model, parse_model, read_hub
-from gptoss_convert.layouts.tables import load_table, parse_table
+from gptoss_convert.layouts.table_files import load_table, parse_table
 
 FORMATS = ("hf", "openai", "megatron", "scales")
 NUMBERS = {

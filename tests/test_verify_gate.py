@@ -20,7 +20,7 @@ import torch
 from gptoss_convert import convert, verify_checkpoints
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.errors import InputError, ResourceError, UsageError
-from gptoss_convert.layouts import tables
+from gptoss_convert.layouts import table_files
 from gptoss_convert.show.documents import document
 from gptoss_convert.synth.synth import synth
 from gptoss_convert.verify import logits_level as forward_levels
@@ -137,7 +137,7 @@ WRONG_RULES = {
 @pytest.fixture
 def wrong_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
     """Sets one layout of Megatron's table, for the program alone."""
-    original = tables.read_toml
+    original = table_files.read_toml
 
     def set_layout(tensor: str, layout: str) -> None:
         def edited(name: str) -> dict[str, object]:
@@ -148,11 +148,11 @@ def wrong_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str]
                 rule.pop("chunk", None)
             return content
 
-        monkeypatch.setattr(tables, "read_toml", edited)
-        tables.load_table.cache_clear()
+        monkeypatch.setattr(table_files, "read_toml", edited)
+        table_files.load_table.cache_clear()
 
     yield set_layout
-    tables.load_table.cache_clear()
+    table_files.load_table.cache_clear()
 
 
 def find_rule(content: dict[str, object], tensor: str) -> dict[str, object]:

@@ -25,17 +25,13 @@ from gptoss_convert.cli.options import (
     side_of,
     side_options,
 )
-from gptoss_convert.cli.served import (
-    require_one_form,
-    served_option,
-    served_options,
-    verify_server,
-)
+from gptoss_convert.cli.served import require_one_form, served_option, served_options, verify_server
 from gptoss_convert.compare.options import DiffOptions
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.formats.checkpoint import Choices
 from gptoss_convert.machine import progress
 from gptoss_convert.show import report
+from gptoss_convert.show.diff_page import diff_page
 from gptoss_convert.show.documents import document
 from gptoss_convert.show.texts import write_text
 from gptoss_convert.verify.result import VerifyOptions
@@ -204,5 +200,5 @@ def diff(
     choices = (side_of(Choices, "a", options), side_of(Choices, "b", options))
     found = diff(a, b, choices, progress=progress.for_terminal(quiet), **options)
     summary = found.summary()
-    show("diff", summary, report.diff(summary), as_json=as_json, quiet=quiet)
+    show("diff", summary, diff_page(summary), as_json=as_json, quiet=quiet)
     context.exit(0 if found.same else 1)

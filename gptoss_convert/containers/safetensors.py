@@ -1,4 +1,4 @@
-"""The safetensors container: headers are read and checked, shards are planned.
+"""The safetensors container: headers and indexes are read and checked.
 
 Why the header is read and written here and not by the reference library:
 docs/decisions/0002-own-safetensors-headers.md.
@@ -7,16 +7,14 @@ Format: https://github.com/huggingface/safetensors#format.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.containers import DTYPE_BYTES, Chunk, FileImage, Image, TensorSpec
+from gptoss_convert.containers import DTYPE_BYTES, Chunk
 from gptoss_convert.containers.budget import HEADER
 from gptoss_convert.containers.paths import POINTER, open_inside, read_text, safe_name
 from gptoss_convert.containers.refs import Identity
@@ -31,8 +29,6 @@ SHARDING = "DCP_SHARDING_INFO"
 MAX_HEADER = HEADER.nbytes
 MAX_TENSORS = 200_000
 MAX_NAME = 512
-PAGE = 4096
-_DTYPE_ORDER = ("F32", "BF16", "F16", "U8")
 _OTHER_DTYPES = frozenset(
     ("BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "F64", "F8_E5M2")
 )
@@ -289,52 +285,3 @@ def _check_index(root: Path, index: Mapping[str, str], home: Mapping[str, str]) 
     for tensor, name in home.items():
         if tensor not in index:
             raise IntegrityError(f"{root / INDEX}: {tensor} of {name} is not in the index")
-
-
-def reference_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """The order in which the reference library's `save_file` lays tensors out."""
-    return sorted(specs, key=lambda spec: (_DTYPE_ORDER.index(spec.dtype), spec.name))
-
-
-def aligned_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """Whole pages first, so that every large tensor starts on a page; otherwise as given."""
-    return sorted(specs, key=lambda spec: spec.nbytes % PAGE != 0)
-
-
-def header_text(specs: Sequence[TensorSpec], metadata: Mapping[str, str], align: int) -> str:
-    """The header for tensors laid out in this order, padded so that data starts at a multiple."""
-    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for spec in specs:
-        content[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
-    return text + " " * (-(8 + len(text.encode())) % align)
-
-
-def file_image(name: str, text: str) -> tuple[FileImage, tuple[Chunk, ...]]:
-    """The image of one file from its header text, and its chunks."""
-    raw = text.encode()
-    header = parse_header(name, name, raw, None)
-    fixed = ((0, struct.pack("<Q", len(raw)) + raw),)
-    size = header.data_start + sum(chunk.nbytes for chunk in header.chunks)
-    return FileImage(name, size, fixed), header.chunks
-
-
-def image(headers: Mapping[str, str], index: tuple[str, bytes] | None, folder: str = "") -> Image:
-    """A directory of shards from their header texts; the index, if any, is written last."""
-    images = [file_image(folder + name, text) for name, text in headers.items()]
-    return Image(
-        tuple(file for file, _ in images),
-        tuple(chunk for _, chunks in images for chunk in chunks),
-        (index,) if index else (),
-    )
-
-
-def total_bytes(specs: Iterable[TensorSpec]) -> int:
-    """Bytes of all tensors, what an index calls total_size."""
-    return sum(math.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in specs)

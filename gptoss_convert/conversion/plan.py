@@ -26,7 +26,8 @@ from gptoss_convert.hub.sources import locate, opening
 from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.folding import fold_tensors
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import Table, load_table
+from gptoss_convert.layouts.table_files import load_table
+from gptoss_convert.layouts.tables import Table
 from gptoss_convert.machine import resources
 from gptoss_convert.machine.files import Places
 from gptoss_convert.machine.small_files import pieces

@@ -22,7 +22,8 @@ from gptoss_convert.formats.repository import Repository
 from gptoss_convert.formats.sidecar import Origin
 from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import Table, load_table
+from gptoss_convert.layouts.table_files import load_table
+from gptoss_convert.layouts.tables import Table
 from gptoss_convert.layouts.updates import Update
 
 CONFIG = "config.json"

@@ -14,7 +14,7 @@ from gptoss_convert.errors import GptossError
 from gptoss_convert.formats.checkpoint import Checkpoint, Choices, read_only
 from gptoss_convert.formats.names import kind_of, read_names
 from gptoss_convert.formats.trained import Form, Place, open_trained, trainer_tables
-from gptoss_convert.layouts.tables import load_table
+from gptoss_convert.layouts.table_files import load_table
 
 _MEGATRON = re.compile(r"(model\.)?(module\.)*(decoder|embedding|output_layer)\.")
 """How names of Megatron's model begin, whatever it is saved as."""

@@ -12,7 +12,7 @@ from gptoss_convert.containers.sharded_safetensors import is_sharded, read_shard
 from gptoss_convert.formats.checkpoint import Checkpoint, Choices, read_only
 from gptoss_convert.formats.names import left_out, read_names
 from gptoss_convert.formats.trained import Form, Place, open_trained, trainer_tables
-from gptoss_convert.layouts.tables import load_table
+from gptoss_convert.layouts.table_files import load_table
 
 FORM = Form(
     "a PyTorch distributed checkpoint in safetensors, files of each rank",

@@ -43,7 +43,7 @@ from gptoss_convert.formats.trained import (
     wrong_rows,
 )
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import load_table
+from gptoss_convert.layouts.table_files import load_table
 
 _WRITERS = {
     "mis-saved": "transformers 5.21 to 5.23",

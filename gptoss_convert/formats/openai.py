@@ -16,7 +16,7 @@ from gptoss_convert.formats.checkpoint import CONFIG, Checkpoint, Choices, Forma
 from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.options import ImageOptions
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import load_table
+from gptoss_convert.layouts.table_files import load_table
 
 _FOLDER = "original"
 _HF = f"hf/{CONFIG}"

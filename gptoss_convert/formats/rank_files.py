@@ -17,7 +17,7 @@ from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.formats.checkpoint import Checkpoint, Choices, read_only
 from gptoss_convert.formats.torch_files import open_files
 from gptoss_convert.formats.trained import Form, Place
-from gptoss_convert.layouts.tables import load_table
+from gptoss_convert.layouts.table_files import load_table
 
 _RANKS = (
     re.compile(r"model_world_size_(?P<world>\d{1,6})_rank_(?P<rank>\d{1,6})\.pt"),

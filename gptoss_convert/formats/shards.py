@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gptoss_convert.containers import Image, TensorSpec, safetensors
+from gptoss_convert.containers import Image, TensorSpec, safetensors, safetensors_writer
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import GptossError, UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
@@ -17,7 +17,7 @@ from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import Table, Tensor
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_PADDING = {"by size": safetensors.PAGE, "published": 8}
+_PADDING = {"by size": safetensors_writer.PAGE, "published": 8}
 
 Headers = dict[str, str]
 """Header text by file name, in the order of the files."""
@@ -63,14 +63,16 @@ def image(
     if headers is None:
         headers = by_size(style, tensors, options.max_shard_size)
     index = index_json(headers, style.end, origin)
-    return safetensors.image(headers, (safetensors.INDEX, index) if index else None)
+    return safetensors_writer.image(headers, (safetensors.INDEX, index) if index else None)
 
 
 def _as_published(style: Style, variant: str, config: Config) -> Headers:
     if variant != "mxfp4":
         raise UsageError("--shards published: OpenAI published MXFP4 only; add --dtype mxfp4")
     return {
-        name: safetensors.header_text(safetensors.reference_order(shard), {}, _PADDING["published"])
+        name: safetensors_writer.header_text(
+            safetensors_writer.reference_order(shard), {}, _PADDING["published"]
+        )
         for name, shard in style.published(config).items()
     }
 
@@ -82,8 +84,8 @@ def by_size(style: Style, tensors: Iterable[Tensor], limit: int) -> Headers:
     metadata = {"format": "pt"}
     names = style.names(len(shards))
     return {
-        name: safetensors.header_text(
-            safetensors.aligned_order(shard), metadata, _PADDING["by size"]
+        name: safetensors_writer.header_text(
+            safetensors_writer.aligned_order(shard), metadata, _PADDING["by size"]
         )
         for name, shard in zip(names, shards, strict=True)
     }
@@ -97,7 +99,7 @@ def restored(format: str, tensors: Iterable[Tensor], origin: Origin | None) -> H
     found: list[tuple[str, str, tuple[int, ...]]] = []
     try:
         for name, text in origin.headers.items():
-            _, chunks = safetensors.file_image(name, text)
+            _, chunks = safetensors_writer.file_image(name, text)
             found += [(chunk.tensor, chunk.dtype, chunk.shape) for chunk in chunks]
     except GptossError:
         return None

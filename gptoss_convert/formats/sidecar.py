@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.containers import Chunk, Image, TensorSpec, safetensors
+from gptoss_convert.containers import Chunk, Image, TensorSpec, safetensors, safetensors_writer
 from gptoss_convert.containers.budget import RECORD
 from gptoss_convert.containers.paths import read_text, safe_name
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import IntegrityError
-from gptoss_convert.layouts.tables import load_table
+from gptoss_convert.layouts.table_files import load_table
 
 FOLDER = "mxfp4-scales"
 SCALES = "scales.safetensors"
@@ -89,7 +89,7 @@ def image(sizes: Mapping[str, int], origin: Origin | None) -> Image:
         TensorSpec(tensor.name, tensor.dtype, tensor.shape)
         for tensor in load_table("scales").tensors("scales", sizes)
     ]
-    text = safetensors.header_text(specs, {"format": "pt"}, safetensors.PAGE)
+    text = safetensors_writer.header_text(specs, {"format": "pt"}, safetensors_writer.PAGE)
     closing = ((f"{FOLDER}/{ORIGIN}", origin.to_json()),) if origin else ()
-    scales = safetensors.image({SCALES: text}, None, f"{FOLDER}/")
+    scales = safetensors_writer.image({SCALES: text}, None, f"{FOLDER}/")
     return Image(scales.files, scales.chunks, closing)

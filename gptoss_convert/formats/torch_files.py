@@ -18,7 +18,7 @@ from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.formats.checkpoint import Checkpoint, Choices, Format, read_only
 from gptoss_convert.formats.names import kind_of, read_names
 from gptoss_convert.formats.trained import Form, Place, open_trained, trainer_tables
-from gptoss_convert.layouts.tables import load_table
+from gptoss_convert.layouts.table_files import load_table
 
 _INDEX = "pytorch_model.bin.index.json"
 _SINGLE = (

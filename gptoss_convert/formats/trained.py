@@ -17,18 +17,13 @@ from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.formats import unsupported
 from gptoss_convert.formats.carried import carried_files
-from gptoss_convert.formats.checkpoint import (
-    CONFIG,
-    Checkpoint,
-    Choices,
-    Format,
-    misfits,
-)
+from gptoss_convert.formats.checkpoint import CONFIG, Checkpoint, Choices, Format, misfits
 from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.heads import configure, require_rows
 from gptoss_convert.formats.names import Names, why_zero
 from gptoss_convert.layouts.model import load_model, tables_in
-from gptoss_convert.layouts.tables import Table, load_table
+from gptoss_convert.layouts.table_files import load_table
+from gptoss_convert.layouts.tables import Table
 
 _MOST_ZERO = 1 << 20
 """Bytes of a tensor that is looked at for zeros: one number an expert takes less."""

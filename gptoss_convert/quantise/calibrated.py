@@ -18,15 +18,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptoss_convert.quantise.matrices import (
+    BLOCK,
+    MAX_BYTE,
+    Rounded,
+    codes_of,
+    floor_bytes,
+    nearest_points,
+    scale_values,
+    step_at,
+)
 from gptoss_convert.quantise.report import FEW_TOKENS
-from gptoss_convert.witness.fp4 import Packed
 
-BLOCK = 32
 DAMPING = 0.3
 """Added to the moments' diagonal, as a share of its mean, times 1 + columns / tokens."""
 FADE = 4.0
 """The dither of a column is gone where the mean square of the errors fed into it is 1/4 step²."""
-MAX_BYTE, BIAS = 252, 127
 _AT_ONCE = 64
 """Columns between two products with all errors so far."""
 
@@ -49,19 +56,6 @@ class Moments:
         return finite & (self.tokens >= FEW_TOKENS) & (_diagonal(self.inputs).sum(1) > 0)
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """Matrices in MXFP4: `codes` u8 [E, K, N], sign in bit 3, and `scales` u8 [E, B, N]."""
-
-    codes: Tensor
-    scales: Tensor
-
-    def values(self, dtype: torch.dtype) -> Tensor:
-        """What they decode to, [E, K, N]."""
-        scale = scale_values(self.scales, dtype).repeat_interleave(BLOCK, 1)
-        return _grid(self.codes.device, dtype)[self.codes.int()] * scale
-
-
 def round_matrices(
     weights_EKN: Tensor, moments: Moments, hints_EBN: Tensor | None, seeds_E: Tensor
 ) -> Rounded:
@@ -78,51 +72,12 @@ def round_matrices(
     return Rounded(_fed_back(wanted, damped, bytes_EBN, seeds_E), bytes_EBN)
 
 
-def exact_form(weights_EKN: Tensor, hints_EBN: Tensor | None) -> tuple[Rounded, Tensor]:
-    """Codes and scales as the codec would choose them, and which experts they hold exactly, [E].
-
-    The codec takes a hint if all values of the block are exact under it, else the OCP rule's scale.
-    """
-    parts = [
-        _exact_form(matrix, None if hints_EBN is None else hints_EBN[e])
-        for e, matrix in enumerate(weights_EKN)
-    ]
-    codes, scales, exact = zip(*parts, strict=True)
-    return Rounded(torch.stack(codes), torch.stack(scales)), torch.stack(exact)
-
-
-def _exact_form(weights_KN: Tensor, hints_BN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    blocks_BCN = weights_KN.unflatten(0, (-1, BLOCK))
-    largest_BN = blocks_BCN.abs().amax(1)
-    bytes_BN = floor_bytes(largest_BN)
-    if hints_BN is not None:
-        highest = torch.where(largest_BN == 0, MAX_BYTE, 254)
-        hinted = (hints_BN <= highest) & _is_exact(blocks_BCN, hints_BN)
-        bytes_BN = torch.where(hinted, hints_BN.int(), bytes_BN)
-    ratios = blocks_BCN / scale_values(bytes_BN, blocks_BCN.dtype).unsqueeze(1)
-    points = _nearest_points(ratios)
-    codes_KN = _codes(points).flatten(0, 1)
-    return codes_KN, bytes_BN.to(torch.uint8), (points == ratios).all()
-
-
-def _is_exact(blocks_BCN: Tensor, bytes_BN: Tensor) -> Tensor:
-    """Which blocks a scale holds exactly, [B, N]."""
-    ratios = blocks_BCN / scale_values(bytes_BN, blocks_BCN.dtype).unsqueeze(1)
-    return (_nearest_points(ratios) == ratios).all(1)
-
-
 def nearest(weights_EKN: Tensor, hints_EBN: Tensor | None) -> Tensor:
     """The values next to these, at the scales of `choose_scales`."""
     flat_EK = torch.ones_like(weights_EKN[..., 0])
     scale = scale_values(choose_scales(weights_EKN, flat_EK, hints_EBN), weights_EKN.dtype)
     scale = scale.repeat_interleave(BLOCK, 1)
-    return _nearest_points(weights_EKN / scale) * scale
-
-
-def _nearest_points(ratios: Tensor) -> Tensor:
-    magnitude = ratios.abs().clamp(max=6)
-    step = _step(magnitude)
-    return ((magnitude / step).round() * step).copysign(ratios)
+    return nearest_points(weights_EKN / scale) * scale
 
 
 def _diagonal(matrices: Tensor) -> Tensor:
@@ -184,23 +139,10 @@ def _expected_error(magnitudes_BCN: Tensor, bytes_BN: Tensor) -> Tensor:
     scale_B1N = scale_values(bytes_BN, magnitudes_BCN.dtype).unsqueeze(1)
     ratio = magnitudes_BCN / scale_B1N
     inside = ratio.clamp(max=6)
-    step = _step(inside)
+    step = step_at(inside)
     share = (inside / step).frac()
     error = step.square() * share * (1 - share) + (ratio - inside).square()
     return error * scale_B1N.square()
-
-
-def floor_bytes(largest: Tensor) -> Tensor:
-    """OCP MX 1.0's scale bytes for the largest magnitudes of blocks: ⌊log2⌋ - 2, int32."""
-    exponent = torch.frexp(largest).exponent.int() - 3 + BIAS
-    return torch.where(largest == 0, 0, exponent).clamp(0, MAX_BYTE)
-
-
-def _step(magnitudes: Tensor) -> Tensor:
-    """From each magnitude's grid point at or below to the next, in units of the scale."""
-    return torch.where(magnitudes < 2, 0.5, torch.where(magnitudes < 4, 1.0, 2.0)).to(
-        magnitudes.dtype
-    )
 
 
 def _fed_back(
@@ -232,7 +174,7 @@ def _fed_back(
             errors_EKN[:, start + j] = error
             later = shares_EKK[:, start + j, start + j + 1 : stop]
             fed[:, j + 1 :] += later.unsqueeze(-1) * error.unsqueeze(1)
-        codes_EKN.scatter_(1, order.unsqueeze(-1).expand(-1, -1, rows), _codes(rounded))
+        codes_EKN.scatter_(1, order.unsqueeze(-1).expand(-1, -1, rows), codes_of(rounded))
     return codes_EKN
 
 
@@ -260,18 +202,11 @@ def _round_column(ratios_EN: Tensor, fed_EN: Tensor, noise_EN: Tensor) -> Tensor
     """
     ratios = ratios_EN + fed_EN
     magnitude = ratios.abs().clamp_(max=6)
-    step = _step(magnitude)
+    step = step_at(magnitude)
     scatter_E1 = (fed_EN / step).square().mean(1, keepdim=True)
     dither_E1 = (1 - FADE * scatter_E1).clamp_(min=0).sqrt_()
     up = torch.floor((magnitude / step).add_(0.5).add_(dither_E1 * noise_EN))
     return (up * step).copysign_(ratios)
-
-
-def _codes(values: Tensor) -> Tensor:
-    """E2M1 codes of grid points, the sign in bit 3."""
-    size = values.abs()
-    code = torch.where(size < 2, size * 2, torch.where(size < 4, size + 2, size / 2 + 4))
-    return code.to(torch.uint8) | (values.signbit().to(torch.uint8) << 3)
 
 
 def draw(seeds_E: Tensor, columns_EC: Tensor, rows: int) -> Tensor:
@@ -293,28 +228,3 @@ def _mixed(bits: Tensor) -> Tensor:
     bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & _MASK
     bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & _MASK
     return bits ^ (bits >> 16)
-
-
-def scale_values(scale_bytes: Tensor, dtype: torch.dtype) -> Tensor:
-    """2^(byte - 127) of bytes 0..252, exact: powers from a table, as no device's exp2 need be."""
-    powers = [2.0 ** (byte - BIAS) for byte in range(256)]
-    table = torch.tensor(powers, dtype=torch.float64, device=scale_bytes.device).to(dtype)
-    return table[scale_bytes.int()]
-
-
-def _grid(device: torch.device, dtype: torch.dtype) -> Tensor:
-    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    return torch.tensor([*magnitudes, *(-m for m in magnitudes)], dtype=dtype, device=device)
-
-
-def packed(rounded: Rounded) -> Packed:
-    """The matrices as MXFP4 is stored: blocks [E, N, B, 16], low nibble first; scales [E, N, B]."""
-    pairs = rounded.codes.transpose(1, 2).unflatten(-1, (-1, BLOCK // 2, 2))
-    blocks = (pairs[..., 0] | (pairs[..., 1] << 4)).contiguous()
-    return Packed(blocks, rounded.scales.transpose(1, 2).contiguous())
-
-
-def unpacked(stored: Packed) -> Rounded:
-    """The opposite of `packed`."""
-    codes = torch.stack((stored.blocks & 15, stored.blocks >> 4), -1).flatten(-3)
-    return Rounded(codes.transpose(1, 2).contiguous(), stored.scales.transpose(1, 2).contiguous())

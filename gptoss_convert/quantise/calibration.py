@@ -18,13 +18,8 @@ import torch
 from torch import Tensor
 
 from gptoss_convert.errors import IntegrityError
-from gptoss_convert.quantise.calibrated import (
-    Moments,
-    Rounded,
-    exact_form,
-    nearest,
-    round_matrices,
-)
+from gptoss_convert.quantise.calibrated import Moments, nearest, round_matrices
+from gptoss_convert.quantise.matrices import Rounded, exact_form
 from gptoss_convert.quantise.passages import Met, Walk
 from gptoss_convert.quantise.report import MatrixReport
 from gptoss_convert.witness import forward

@@ -14,13 +14,14 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from gptoss_convert.containers import TensorSpec, safetensors
+from gptoss_convert.containers import TensorSpec, safetensors, safetensors_writer
 from gptoss_convert.containers.budget import RECORD
 from gptoss_convert.containers.paths import create_inside, open_inside, read_text
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import UsageError
 from gptoss_convert.layouts.extents import Extent, extents
-from gptoss_convert.layouts.tables import Tensor, load_table
+from gptoss_convert.layouts.table_files import load_table
+from gptoss_convert.layouts.tables import Tensor
 from gptoss_convert.machine.failures import disk_error
 from gptoss_convert.machine.private import make_marked, own_folder
 from gptoss_convert.machine.small_files import sync_directory
@@ -42,7 +43,9 @@ class RoundedLayers:
         chunks = [
             chunk
             for layer in range(self.sizes["layer"])
-            for chunk in safetensors.file_image(_name(layer), self._header(tensors, layer))[1]
+            for chunk in safetensors_writer.file_image(_name(layer), self._header(tensors, layer))[
+                1
+            ]
         ]
         return extents(str(self.root), tensors, chunks, root=self.root)
 
@@ -79,7 +82,7 @@ class RoundedLayers:
         """Store a layer's tensors, by name without the layer's prefix, and a note on it; each is
         asked for when it is written."""
         tensors = list(load_table("rounded").tensors("rounded", self.sizes))
-        image, chunks = safetensors.file_image(_name(layer), self._header(tensors, layer))
+        image, chunks = safetensors_writer.file_image(_name(layer), self._header(tensors, layer))
 
         def parts() -> Iterator[Buffer]:
             yield from (fixed for _, fixed in image.fixed)
@@ -111,7 +114,7 @@ class RoundedLayers:
             for one in tensors
             if one.bound["layer"] == layer
         ]
-        return safetensors.header_text(specs, {}, safetensors.PAGE)
+        return safetensors_writer.header_text(specs, {}, safetensors_writer.PAGE)
 
     def _write_whole(self, name: str, parts: Iterable[Buffer]) -> None:
         """Write a file under another name, sync it, then give it its own."""

@@ -20,9 +20,9 @@ from gptoss_convert.machine.progress import Progress
 from gptoss_convert.machine.ranks import ALONE
 from gptoss_convert.parameters import Parameters
 from gptoss_convert.parameters import open as open_parameters
-from gptoss_convert.quantise.calibrated import packed, unpacked
 from gptoss_convert.quantise.calibration import Former, RoundedLayer, round_layer
 from gptoss_convert.quantise.layers import RoundedLayers
+from gptoss_convert.quantise.matrices import packed, unpacked
 from gptoss_convert.quantise.passages import Batch, Walk, with_packed
 from gptoss_convert.quantise.report import Calibrated, MatrixReport
 from gptoss_convert.verify.logits_level import memory_advice

@@ -18,6 +18,7 @@ from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.folding import fold
 from gptoss_convert.layouts.layout import shape_of
 from gptoss_convert.layouts.model import load_model
+from gptoss_convert.layouts.table_files import load_table
 from gptoss_convert.layouts.updates import RANK, Factor, Update
 
 _FLOATS = frozenset(("F32", "F16", "BF16"))
@@ -111,9 +112,7 @@ def replaced(
     root: Path, resolved: Resolved, tensors: Tensors, sizes: Mapping[str, int]
 ) -> Iterator[Extent]:
     """The parameters that the file holds whole, as extents of its own files."""
-    by_name = {
-        tensor.name: tensor for tensor in checkpoints.load_table("hf").tensors("bf16", sizes)
-    }
+    by_name = {tensor.name: tensor for tensor in load_table("hf").tensors("bf16", sizes)}
     if len(set(resolved.whole.values())) < len(resolved.whole):
         raise InputError(f"{root}: a tensor is stored twice: {fold(resolved.whole)}")
     for name, plain in resolved.whole.items():

@@ -20,9 +20,9 @@ from gptoss_convert.formats.adapters.tables import (
     holes_of,
     template,
 )
-from gptoss_convert.layouts import tables as checkpoints
 from gptoss_convert.layouts.layout import shape_of
 from gptoss_convert.layouts.model import Model, load_model
+from gptoss_convert.layouts.table_files import load_table
 from gptoss_convert.layouts.updates import RANK, Kind
 
 Tensors = Mapping[str, tuple[Chunk, ...]]
@@ -106,7 +106,7 @@ def resolve(
 
 def whole_names(sizes: Mapping[str, int]) -> frozenset[str]:
     """The tensors of Hugging Face's BF16 layout."""
-    return frozenset(t.name for t in checkpoints.load_table("hf").tensors("bf16", sizes))
+    return frozenset(t.name for t in load_table("hf").tensors("bf16", sizes))
 
 
 def _fit(
@@ -169,7 +169,7 @@ def _complete(
 def _module(held: Held, table: AdapterTable, target: Target) -> str:
     """What PEFT calls it: the module's name, or the parameter's."""
     if target.kind == "parameter":
-        rules = checkpoints.load_table("hf").variant("bf16")
+        rules = load_table("hf").variant("bf16")
         name = next(rule.name for rule in rules if target.params[0] in rule.params)
         return name.format_map(held.bound)
     return table.plain(held.name)[0].partition(".lora_")[0].partition(".token_adapter")[0]

@@ -27,7 +27,7 @@ from gptoss_convert.formats.megatron.launch import LAUNCH, launch_page, launch_w
 from gptoss_convert.formats.megatron.opening import open_megatron
 from gptoss_convert.formats.options import ImageOptions
 from gptoss_convert.layouts.model import load_model
-from gptoss_convert.layouts.tables import load_table
+from gptoss_convert.layouts.table_files import load_table
 
 _MARKERS = frozenset((TRACKER, ".metadata", "metadata.json"))
 _FILES = 8
