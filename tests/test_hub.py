@@ -20,9 +20,11 @@ from gptoss_convert import Options, convert, inspect, plan, verify_checkpoints
 from gptoss_convert.cli.main import cli
 from gptoss_convert.compare.diff import diff
 from gptoss_convert.conversion.run import run
-from gptoss_convert.errors import InputError, IntegrityError, NetworkError, UsageError
+from gptoss_convert.errors import InputError, IntegrityError, NetworkError, RankError, UsageError
+from gptoss_convert.formats.checkpoint import Choices
 from gptoss_convert.formats.repository import Repository
 from gptoss_convert.hub.push import destination, push
+from gptoss_convert.hub.sources import opening
 from gptoss_convert.verify.result import VerifyOptions
 from tests.hub_server import Fault, Hub, serving
 from tests.stopping import At, HaltError, halt
@@ -447,3 +449,12 @@ def test_an_adapter_of_a_repository_is_inspected_and_refused_by_name(
     with pytest.raises(NetworkError, match="lab/pickle: not in the cache"):
         convert(published, tmp_path / "out", Options(to="hf", format="hf", adapter="lab/pickle"))
     convert(published, tmp_path / "out", Options(to="hf", format="hf", adapter="lab/lora"))
+
+
+def test_what_fails_while_a_repository_is_open_names_it_and_keeps_its_status(hub: Hub):
+    with (
+        pytest.raises(RankError) as failed,
+        opening(Repository(NAME), Choices(format="hf")) as opened,
+    ):
+        raise RankError(f"rank 1: {opened.root}: gone", 5)
+    assert (str(failed.value), failed.value.exit_code) == (f"rank 1: {NAME}: gone", 5)

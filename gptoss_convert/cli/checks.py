@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,13 @@ from gptoss_convert.cli.options import (
     side_of,
     side_options,
 )
-from gptoss_convert.cli.served import require_one_form, served_option, served_options, verify_server
+from gptoss_convert.cli.served import (
+    fields_of,
+    require_one_form,
+    require_one_process,
+    served_option,
+    served_options,
+)
 from gptoss_convert.compare.options import DiffOptions
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.formats.checkpoint import Choices
@@ -34,7 +39,7 @@ from gptoss_convert.show import report
 from gptoss_convert.show.diff_page import diff_page
 from gptoss_convert.show.documents import document
 from gptoss_convert.show.texts import write_text
-from gptoss_convert.verify.result import VerifyOptions
+from gptoss_convert.verify.result import ServedOptions, VerifyOptions
 
 
 @click.command(epilog=EPILOG)
@@ -124,6 +129,7 @@ def verify(
     from gptoss_convert.machine.ranks import join
     from gptoss_convert.show import report_page
     from gptoss_convert.verify.gate import verify_checkpoints
+    from gptoss_convert.verify.served import verify_served
 
     require_one_form(context)
     with join() as ranks:
@@ -134,13 +140,13 @@ def verify(
             report_page.prepare(folder)
         told = progress.for_rank(quiet, ranks.rank, ranks.log)
         if served is not None:
-            done = verify_server(source, served, options, told, ranks.size)
+            require_one_process(ranks.size)
+            chosen = fields_of(ServedOptions, options, "source")
+            done = verify_served(source, served, ServedOptions(**chosen), told)
         else:
-            sides = {side: side_of(Choices, side, options) for side in ("source", "target")}
-            named = [one.name for one in fields(VerifyOptions) if one.name in options]
-            chosen = {name: options[name] for name in named}
-            choices = VerifyOptions(**sides, **chosen, statistics=folder is not None)
-            done = verify_checkpoints(source, str(target), choices, told, ranks)
+            chosen = fields_of(VerifyOptions, options, "source", "target")
+            chosen["statistics"] = folder is not None
+            done = verify_checkpoints(source, str(target), VerifyOptions(**chosen), told, ranks)
         if ranks.rank == 0:
             _write(done.summary(), json_to, folder, junit)
     if ranks.rank == 0:

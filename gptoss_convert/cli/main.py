@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,9 +204,10 @@ def _launch_page(checkpoint: Checkpoint) -> str:
 def _show_adapter(root: Path, base: str | None, as_json: bool) -> None:
     """Tell what an adapter is, for its base or for whichever released model fits."""
     from gptoss_convert.check.adapter_inspection import inspect_adapter
-    from gptoss_convert.hub.sources import open_source
+    from gptoss_convert.hub.sources import locate, opening
 
-    summary = inspect_adapter(root, open_source(base, Choices()) if base else None).summary()
+    with opening(locate(base), Choices()) if base else nullcontext() as opened:
+        summary = inspect_adapter(root, opened).summary()
     show("adapter", summary, report.adapter(summary), as_json=as_json)
 
 

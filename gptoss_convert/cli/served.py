@@ -1,8 +1,7 @@
-"""The form `verify SOURCE --served URL`: which options go with it, and which with TARGET."""
+"""The two forms of `verify`, with TARGET and with --served: which options go with each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -12,8 +11,7 @@ from click.core import ParameterSource
 from gptoss_convert.cli.options import options_of, side_of
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Choices
-from gptoss_convert.machine.progress import Progress
-from gptoss_convert.verify.result import ServedOptions, Verification, VerifyOptions
+from gptoss_convert.verify.result import ServedOptions, VerifyOptions
 
 served_option = click.option(
     "--served", metavar="URL", help="Compare SOURCE with what a running server answers."
@@ -38,15 +36,13 @@ def require_one_form(context: click.Context) -> None:
             raise click.UsageError(f"{parameter.opts[0]} {how}.", context)
 
 
-def verify_server(
-    source: str, url: str, options: dict[str, Any], progress: Progress, ranks: int
-) -> Verification:
-    """Run the verification that these options of the command ask for."""
-    from gptoss_convert.verify.served import verify_served
-
+def require_one_process(ranks: int) -> None:
+    """Raise UsageError where several ask a server."""
     if ranks > 1:
         raise UsageError("--served: one process asks a server; start it without torchrun")
-    names = {one.name for one in fields(ServedOptions)} & options.keys()
-    chosen: Mapping[str, Any] = {name: options[name] for name in names}
-    choices = ServedOptions(source=side_of(Choices, "source", options), **chosen)
-    return verify_served(source, url, choices, progress)
+
+
+def fields_of(kind: type, options: dict[str, Any], *sides: str) -> dict[str, Any]:
+    """The fields of VerifyOptions or ServedOptions that these options of the command give."""
+    chosen = {side: side_of(Choices, side, options) for side in sides}
+    return chosen | {one.name: options[one.name] for one in fields(kind) if one.name in options}

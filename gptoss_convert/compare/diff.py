@@ -29,7 +29,8 @@ from gptoss_convert.compare.pairs import Side, judge_steps
 from gptoss_convert.engine.steps import Plan, Step, make_plan
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices
 from gptoss_convert.formats.config import Config
-from gptoss_convert.hub.sources import open_source
+from gptoss_convert.hub.fetch import with_weights
+from gptoss_convert.hub.sources import locate, opening
 from gptoss_convert.layouts.extents import Extent, overlap
 from gptoss_convert.layouts.layout import Box
 from gptoss_convert.layouts.model import load_model
@@ -135,7 +136,15 @@ def diff(
 
     Raises what opening them raises; a difference is no error but the result.
     """
-    ours, theirs = (open_source(p, c, progress) for p, c in zip((a, b), choices, strict=True))
+    with opening(locate(a), choices[0]) as ours, opening(locate(b), choices[1]) as theirs:
+        ours = with_weights(ours, choices[0], progress)
+        theirs = with_weights(theirs, choices[1], progress)
+        return _diff(ours, theirs, workers, max_memory, progress)
+
+
+def _diff(
+    ours: Checkpoint, theirs: Checkpoint, workers: int | None, max_memory: int, progress: Progress
+) -> Diff:
     ours_at, our_others = contents_of(ours)
     theirs_at, their_others = contents_of(theirs)
     common = ours_at.keys() & theirs_at.keys()

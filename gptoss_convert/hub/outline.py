@@ -138,4 +138,5 @@ def _named(place: str) -> Iterator[None]:
     try:
         yield
     except GptossError as error:
-        raise type(error)(str(error).replace(place, "")) from None
+        error.args = (str(error).replace(place, ""),)
+        raise

@@ -10,7 +10,8 @@ from typing import Any
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.hub.adapters import with_adapter
-from gptoss_convert.hub.sources import open_source
+from gptoss_convert.hub.fetch import with_weights
+from gptoss_convert.hub.sources import locate, opening
 from gptoss_convert.machine.failures import absent
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
@@ -38,17 +39,21 @@ def verify_checkpoints(
     options = options or VerifyOptions()
     if options.level not in LEVELS:
         raise UsageError(f"--level {options.level}: choose {', '.join(LEVELS)}")
-    weights = None if options.level == "header" else progress
-    ours = open_source(source, options.source, weights, options.revision)
-    ours = with_adapter(ours, options, progress, options.source.follow_links)
-    theirs = open_source(target, options.target, weights)
-    levels: list[Level] = []
-    for name in LEVELS[: LEVELS.index(options.level) + 1]:
-        # Of models of different sizes there is nothing to hold side by side.
-        if levels and not levels[0].same:
-            break
-        levels.append(_level(name)(ours, theirs, options, progress, ranks))
-    return Verification(side(ours), side(theirs), options.limits, tuple(levels))
+    with (
+        opening(locate(source, options.revision), options.source) as ours,
+        opening(locate(target), options.target) as theirs,
+    ):
+        if options.level != "header":
+            ours = with_weights(ours, options.source, progress)
+            theirs = with_weights(theirs, options.target, progress)
+        ours = with_adapter(ours, options, progress, options.source.follow_links)
+        levels: list[Level] = []
+        for name in LEVELS[: LEVELS.index(options.level) + 1]:
+            # Of models of different sizes there is nothing to hold side by side.
+            if levels and not levels[0].same:
+                break
+            levels.append(_level(name)(ours, theirs, options, progress, ranks))
+        return Verification(side(ours), side(theirs), options.limits, tuple(levels))
 
 
 def side(checkpoint: Checkpoint) -> dict[str, Any]:

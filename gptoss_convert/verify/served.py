@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from gptoss_convert.errors import UsageError
-from gptoss_convert.hub.sources import open_source
+from gptoss_convert.hub.fetch import with_weights
+from gptoss_convert.hub.sources import locate, opening
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.verify.gate import need_torch, side
 from gptoss_convert.verify.result import Level, ServedOptions, Verification
@@ -34,11 +35,13 @@ def verify_served(
 
     connection = Connection(url, _key(options.api_key_env), options.timeout)
     began = time.monotonic()
-    ours = open_source(source, options.source, progress, options.revision)
-    ours.extents()
-    header = Level("header", True, time.monotonic() - began, "SOURCE complete and consistent")
-    target, level = served_level(ours, connection, options, progress)
-    return Verification(side(ours), target, LIMITS, (header, level))
+    with opening(locate(source, options.revision), options.source) as ours:
+        ours = with_weights(ours, options.source, progress)
+        ours.extents()
+        seconds = time.monotonic() - began
+        header = Level("header", True, seconds, "SOURCE complete and consistent")
+        target, level = served_level(ours, connection, options, progress)
+        return Verification(side(ours), target, LIMITS, (header, level))
 
 
 def _key(variable: str | None) -> str | None:
