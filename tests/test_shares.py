@@ -99,3 +99,16 @@ def test_neighbouring_steps_write_to_different_files(
     for file in set(files):
         mine = [n for n, name in zip(order, files, strict=True) if name == file]
         assert mine == sorted(mine)
+
+
+def test_few_files_at_once_where_that_is_asked(headers: Mapping[tuple[str, str], Path]) -> None:
+    steps = plan(headers["20b", "hf-mxfp4"], Path("target"), Options("hf", "bf16")).plan
+    order = spread(steps, range(len(steps.steps)), at_once=3)
+    assert sorted(order) == [*range(len(steps.steps))]
+    files = [steps.steps[number].targets[0].file.name for number in order]
+    first, last = {}, {}
+    for place, name in enumerate(files):
+        first.setdefault(name, place)
+        last[name] = place
+    open_at = [sum(first[name] <= n <= last[name] for name in first) for n in range(len(files))]
+    assert max(open_at) == 3 < len(first)

@@ -30,20 +30,21 @@ def shares_of(plan: Plan, numbers: Sequence[int], ranks: int) -> list[Sequence[i
     return [numbers[part.start : part.stop] for part in contiguous(sizes, ranks)]
 
 
-def spread(plan: Plan, numbers: Sequence[int]) -> list[int]:
+def spread(plan: Plan, numbers: Sequence[int], at_once: int | None = None) -> list[int]:
     """The same steps, those of each target file spread evenly over the whole.
 
     A file system may let one thread at a time write to a file; workers that take neighbouring
-    steps of this order write to different ones.
+    steps of this order write to different ones, to `at_once` files if that is given.
     """
     of_file: dict[str, list[int]] = defaultdict(list)
     for number in numbers:
         of_file[plan.steps[number].targets[0].file.name].append(number)
+    size = at_once or len(of_file)
     return [
         number
-        for _, number in sorted(
-            (place / len(steps), number)
-            for steps in of_file.values()
+        for _, _, number in sorted(
+            (file // size, place / len(steps), number)
+            for file, steps in enumerate(of_file.values())
             for place, number in enumerate(steps)
         )
     ]

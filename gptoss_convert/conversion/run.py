@@ -241,6 +241,7 @@ def _execute(
         job.progress.phase("converting", total, len(mine)) as advance,
     ):
         stream = sources if isinstance(sources, ShardStream) else None
+        at_once = conversion.changes.files_at_once
 
         def finished(batch: list[Done]) -> None:
             refuse_nonfinite(conversion, batch)
@@ -256,7 +257,7 @@ def _execute(
 
         execute(
             plan,
-            stream.begin(plan, mine) if stream else spread(plan, mine),
+            stream.begin(plan, mine) if stream else spread(plan, mine, at_once),
             sources,
             files,
             workers=conversion.workers,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gptoss_convert.engine.derivations import Change
-from gptoss_convert.layouts.updates import CACHED, Update, cut, largest_bytes
+from gptoss_convert.layouts.updates import AT_ONCE, CACHED, Update, cut, largest_bytes
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Changes:
     """For each worker at most."""
     shared_bytes: int = 0
     """For all of them together."""
+    files_at_once: int | None = None
+    """Files that workers should write at the same time at most: what is kept serves so many."""
 
 
 def merges_of(updates: Sequence[Update], arithmetic: str) -> Changes:
@@ -27,5 +29,6 @@ def merges_of(updates: Sequence[Update], arithmetic: str) -> Changes:
     from gptoss_convert.engine.merging import merges
 
     parts = tuple(cut(updates))
-    largest = largest_bytes(parts)
-    return Changes(merges(parts, arithmetic), largest, CACHED * largest)
+    # A worker arranges both halves of a matrix, pads one, and takes its lengths in float64.
+    each = 4 * max(one.matrix_bytes for one in parts)
+    return Changes(merges(parts, arithmetic), each, CACHED * largest_bytes(parts), AT_ONCE)

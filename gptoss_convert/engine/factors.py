@@ -10,7 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,14 @@ _PIECE = 4 << 20
 _DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
 
+@dataclass
+class _Held:
+    """A factor that one thread reads, while others that want it wait."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    values: F32 | None = None
+
+
 class Factors:
     """Factors as float32 arrays in the order of their axes; safe to share between threads.
 
@@ -33,20 +41,20 @@ class Factors:
 
     def __init__(self, updates: Iterable[Update]) -> None:
         self._most = CACHED * largest_bytes(updates)
-        self._held: OrderedDict[Factor, F32] = OrderedDict()
+        self._held: OrderedDict[Factor, _Held] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getitem__(self, factor: Factor) -> F32:
         """The values of a factor; raises IntegrityError for a file that has become shorter."""
         with self._lock:
-            if factor in self._held:
-                self._held.move_to_end(factor)
-                return self._held[factor]
-            values = read_factor(factor)
-            self._held[factor] = values
-            while sum(one.nbytes for one in self._held.values()) > self._most:
+            held = self._held.setdefault(factor, _Held())
+            self._held.move_to_end(factor)
+            while sum(one.nbytes for one in self._held) > self._most:
                 self._held.popitem(last=False)
-            return values
+        with held.lock:
+            if held.values is None:
+                held.values = read_factor(factor)
+            return held.values
 
 
 def read_factor(factor: Factor) -> F32:

@@ -15,8 +15,10 @@ RANK = "rank"
 """The axis along which the two halves of an update are multiplied and summed."""
 MAX_BYTES = 32 << 20
 """An update is cut into parts whose factors take no more, as float32."""
-CACHED = 2
-"""So many of the largest updates are kept in memory."""
+AT_ONCE = 4
+"""Files that merged weights are written to at the same time, however many workers there are."""
+CACHED = AT_ONCE + 1
+"""So many of the largest updates are kept in memory: one a file, one more as others follow."""
 Kind = Literal["module", "parameter", "embedding"]
 """What PEFT attaches an update to; its own merge rounds each kind in its own way."""
 
@@ -80,6 +82,15 @@ class Update:
     def nbytes(self) -> int:
         """Bytes of all its factors as float32."""
         return sum(one.nbytes for one in self.factors)
+
+    @property
+    def matrix_bytes(self) -> int:
+        """The same of those parts that are multiplied at once: one index of axes that both have."""
+        if self.a is None or self.magnitude is not None:
+            return self.nbytes
+        lengths = dict(zip(self.b.axes, self.b.lengths, strict=True))
+        both = {*self.a.axes} & {*self.b.axes} - {RANK}
+        return self.nbytes // math.prod(lengths[axis] for axis in both)
 
 
 def cut(updates: Iterable[Update], most: int = MAX_BYTES) -> Iterator[Update]:
