@@ -126,18 +126,33 @@ def open_file(file: FileRef) -> BinaryIO:
 def folder_inside(root: Path, name: str) -> Path | None:
     """The directory `root/name` by a way without links; None if there is none.
 
-    Raises InputError if a link leads out of `root`, unless that is Followed.
+    Raises InputError if a link leads out of `root`, unless that is Followed; IntegrityError for one
+    to nowhere.
     """
     if isinstance(root, Followed):
-        return root / name if (root / name).is_dir() else None
+        return root / name if lies(root, name) and (root / name).is_dir() else None
     try:
         with walk(root, name) as place:
             os.close(os.open(place.last, FOLDER, dir_fd=place.folder))
             return root.joinpath(*place.names)
     except OutsideError as error:
         raise _outside(root / name, error.place) from None
-    except (FileNotFoundError, NotADirectoryError, IntegrityError):
+    except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def lies(root: Path, name: str) -> bool:
+    """Whether something lies at `root/name`; whoever opens it judges where links lead.
+
+    Raises IntegrityError for a link to nowhere: what it stood for is missing, not absent.
+    """
+    path = root / name
+    if path.exists():
+        return True
+    below = (path, *path.parents)[: len(path.parts) - len(root.parts)]
+    if dangling := next((place for place in below if place.is_symlink()), None):
+        raise IntegrityError(f"{dangling}: dangling link")
+    return False
 
 
 def create_inside(root: Path, name: str, flags: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk
 from gptoss_convert.containers.budget import HEADER
-from gptoss_convert.containers.paths import POINTER, open_inside, read_text, safe_name
+from gptoss_convert.containers.paths import POINTER, lies, open_inside, read_text, safe_name
 from gptoss_convert.containers.refs import Identity
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
@@ -65,7 +65,7 @@ def read_directory(
     Raises InputError or IntegrityError naming file and tensor.
     """
     index = _read_index(root)
-    single = (root / SINGLE).exists()
+    single = lies(root, SINGLE)
     if index is not None and single and {*index.values()} != {SINGLE}:
         raise IntegrityError(
             f"{root}: holds two models: {SINGLE}, which transformers loads, and the shards of "
@@ -258,7 +258,7 @@ def _looks_like(head: bytes, size: int) -> str:
 
 def index_text(root: Path) -> str | None:
     """The index as it stands in `root`, None without one."""
-    return read_text(root, INDEX, MAX_HEADER) if (root / INDEX).exists() else None
+    return read_text(root, INDEX, MAX_HEADER) if lies(root, INDEX) else None
 
 
 def _read_index(root: Path) -> dict[str, str] | None:

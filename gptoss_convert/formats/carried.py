@@ -11,6 +11,7 @@ from gptoss_convert.containers.paths import (
     POINTER,
     Followed,
     folder_inside,
+    lies,
     open_inside,
     safe_name,
     settled,
@@ -57,7 +58,8 @@ def _is_served(name: str) -> bool:
 
 def carried_files(root: Path) -> tuple[Path, ...]:
     """The files beside the weights that a served directory needs and no conversion changes."""
-    return tuple(path for path in _beside(root) if _is_served(path.name) and path.is_file())
+    served = (path for path in _beside(root) if _is_served(path.name))
+    return tuple(path for path in served if lies(root, path.name) and path.is_file())
 
 
 def _beside(root: Path) -> list[Path]:

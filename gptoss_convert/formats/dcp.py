@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from gptoss_convert.containers import torch_dist
+from gptoss_convert.containers.paths import lies
 from gptoss_convert.errors import GptossError
 from gptoss_convert.formats.checkpoint import Checkpoint, Choices, read_only
 from gptoss_convert.formats.names import kind_of, read_names
@@ -22,7 +23,7 @@ _MEGATRON = re.compile(r"(model\.)?(module\.)*(decoder|embedding|output_layer)\.
 
 def is_nested(folder: Path) -> bool:
     """Whether `.metadata` is a state dict's of torch, and not of Megatron's model."""
-    if not (folder / ".metadata").is_file() or (folder / "metadata.json").exists():
+    if not lies(folder, ".metadata") or lies(folder, "metadata.json"):
         return False
     try:
         names = torch_dist.tensor_names(folder)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from gptoss_convert.containers import Image, safetensors
+from gptoss_convert.containers.paths import lies
 from gptoss_convert.containers.sharded_safetensors import is_sharded
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
@@ -58,7 +59,7 @@ _PUBLISHED_BYTES = 4_800_000_000
 
 
 def _recognise(path: Path) -> Path | None:
-    if not (path / CONFIG).exists() or is_sharded(path):
+    if not lies(path, CONFIG) or is_sharded(path):
         return None
     if torch_files.holds(path):
         return None

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from gptoss_convert.containers import Image, safetensors
+from gptoss_convert.containers.paths import lies
 from gptoss_convert.errors import IntegrityError, UsageError
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats import shards, unsupported
@@ -26,9 +27,9 @@ _TAGS = {"blocks": "FP4", "scales": "UE8"}
 
 
 def _recognise(path: Path) -> Path | None:
-    if (path / _FOLDER / CONFIG).exists():
+    if lies(path, f"{_FOLDER}/{CONFIG}"):
         return path / _FOLDER
-    if not (path / CONFIG).exists():
+    if not lies(path, CONFIG):
         return None
     keys = read_config(path)[1]
     mine = "num_experts" in keys and not {"model_type", "architectures"} & keys.keys()
@@ -58,7 +59,7 @@ def _with_hf(root: Path, config: Config) -> tuple[Config, str | None]:
 
     Raises IntegrityError where the two describe different models.
     """
-    if not (root / _HF).exists():
+    if not lies(root, _HF):
         return config, None
     text, content = read_config(root, _HF)
     found = configs.from_hf(str(root / _HF), content)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from gptoss_convert.containers.paths import read_text
+from gptoss_convert.containers.paths import lies, read_text
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.formats.checkpoint import Checkpoint, Choices, read_only
@@ -79,7 +79,7 @@ def _open(folder: Path, choices: Choices) -> Checkpoint:
 
 def _check_settings(folder: Path, ranks: int) -> None:
     """verl's own note of the save: each key is compared, or known to be harmless."""
-    if not (folder / _SETTINGS).is_file():
+    if not lies(folder, _SETTINGS):
         return
     place = str(folder / _SETTINGS)
     said: Mapping[str, object] = parse_object(place, read_text(folder, _SETTINGS, _MAX_TEXT))

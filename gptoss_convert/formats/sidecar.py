@@ -14,7 +14,7 @@ from typing import Any
 
 from gptoss_convert.containers import Chunk, Image, TensorSpec, safetensors, safetensors_writer
 from gptoss_convert.containers.budget import RECORD
-from gptoss_convert.containers.paths import read_text, safe_name
+from gptoss_convert.containers.paths import lies, read_text, safe_name
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.layouts.table_files import load_table
@@ -56,11 +56,11 @@ def holds(name: str) -> bool:
 
 def read(root: Path) -> Sidecar | None:
     """The sidecar in `root`, or None; raises InputError or IntegrityError if it is damaged."""
-    if not (root / FOLDER / SCALES).is_file():
+    if not lies(root, f"{FOLDER}/{SCALES}"):
         return None
     header = safetensors.read_header(root, f"{FOLDER}/{SCALES}")
     path = root / FOLDER / ORIGIN
-    if not path.is_file():
+    if not lies(root, f"{FOLDER}/{ORIGIN}"):
         return Sidecar(header.chunks, None)
     content = parse_object(str(path), read_text(root, f"{FOLDER}/{ORIGIN}", RECORD.nbytes))
     return Sidecar(header.chunks, _origin(path, content))

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from gptoss_convert.containers import torch_saves
-from gptoss_convert.containers.paths import read_text, safe_name
+from gptoss_convert.containers.paths import lies, read_text, safe_name
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.formats.checkpoint import Checkpoint, Choices, Format, read_only
@@ -33,12 +33,12 @@ def holds(folder: Path) -> bool:
     """Whether a folder's weights are such files, and nothing else."""
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return False
-    return any((folder / name).is_file() for name in (_INDEX, *_SINGLE))
+    return any(lies(folder, name) for name in (_INDEX, *_SINGLE))
 
 
 def _files(folder: Path) -> tuple[str, ...]:
     """The files of the model; raises IntegrityError for two models and for missing shards."""
-    found = [name for name in (_INDEX, *_SINGLE) if (folder / name).is_file()]
+    found = [name for name in (_INDEX, *_SINGLE) if lies(folder, name)]
     if len(found) > 1:
         raise IntegrityError(
             f"{folder}: holds {len(found)} models: {', '.join(found)}; move all but one away"

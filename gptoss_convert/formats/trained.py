@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk
-from gptoss_convert.containers.paths import folder_inside, open_file
+from gptoss_convert.containers.paths import folder_inside, lies, open_file
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.formats import unsupported
@@ -130,7 +130,7 @@ def open_trained(
     chunks = tuple(chunk for chunk in chunks if chunk not in zeros) if zeros else chunks
     skipped = {**skipped, **({"zero": len({c.tensor for c in zeros})} if zeros else {})}
     lacking = lacking_in(beside)
-    own = (place / CONFIG for place in beside if (place / CONFIG).is_file())
+    own = (place / CONFIG for place in beside if lies(place, CONFIG))
     path = choices.config or next(own, None)
     if path is None:
         raise InputError(
@@ -246,7 +246,7 @@ def _written_by(table: Table) -> str | None:
 
 def lacking_in(beside: Sequence[Path]) -> list[str]:
     """What a served directory has and this one does not."""
-    lacks = [] if any((place / CONFIG).is_file() for place in beside) else [CONFIG]
+    lacks = [] if any(lies(place, CONFIG) for place in beside) else [CONFIG]
     carried = {path.name for place in beside for path in carried_files(place)}
     return lacks if "tokenizer.json" in carried else [*lacks, "a tokenizer"]
 

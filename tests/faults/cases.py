@@ -157,6 +157,49 @@ def dangling_link(path: Path) -> None:
     (path / SHARD).symlink_to(path / "blobs" / "gone")
 
 
+def _dangle(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    path.symlink_to("gone")
+
+
+@case(7, "one", 4, "DIR/config.json: dangling link")
+def dangling_config(path: Path) -> None:
+    _dangle(path / "config.json")
+
+
+@case(7, "many", 4, "DIR/model.safetensors.index.json: dangling link")
+def dangling_index(path: Path) -> None:
+    _dangle(path / INDEX)
+
+
+@case(7, "one", 4, "DIR/tokenizer.json: dangling link")
+def dangling_tokenizer(path: Path) -> None:
+    _dangle(path / "tokenizer.json")
+
+
+@case(7, "bf16", 4, "DIR/mxfp4-scales: dangling link")
+def dangling_sidecar(path: Path) -> None:
+    _dangle(path / "mxfp4-scales")
+
+
+@case(7, "megatron", 4, "DIR/latest_checkpointed_iteration.txt: dangling link")
+def dangling_tracker(path: Path) -> None:
+    _dangle(path / "latest_checkpointed_iteration.txt")
+
+
+@case(7, "megatron", 4, "DIR/hf: dangling link")
+def dangling_folder(path: Path) -> None:
+    _dangle(path / "hf")
+
+
+@case(7, "megatron", 4, "DIR/iter_*/common.pt: dangling link")
+def dangling_common_state(path: Path) -> None:
+    _dangle(iteration(path) / "common.pt")
+
+
 @case(8, "one", 4, "DIR/model.safetensors: a compressed archive, not safetensors*")
 def gzip_in_disguise(path: Path) -> None:
     (path / SHARD).write_bytes(gzip.compress(os.urandom(4000)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gptoss_convert.containers.paths import folder_inside, read_text
+from gptoss_convert.containers.paths import folder_inside, lies, read_text
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 
@@ -23,7 +23,7 @@ def find_iteration(root: Path, iteration: int | None, legacy: bool = False) -> P
     directory itself. Raises UsageError if the choice is open, InputError for the formats that are
     not read, IntegrityError for an unfinished save.
     """
-    if (root / ".metadata").is_file() or (root / "metadata.json").is_file() or _is_legacy(root):
+    if lies(root, ".metadata") or lies(root, "metadata.json") or _is_legacy(root):
         if iteration is not None and root.name != f"iter_{iteration:07d}":
             raise UsageError(f"{root}: is itself an iteration directory; omit --iteration")
         directory = root
@@ -40,7 +40,7 @@ def find_iteration(root: Path, iteration: int | None, legacy: bool = False) -> P
 
 def _latest(root: Path) -> Path:
     tracker = root / TRACKER
-    if tracker.is_file():
+    if lies(root, TRACKER):
         text = read_text(root, TRACKER, _MAX_TEXT).strip()
         name = text if text == RELEASE else f"iter_{int(text):07d}" if _is_number(text) else None
         if name is None:
@@ -86,7 +86,7 @@ def _require_torch_dist(directory: Path) -> None:
     if _is_legacy(directory):
         raise InputError(f"{directory}: legacy 'torch' format (mp_rank_*); supported: torch_dist")
     config = directory / "metadata.json"
-    if config.is_file():
+    if lies(directory, config.name):
         text = read_text(directory, config.name, _MAX_TEXT)
         backend = parse_object(str(config), text).get("sharded_backend")
         if not isinstance(backend, str):
@@ -95,7 +95,7 @@ def _require_torch_dist(directory: Path) -> None:
             raise InputError(f"{config}: format {backend!a}; supported: torch_dist")
     if any(directory.glob("*/.zarray")):
         raise InputError(f"{directory}: zarr format; supported: torch_dist")
-    if not (directory / ".metadata").is_file():
+    if not lies(directory, ".metadata"):
         if any(directory.glob("*.distcp")) or config.is_file():
             raise IntegrityError(
                 f"{directory}: no .metadata: an unfinished (perhaps asynchronous) save"

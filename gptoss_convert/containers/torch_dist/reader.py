@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from gptoss_convert.containers import Chunk
+from gptoss_convert.containers.paths import lies
 from gptoss_convert.containers.refs import Identity
 from gptoss_convert.containers.torch_dist import common, metadata
 from gptoss_convert.containers.torch_dist.coverage import require_tiling
@@ -102,7 +103,7 @@ def _parsed(directory: Path, state: object) -> Metadata:
 
 
 def _metadata_bytes(directory: Path) -> bytes:
-    if not (directory / ".metadata").is_file():
+    if not lies(directory, ".metadata"):
         raise IntegrityError(
             f"{directory}: no .metadata: not torch_dist, or an unfinished (asynchronous) save"
         )
@@ -183,7 +184,7 @@ def _chunks(
 
 def _common(directory: Path, content: Metadata) -> dict[str, object]:
     """Return the common state: of the file if present, as Megatron's loaders prefer it."""
-    if (directory / "common.pt").is_file():
+    if lies(directory, "common.pt"):
         with open_file(directory, "common.pt") as opened:
             return common.parse(opened.read_at, opened.size, str(directory / "common.pt"))
     item = content.objects.get(COMMON_STATE)
@@ -195,8 +196,8 @@ def _common(directory: Path, content: Metadata) -> dict[str, object]:
 
 
 def _saved_by(directory: Path, state: Mapping[str, object]) -> str:
-    if (directory / "run_config.yaml").exists():
+    if lies(directory, "run_config.yaml"):
         return "Megatron-Bridge"
     if "args" in state:
         return "Megatron-LM"
-    return "megatron-core" if (directory / "metadata.json").exists() else "torch"
+    return "megatron-core" if lies(directory, "metadata.json") else "torch"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers import Chunk, budget, safetensors, torch_dist
-from gptoss_convert.containers.paths import open_inside, read_text, settled
+from gptoss_convert.containers.paths import lies, open_inside, read_text, settled
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import GptossError, InputError, IntegrityError, UsageError
@@ -86,9 +86,9 @@ def read_stored(root: Path) -> Stored:
     root = settled(root)
     if not root.is_dir():
         raise UsageError(f"{root}: {'not a directory' if root.exists() else 'no such directory'}")
-    if (root / CONFIG).exists() or (root / WEIGHTS).exists():
+    if lies(root, CONFIG) or lies(root, WEIGHTS):
         return _read_safetensors(root)
-    if (root / PICKLE).exists():
+    if lies(root, PICKLE):
         raise InputError(_pickled(root))
     if directory := _bridge_directory(root):
         return _read_bridge(directory)
@@ -106,11 +106,11 @@ def _pickled(root: Path) -> str:
 
 
 def _read_safetensors(root: Path) -> Stored:
-    if not (root / CONFIG).exists():
+    if not lies(root, CONFIG):
         raise IntegrityError(f"{root}: {WEIGHTS} without {CONFIG}")
     text = read_text(root, CONFIG, budget.TEXT.nbytes)
-    if not (root / WEIGHTS).exists():
-        if (root / PICKLE).exists():
+    if not lies(root, WEIGHTS):
+        if lies(root, PICKLE):
             raise InputError(_pickled(root))
         raise IntegrityError(f"{root}: {CONFIG} without {WEIGHTS}")
     config = parse_object(str(root / CONFIG), text, budget.TEXT)
@@ -140,7 +140,7 @@ def _read_bridge(root: Path) -> Stored:
     stored = torch_dist.read(root)
     tensors = _by_name(root, stored.chunks)
     where = str(root / RUN_CONFIG)
-    if not (root / RUN_CONFIG).exists():
+    if not lies(root, RUN_CONFIG):
         raise IntegrityError(f"{root}: no {RUN_CONFIG}, which says how strong the adapter is")
     run = parse_yaml(where, read_text(root, RUN_CONFIG, budget.YAML.nbytes))
     peft = run.get("peft") if isinstance(run, dict) else None

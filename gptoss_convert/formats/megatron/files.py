@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers.budget import YAML
-from gptoss_convert.containers.paths import folder_inside, read_text
+from gptoss_convert.containers.paths import folder_inside, lies, read_text
 from gptoss_convert.containers.torch_dist import RELEASE
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats.carried import carried_files
@@ -41,8 +41,8 @@ def hf_folders(iteration: Path, base: Path) -> list[Path]:
 
 def hf_config(iteration: Path, base: Path) -> Path | None:
     """The config.json that a checkpoint carries."""
-    found = (folder / CONFIG for folder in hf_folders(iteration, base))
-    return next((path for path in found if path.is_file()), None)
+    found = (folder for folder in hf_folders(iteration, base) if lies(folder, CONFIG))
+    return next((folder / CONFIG for folder in found), None)
 
 
 def carried(iteration: Path, base: Path) -> tuple[Path, ...]:
@@ -61,7 +61,7 @@ def read_run_config(iteration: Path) -> dict[str, Any] | None:
     from gptoss_convert.containers.plain_yaml import parse_yaml
 
     path = iteration / RUN_CONFIG
-    if not path.exists():
+    if not lies(iteration, RUN_CONFIG):
         return None
     content = parse_yaml(str(path), read_text(iteration, RUN_CONFIG, YAML.nbytes))
     model = content.get("model") if isinstance(content, dict) else None
