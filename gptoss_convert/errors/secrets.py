@@ -12,6 +12,8 @@ HIDDEN = "***"
 _ADDRESS = re.compile(r"(https?:/|(?<=:/)/)([^\s\"'<>\\]+)", re.IGNORECASE)
 """Of an address that was taken for a path, one of its two slashes is left."""
 _TOKEN = re.compile(r"(?:hf_|api_org_)[A-Za-z0-9]{20,}|(?<=[Bb]earer )[!-~]+")
+_QUERY = re.compile(r"(?<=[\w./-])\?[\w.%~-]+=[^\s\"'<>)\]]+")
+"""A query whose address was cut off by whoever shortened it."""
 _HINTS = ("hf_", "api_org_", "earer ")
 """Without one of these a text holds no token: looked for first, as it takes no time."""
 _NAMED = re.compile(
@@ -42,6 +44,8 @@ def scrub(text: str) -> str:
         text = text.replace(secret, HIDDEN)
     if ":/" in text:
         text = _ADDRESS.sub(_bare, text)
+    if "?" in text:
+        text = _QUERY.sub(f"?{HIDDEN}", text)
     return _TOKEN.sub(HIDDEN, text) if any(hint in text for hint in _HINTS) else text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptoss_convert.containers.paths import Followed
 from gptoss_convert.errors import InputError
@@ -15,6 +16,9 @@ from gptoss_convert.formats.adapters.stored import PICKLE, WEIGHTS, is_adapter
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.hub.names import repository
 from gptoss_convert.machine.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from gptoss_convert.hub.listing import Listing
 
 _BESIDE = ("README.md", "automodel_peft_config.json")
 
@@ -28,9 +32,14 @@ def adapter_directory(name: str | Path, progress: Progress = SILENT) -> Path:
     if found is None:
         return Path(name)
     from gptoss_convert.hub.client import resolve
+
+    return _downloaded(resolve(found), progress)
+
+
+def _downloaded(listing: Listing, progress: Progress) -> Path:
     from gptoss_convert.hub.fetch import in_cache
 
-    listing = resolve(found)
+    found = listing.repository
     if lost := [one for one in (CONFIG, WEIGHTS) if one not in listing.files]:
         pickled = f"; {PICKLE} is pickled, and never loaded" if PICKLE in listing.files else ""
         raise InputError(f"{found}: no adapter: lacks {' and '.join(lost)}{pickled}")
@@ -46,7 +55,8 @@ def adapter_at(name: str, revision: str | None = None) -> Path | None:
     from gptoss_convert.hub.client import resolve
 
     # Asked for once more by whoever opens the model: one request of a few kB.
-    return adapter_directory(name) if CONFIG in resolve(found).files else None
+    listing = resolve(found)
+    return _downloaded(listing, SILENT) if CONFIG in listing.files else None
 
 
 def with_adapter(

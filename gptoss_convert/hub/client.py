@@ -235,6 +235,12 @@ def translated(
             raise
         cause = error.__cause__ or error
         raise NetworkError(f"{where}: {_meaning(repository, cause)}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        # The client takes answers for what they should be: one that is no JSON, or lacks a key.
+        said = " ".join(str(error).split())
+        raise NetworkError(
+            f"{where}: {endpoint()} answered what the client cannot use: {said:.200}"
+        ) from None
 
 
 def _hide_signatures() -> None:
@@ -262,7 +268,9 @@ def _meaning(repository: Repository, error: BaseException) -> str:
             f"no such repository at {place}, nor a directory of this name"
             f"{similar(repository.name) or f'; if it is private, {LOGIN}'}"
         ),
-        errors.RevisionNotFoundError: lambda: f"no revision {repository.revision!r}",
+        errors.RevisionNotFoundError: lambda: (
+            f"no revision {repository.revision!r}" if repository.revision else "an empty repository"
+        ),
         errors.EntryNotFoundError: lambda: "no such file",
         errors.LocalTokenNotFoundError: lambda: f"not logged in: {LOGIN}",
         errors.OfflineModeIsEnabled: lambda: "not in the cache, and HF_HUB_OFFLINE is set",

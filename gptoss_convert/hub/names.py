@@ -19,6 +19,8 @@ RELEASED = (
 )
 _ID = re.compile(r"(?!.*(?:--|\.\.))[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
 _SCHEME = "hf://"
+_PAGE = re.compile(r"https?://[^/]+/([^/?#]+/[^/?#]+)")
+"""A repository's page, as a browser shows its address."""
 
 
 def repository(source: str | Path, revision: str | None = None) -> Repository | None:
@@ -39,6 +41,8 @@ def repository(source: str | Path, revision: str | None = None) -> Repository | 
                 f"{source}: no such directory in {owner}; for the repository write hf://{source}"
             )
         return Repository(source, revision)
+    if isinstance(source, str) and (page := _PAGE.match(source)):
+        raise UsageError(f"{source}: an address; for the repository write {page[1]}")
     if meant := _released(str(source)):
         raise UsageError(f"{source}: no such directory; did you mean {meant}, on the Hub?")
     if revision is not None:

@@ -20,7 +20,7 @@ from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import GptossError, InputError, NetworkError, UsageError
 from gptoss_convert.formats import sidecar
 from gptoss_convert.formats.checkpoint import CONFIG, MANIFEST, Checkpoint, Choices
-from gptoss_convert.formats.registry import FORMATS, open_checkpoint
+from gptoss_convert.formats.registry import FORMATS, formats_in, open_checkpoint
 from gptoss_convert.hub.client import beginning
 from gptoss_convert.hub.listing import Listing
 
@@ -77,10 +77,23 @@ def outline(listing: Listing, format: str | None) -> Iterator[Path]:
 def opened(listing: Listing, root: Path, choices: Choices) -> Checkpoint:
     """The checkpoint in an outline or snapshot of a repository, named after it."""
     root = settled(root)
+    if root.is_dir():
+        _require_read_from_afar(listing, root, choices.format)
     found = open_checkpoint(root, choices)
     short = f"{root}".removesuffix(str(listing.repository))
     notes = tuple(note.replace(short, "") for note in found.notes)
     return replace(found, repository=listing.repository, outline=root, notes=notes)
+
+
+def _require_read_from_afar(listing: Listing, root: Path, format: str | None) -> None:
+    """Raise UsageError for a form whose tensors lie inside its files, which are holes here."""
+    held = formats_in(root)
+    for name in held if format is None else [format]:
+        if not FORMATS[name].written:
+            raise UsageError(
+                f"{listing.repository}: {name} is read from a directory only; run: hf download "
+                f"{listing.repository} --local-dir DIR"
+            )
 
 
 def _fill(listing: Listing, root: Path, names: Iterable[str], real: Set[str]) -> None:
