@@ -240,8 +240,44 @@ USAGE = {
     ),
     "another format": (
         "inspect {mxfp4} --from openai",
-        3,
-        "error: {mxfp4}: not a GPT-OSS checkpoint: holds hf",
+        2,
+        "error: {mxfp4}: --from openai: holds hf; name one of these, or omit it",
+    ),
+    "no such configuration": (
+        "inspect {mxfp4} --config nowhere.json",
+        2,
+        "error: --config nowhere.json: no such file",
+    ),
+    "a repository to check": (
+        "check owner/name",
+        2,
+        "error: owner/name: a repository on the Hub, or no such directory; check reads directories",
+    ),
+    "a page of the Hub": (
+        "inspect https://huggingface.co/openai/gpt-oss-20b/tree/main",
+        2,
+        "error: https://huggingface.co/openai/gpt-oss-20b/tree/main: an address; for the "
+        "repository write openai/gpt-oss-20b",
+    ),
+    "bytes of memory": (
+        "convert {mxfp4} out --to hf --max-memory 5",
+        7,
+        "error: one worker needs ",
+    ),
+    "no directory for a report": (
+        "verify {mxfp4} {bf16} --level header --junit no/x.xml",
+        2,
+        "error: --junit no/x.xml: no directory no",
+    ),
+    "a directory for a report": (
+        "verify {mxfp4} {bf16} --level header --json {root}",
+        2,
+        "error: --json {root}: a directory; name a file in it",
+    ),
+    "a file for a folder of reports": (
+        "verify {mxfp4} {bf16} --level header --report {bf16}/config.json",
+        2,
+        "error: --report {bf16}/config.json: not a directory",
     ),
 }
 

@@ -48,6 +48,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "gptoss-convert.json").unlink()
     (root / "tokenizer.json").write_text('{"model": {}}')
     (root / "tokenizer_config.json").write_text("{}")
+    (root / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     write_openai(root / "original", SQUARE, weights)
     (root / "metal").mkdir()
     (root / "metal" / "model.bin").write_bytes(bytes(1000))
@@ -424,6 +425,30 @@ def test_an_adapter_of_a_repository_is_merged_into_a_repository(
     streamed = replace(keep, adapter=f"hf://lab/lora@{commit}", stream=True)
     convert(NAME, tmp_path / "streamed", streamed)
     assert same_files(tmp_path / "hub", tmp_path / "streamed")
+
+
+def test_an_adapter_is_inspected_at_the_revision_that_was_asked_for(hub: Hub, tmp_path: Path):
+    for branch, alpha in (("main", 12), ("v2", 99)):
+        folder = write_peft(tmp_path / branch, SQUARE, [ATTENTION], lora_alpha=alpha)
+        hub.add("lab/lora", folder, branch)
+        shown = CliRunner().invoke(cli, ["inspect", "lab/lora", "--revision", branch, "--json"])
+        assert json.loads(shown.stdout)["alpha"] == alpha
+
+
+def test_what_is_found_inside_files_is_read_from_directories_only(hub: Hub, tmp_path: Path):
+    """Of a repository headers alone are there: the rest would look damaged."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(bytes(1000))
+    hub.add("lab/old", tmp_path)
+    with pytest.raises(UsageError, match="torch-save is read from a directory only; run: hf down"):
+        inspect("lab/old")
+
+
+def test_an_answer_that_the_client_cannot_use_is_one_line(hub: Hub, published: Path):
+    """It asks for the model card's check first, and takes the answer for JSON."""
+    hub.faults.append(Fault("POST", "/api/validate-yaml", body=b"<html>a proxy's page</html>"))
+    with pytest.raises(NetworkError, match=r"answered what the client cannot use: .*hf upload lab"):
+        push(published, ["README.md", "config.json"], Repository("lab/mine"), public=False)
 
 
 def test_an_adapter_of_a_repository_is_inspected_and_refused_by_name(

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from gptoss_convert.conversion import publish
+from gptoss_convert.conversion.options import Options
+from gptoss_convert.conversion.plan import plan
 from gptoss_convert.conversion.target import check_absent, check_input, check_target
 from gptoss_convert.conversion.workspace import workspace
 from gptoss_convert.errors import DiskError, GptossError, InputError, TargetError, UsageError
@@ -286,6 +288,17 @@ def test_nothing_is_read_from_where_target_is_made(tmp_path: Path, place: str) -
         check_input("--tokenizer", found, tmp_path / "out")
     with pytest.raises(UsageError, match=r"--scales and TARGET lie in each other"):
         check_input("--scales", tmp_path / "out" / "x", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "option", ["adapter", "scales", "base", "tokenizer", "config", "calibrate"]
+)
+def test_no_option_names_what_a_replaced_target_holds(tmp_path: Path, option: str) -> None:
+    place = tmp_path / "out" / "read"
+    place.mkdir(parents=True)
+    options = Options("hf", overwrite=True, **{option: place})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match=rf"--{option} and TARGET lie in each other"):
+        plan(tmp_path / "source", tmp_path / "out", options)
 
 
 @pytest.mark.parametrize("exchange", [True, False])

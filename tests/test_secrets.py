@@ -49,6 +49,10 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
         ('{"url": "http://h:8/a?key=1"}', '{"url": "http://h:8/a?***"}'),
         ("https://h/a#access_token=1 z", "https://h/a#*** z"),
         ("https://h?token=1", "https://h?***"),
+        (
+            "size 79 ((…)apter_model.safetensors?X-Sig=secret&b=1).",
+            "size 79 ((…)apter_model.safetensors?***).",
+        ),
         ("https:/me:pw@h/x?sig=1: no such directory", "https:/***@h/x?***"),
         ("ftp://me:pw@h", "ftp://***@h"),
         ("HTTPS://A:B@H", "HTTPS://***@H"),
@@ -75,6 +79,7 @@ def test_secrets_are_hidden(text: str, shown: str) -> None:
         "someone@example.org wrote /etc/hub/token, parallel-or-not",
         "file:///home/x/model",
         "x/model:/y@z: odd",
+        "no such file? name=x",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:

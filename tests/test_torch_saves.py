@@ -171,9 +171,26 @@ def test_shards_with_an_index_are_one_model(tmp_path: Path):
     index = {"weight_map": {name: shard for shard, own in shards.items() for name in own}}
     (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert_is_the_model(converted(source, tmp_path / "out"))
-    (source / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(IntegrityError, match="1 of 2 shards missing"):
-        open_checkpoint(source)
+    (source / "pytorch_model-00003-of-00003.bin").write_bytes(b"of another save")
+    assert open_checkpoint(source).notes[-1].endswith(": not read")
+    (source / "pytorch_model-00003-of-00003.bin").unlink()
+
+    def refused(weight_map: dict[str, str], message: str) -> None:
+        text = json.dumps({"weight_map": weight_map})
+        (source / "pytorch_model.bin.index.json").write_text(text)
+        with pytest.raises(IntegrityError, match=message):
+            open_checkpoint(source)
+
+    first, second = shards
+    said = index["weight_map"]
+    refused(said | {"x": first}, f"x: expected in {first}, found nowhere")
+    refused(said | {names[0]: second}, f"{names[0]}: expected in {second}, found in {first}"[:20])
+    refused({n: s for n, s in said.items() if n != names[1]}, f"{names[1]} of .* not in the index")
+    torch.save({name: MODEL[name] for name in names[1:]}, source / second)
+    refused(said, f"{names[2]}: stored in {first} and again in {second}")
+    (source / first).unlink()
+    (source / second).unlink()
+    refused(said, f"2 of 2 shards missing: {first}, {second}")
     torch.save({}, source / "model.pt")
     with pytest.raises(IntegrityError, match="holds 2 models"):
         open_checkpoint(source)

@@ -25,10 +25,11 @@ from gptoss_convert.engine.anomalies import is_vector, tensors_of, zero_matrices
 from gptoss_convert.engine.fingerprint import by_layer, listing
 from gptoss_convert.engine.records import Region
 from gptoss_convert.engine.steps import Plan
-from gptoss_convert.errors import IntegrityError
+from gptoss_convert.errors import IntegrityError, UsageError
 from gptoss_convert.formats import carried, releases, sidecar
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, casts
 from gptoss_convert.formats.registry import open_checkpoint
+from gptoss_convert.hub.names import repository
 from gptoss_convert.layouts.folding import fold
 from gptoss_convert.machine.arena import Arena
 from gptoss_convert.machine.files import SourceFiles
@@ -91,6 +92,10 @@ def check(
 ) -> CheckReport:
     """Check a directory; what `inspect` refuses is raised, all else that is wrong is reported."""
     began = time.monotonic()
+    if repository(str(path)):
+        raise UsageError(
+            f"{path}: a repository on the Hub, or no such directory; check reads directories only"
+        )
     opened = open_checkpoint(Path(path), choices)
     opened.extents(casts(True))
     base = opened.base
@@ -207,7 +212,7 @@ def _judge(
     everything: bool,
 ) -> Iterator[str]:
     """What is wrong with the bytes that were read."""
-    yield from (f"{opened.root}: {result.problem}" for result in seen if result.problem)
+    yield from (result.problem for result in seen if result.problem)
     if manifest is None:
         yield from _odd_values(opened, plan, seen)
         return

@@ -38,7 +38,7 @@ from gptoss_convert.machine import progress
 from gptoss_convert.show import report
 from gptoss_convert.show.diff_page import diff_page
 from gptoss_convert.show.documents import document
-from gptoss_convert.show.texts import write_text
+from gptoss_convert.show.texts import require_place, write_text
 from gptoss_convert.verify.result import ServedOptions, VerifyOptions
 
 
@@ -127,7 +127,6 @@ def verify(
       gptoss-convert verify gpt-oss-20b --served http://localhost:8000
     """
     from gptoss_convert.machine.ranks import join
-    from gptoss_convert.show import report_page
     from gptoss_convert.verify.gate import verify_checkpoints
     from gptoss_convert.verify.served import verify_served
 
@@ -135,9 +134,9 @@ def verify(
     with join() as ranks:
         if rank_log:
             ranks.keep_log(rank_log)
-        if folder and ranks.rank == 0:
-            # Before hours of comparing: is all there that the report needs?
-            report_page.prepare(folder)
+        if ranks.rank == 0:
+            # Before hours of comparing: is all there that the reports need?
+            _prepare(json_to, folder, junit)
         told = progress.for_rank(quiet, ranks.rank, ranks.log)
         if served is not None:
             require_one_process(ranks.size)
@@ -158,6 +157,18 @@ def verify(
         if folder and not quiet:
             click.echo(f"report: {folder / 'report.html'}", err=True)
     context.exit(0 if done.same else 1)
+
+
+def _prepare(json_to: str | None, folder: Path | None, junit: Path | None) -> None:
+    """Find out whether the files that were asked for can be written."""
+    from gptoss_convert.show import report_page
+
+    if folder:
+        report_page.prepare(folder)
+    if junit:
+        require_place("--junit", junit)
+    if json_to not in (None, "-"):
+        require_place("--json", Path(json_to))
 
 
 def _write(

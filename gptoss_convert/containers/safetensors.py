@@ -210,7 +210,7 @@ def _entry(
     identity: Identity | None,
     left: bool,
 ) -> Chunk:
-    if len(name) > MAX_NAME or _CONTROL.search(name) or ".." in name or "/" in name:
+    if not 0 < len(name) <= MAX_NAME or _CONTROL.search(name) or ".." in name or "/" in name:
         raise InputError(f"{where}: tensor name {name[:80]!r} is not acceptable")
     place = f"{where}: {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptoss_convert.errors import DiskError, InputError, IntegrityError
+from gptoss_convert.machine.failures import disk_error
 
 FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LINKS = 40
@@ -75,7 +76,7 @@ def told(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise IntegrityError(f"{path}: no such file") from None
     except OSError as error:
-        raise DiskError(f"{path}: {error.strerror or error}") from error
+        raise disk_error(path, error) from error
 
 
 class LinkError(InputError):

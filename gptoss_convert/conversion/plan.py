@@ -191,6 +191,7 @@ def plan(
         "--base": options.base,
         "--tokenizer": options.tokenizer,
         "--config": options.config,
+        "--calibrate": options.calibrate,
     }
     for name, path in others.items():
         if path is not None and Path(path).exists():

@@ -140,7 +140,10 @@ class Work:
         return outputs[0] if len(outputs) == 1 and outputs[0].box == box else loose(outputs[0], box)
 
     def _refused(self, param: str, box: Box, why: object) -> IntegrityError:
-        return IntegrityError(f"{self.held[param][0].extent.tensor}: box {_show(box)}: {why}")
+        # What a step makes has TARGET's names: whoever looks for the cause needs SOURCE's.
+        read = (one for one in self.step.sources if one.param == param)
+        extent = next(read, self.held[param][0].extent)
+        return IntegrityError(f"{extent.file}: {extent.tensor}: box {_show(box)}: {why}")
 
 
 def _digest(step: Step, parts: Sequence[Part]) -> Digest:

@@ -40,6 +40,10 @@ _SAID = ("LICENSE", "LICENCE", "NOTICE", "USAGE_POLICY", "README", "COPYING", "C
 """Beginnings of the names of files that say who made the model, and under which terms."""
 _PAGES = frozenset(("", ".md", ".txt", ".cff"))
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
+_PAGE = (b"<!doctype", b"<html", b"<?xml")
+"""How what a server answers in place of a file begins, in small letters."""
+_ERROR = frozenset(("error", "message", "code", "status", "detail", "type"))
+"""The keys of an error's answer in JSON."""
 _OURS = frozenset((CONFIG, MANIFEST, "dtypes.json", "original", "metal", sidecar.FOLDER))
 """Neither weights nor carried, and not worth a note."""
 _MOST = 256 << 20
@@ -134,6 +138,10 @@ def _checked(path: Path) -> Copied:
     problem = None
     if start.startswith(POINTER):
         problem = "a Git LFS pointer; fetch the file: git lfs pull"
+    elif start.lstrip()[:9].lower().startswith(_PAGE) or (
+        file.name.endswith(".jinja") and start.lstrip().startswith(b'{"')
+    ):
+        problem = "a web page or an error's answer; download it again"
     elif file.name.endswith(".json"):
         problem = _not_json(start, end, size)
     elif not size and file.name in _SERVED:
@@ -155,9 +163,11 @@ def _not_json(start: bytes, end: bytes, size: int) -> str | None:
         return f"no JSON object in {size} bytes: truncated, or another kind of file"
     if size <= _PARSED:
         try:
-            json.loads(start)
+            keys = set(json.loads(start))
         except (ValueError, RecursionError) as error:
             return f"not JSON: {error}"
+        if "error" in keys and keys <= _ERROR:
+            return "an error's answer; download it again"
     return None
 
 

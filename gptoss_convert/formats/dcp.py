@@ -6,6 +6,7 @@ Sources: torch.distributed.checkpoint; accelerate's FSDP utilities, NeMo-RL, tor
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def _open(folder: Path, choices: Choices) -> Checkpoint:
     stored_names = torch_dist.tensor_names(folder)
     names = read_names(str(folder), stored_names, trainer_tables(), choices.drop)
     stored = torch_dist.read(folder, lambda name: kind_of(name, choices.drop) or "weight")
-    return open_trained(FORMAT, FORM, folder, names, stored.chunks, choices, stored.skipped)
+    opened = open_trained(FORMAT, FORM, folder, names, stored.chunks, choices, stored.skipped)
+    return replace(opened, notes=(*opened.notes, *stored.notes))
 
 
 FORMAT = read_only("dcp", partial(load_table, "hf"), FORM.recognise, _open)

@@ -41,7 +41,7 @@ def _open(root: Path, choices: Choices) -> Checkpoint:
     config = configs.from_openai(str(root / CONFIG), content)
     chunks, headers = safetensors.read_directory(root)
     if not chunks:
-        raise IntegrityError(f"{root}: no *.safetensors files beside config.json")
+        raise unsupported.no_weights(root)
     if problem := unsupported.recognise_foreign(str(root), chunks):
         raise problem
     if others := safetensors.spare(root, chunks):

@@ -54,6 +54,8 @@ def open_checkpoint(path: Path, choices: Choices = DEFAULT) -> Checkpoint:
     Raises UsageError with the choices, InputError or IntegrityError with file and tensor.
     """
     path = Followed(path) if choices.follow_links else settled(path)
+    if choices.config and not choices.config.exists():
+        raise UsageError(f"--config {choices.config}: no such file")
     if choices.config and choices.config.is_dir():
         choices = replace(choices, config=choices.config / CONFIG)
     found = formats_in(path)
@@ -65,6 +67,10 @@ def open_checkpoint(path: Path, choices: Choices = DEFAULT) -> Checkpoint:
         if len(found) > 1:
             raise UsageError(f"{path}: holds {' and '.join(found)}; choose one with --from")
         format = next(iter(found), None)
+    if format is not None and found and format not in found:
+        raise UsageError(
+            f"{path}: --from {format}: holds {' and '.join(found)}; name one of these, or omit it"
+        )
     if format is None or format not in found:
         problem = unsupported.recognise_files(path, claimed=bool(found))
         held = f"holds {', '.join(found)}" if found else "no weights in a known form"
@@ -74,5 +80,6 @@ def open_checkpoint(path: Path, choices: Choices = DEFAULT) -> Checkpoint:
         raise IntegrityError(f"{found[format]}: gone meanwhile")
     opened = replace(FORMATS[format].open(place, choices), cast=choices.cast)
     if choices.strict and opened.notes:
-        raise IntegrityError(f"{opened.notes[0]} (--strict)")
+        place = "" if str(path) in opened.notes[0] else f"{path}: "
+        raise IntegrityError(f"{place}{opened.notes[0]} (--strict)")
     return opened

@@ -36,15 +36,10 @@ def holds(folder: Path) -> bool:
     return any(lies(folder, name) for name in (_INDEX, *_SINGLE))
 
 
-def _files(folder: Path) -> tuple[str, ...]:
-    """The files of the model; raises IntegrityError for two models and for missing shards."""
-    found = [name for name in (_INDEX, *_SINGLE) if lies(folder, name)]
-    if len(found) > 1:
-        raise IntegrityError(
-            f"{folder}: holds {len(found)} models: {', '.join(found)}; move all but one away"
-        )
-    if found != [_INDEX]:
-        return tuple(found)
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor by its name, None without an index."""
+    if not lies(folder, _INDEX):
+        return None
     place = folder / _INDEX
     shards = parse_object(str(place), read_text(folder, _INDEX, _MAX_INDEX)).get("weight_map")
     if not isinstance(shards, dict) or not shards:
@@ -52,17 +47,55 @@ def _files(folder: Path) -> tuple[str, ...]:
     for tensor, name in shards.items():
         if not isinstance(name, str) or not safe_name(name):
             raise InputError(f"{place}: {tensor}: file name {name!r:.80} leaves the directory")
-    names = sorted({*shards.values()})
+    return shards
+
+
+def _files(folder: Path, index: Mapping[str, str] | None) -> tuple[str, ...]:
+    """The files of the model; raises IntegrityError for two models and for missing shards."""
+    found = [name for name in (_INDEX, *_SINGLE) if lies(folder, name)]
+    if len(found) > 1:
+        raise IntegrityError(
+            f"{folder}: holds {len(found)} models: {', '.join(found)}; move all but one away"
+        )
+    if index is None:
+        return tuple(found)
+    names = sorted({*index.values()})
     if lost := [name for name in names if not (folder / name).exists()]:
-        raise IntegrityError(f"{place}: {len(lost)} of {len(names)} shards missing: {lost[0]}")
+        raise IntegrityError(
+            f"{folder / _INDEX}: {len(lost)} of {len(names)} shards missing: {', '.join(lost)}"
+        )
     return tuple(names)
+
+
+def _require_one_home(
+    folder: Path, stored: torch_saves.Merged, index: Mapping[str, str] | None
+) -> None:
+    """Each tensor lies in one file, in that which the index names."""
+    for tensor, files in stored.homes.items():
+        if len(files) > 1:
+            where = " and again in ".join(files)
+            raise IntegrityError(f"{folder}: {tensor}: stored in {where}")
+    if index is None:
+        return
+    homes = {tensor: files[0] for tensor, files in stored.homes.items()}
+    for tensor, name in index.items():
+        if (found := homes.get(tensor, "nowhere")) != name:
+            raise IntegrityError(f"{folder / _INDEX}: {tensor}: expected in {name}, found {found}")
+    for tensor, name in homes.items():
+        if tensor not in index:
+            raise IntegrityError(f"{folder / _INDEX}: {tensor} of {name} is not in the index")
 
 
 FORM = Form("weights in files of torch.save", (Place("", "torch.save"),), holds)
 
 
 def _open(folder: Path, choices: Choices) -> Checkpoint:
-    return open_files(FORMAT, FORM, folder, _files(folder), choices, {})
+    index = _read_index(folder)
+    files = _files(folder, index)
+    opened = open_files(FORMAT, FORM, folder, files, choices, {}, index)
+    others = sorted({path.name for path in folder.glob("pytorch_model*.bin")} - {*files})
+    note = f"{folder / (_INDEX if index else files[0])}: beside it {', '.join(others)}: not read"
+    return replace(opened, notes=(*opened.notes, *[note] * bool(others)))
 
 
 def open_files(
@@ -72,10 +105,14 @@ def open_files(
     files: Sequence[str],
     choices: Choices,
     beside: Mapping[str, int],
+    index: Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """The checkpoint that these files hold together; `beside` counts what lies there and is none of
     its weights. Raises as `open_trained` does."""
     stored = torch_saves.read(folder, files, lambda name: kind_of(name, choices.drop))
+    if form is FORM:
+        # Ranks hold parts of one tensor; whole models hold each of theirs once.
+        _require_one_home(folder, stored, index)
     names = read_names(str(folder), stored.names, trainer_tables(), choices.drop)
     skipped = Counter(names.skipped) + Counter(beside) + Counter(other=stored.values)
     opened = open_trained(kind, form, folder, names, stored.chunks, choices, dict(skipped))

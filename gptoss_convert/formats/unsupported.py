@@ -84,6 +84,11 @@ _FORMS = (
         "leave them out with --drop, such as --drop '*rotary_emb*'",
     ),
     Form(
+        r"^block\.\d+\.(attn|mlp)\.",
+        "OpenAI's names beside Hugging Face's config.json",
+        "put OpenAI's own config.json there",
+    ),
+    Form(
         r"\.mlp\.(gate|up|down)_proj\.weight$|\.mlp\.gate\.|shared_expert|block_sparse_moe|"
         r"\.self_attn\.[qk]_norm\.|kv_a_proj|kv_b_proj|\.mamba\.|\.linear_attn\.|"
         r"^transformer\.|^gpt_neox\.|^(model\.)?(visual|vision_tower|language_model)\.|"
@@ -172,6 +177,18 @@ _DIRECTORIES = (
         "with SHARDED_STATE_DICT",
     ),
     Directory("pytorch_model*.bin", "shards of torch.save without pytorch_model.bin.index.json"),
+    Directory(
+        "*.distcp", "no .metadata: an unfinished (perhaps asynchronous) save", IntegrityError
+    ),
+    Directory(
+        ".cache/huggingface/download/*.incomplete",
+        "an unfinished download ({found}); run it again",
+        IntegrityError,
+    ),
+    *(
+        Directory(f"*{ending}", f"an unfinished download (*{ending}); run it again", IntegrityError)
+        for ending in (".part", ".aria2", ".crdownload", ".download")
+    ),
     Directory("*/.metadata", _INSIDE),
     Directory("*/pytorch_model_fsdp_0", _INSIDE),
     Directory("*/policy/weights", _INSIDE),
@@ -188,10 +205,12 @@ _DIRECTORIES = (
 """In this order: the first that a directory shows is told. One place for every such advice."""
 
 
-def recognise_files(root: Path, claimed: bool = False) -> GptossError | None:
+def recognise_files(
+    root: Path, claimed: bool = False, without: str | None = None
+) -> GptossError | None:
     """What is wrong with a directory, judged by its file names; `claimed` by a format, or not."""
     for one in _DIRECTORIES:
-        if (one.always or not claimed) and (found := one.found(root)):
+        if one.pattern != without and (one.always or not claimed) and (found := one.found(root)):
             folder = found.partition("/")[0]
             words = one.what.format(found=found, folder=folder, root=root, parent=root.parent)
             return one.error(f"{root}: {words}")
@@ -200,6 +219,10 @@ def recognise_files(root: Path, claimed: bool = False) -> GptossError | None:
 
 def no_weights(root: Path) -> GptossError:
     """What to say of a config.json without weights beside it."""
+    if problem := recognise_files(root, without="*.safetensors"):
+        return problem
+    if empty := sorted(path.name for path in root.glob("*.safetensors")):
+        return IntegrityError(f"{root}: no tensors in {', '.join(empty)}")
     above = root.name in TRAINERS_FOLDERS
     advice = f": a trainer's; the weights lie in {root.parent}" if above else ""
     return IntegrityError(f"{root}: no *.safetensors files beside config.json{advice}")
@@ -240,11 +263,6 @@ def _partial(where: str, names: Sequence[str]) -> GptossError | None:
         return InputError(
             f"{where}: a bare GptOssModel without its head: names begin with 'layers.'; save the "
             "GptOssForCausalLM around it"
-        )
-    if any(re.match(r"block\.\d+\.", name) for name in names):
-        return InputError(
-            f"{where}: OpenAI's names beside Hugging Face's config.json; put OpenAI's own "
-            "config.json there"
         )
     return None
 

@@ -71,7 +71,9 @@ class Ranks:
     def keep_log(self, folder: Path) -> None:
         """Write this rank's words to a file of its own in a folder; raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.log = (folder / f"rank-{self.rank:05d}.log").open("a", 1, "utf-8")
+        path = folder / f"rank-{self.rank:05d}.log"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        self.log = os.fdopen(os.open(path, flags, 0o644), "a", 1, "utf-8")
         who = f"rank {self.rank} of {self.size} on {self.host}, process {os.getpid()}:"
         print(who, scrub(" ".join(sys.argv[1:])), file=self.log)
 

@@ -91,10 +91,9 @@ def choose_workers(
     base = BASE_BYTES + shared_bytes
     fit = (allowed - base) // max(buffer_bytes, 1)
     if fit < 1:
+        has = f"{allowed / 1e6:.0f} MB" if allowed >= 1e6 else f"{allowed} bytes"
         whose = "the machine or its container allows" if allowed == limit else "--max-memory is"
-        raise ResourceError(
-            f"one worker needs {(base + buffer_bytes) / 1e6:.0f} MB, {whose} {allowed / 1e6:.0f} MB"
-        )
+        raise ResourceError(f"one worker needs {(base + buffer_bytes) / 1e6:.0f} MB, {whose} {has}")
     cores = len(os.sched_getaffinity(0)) // processes
     return int(min(workers or min(cores + 2, 16), fit))
 

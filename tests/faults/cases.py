@@ -125,6 +125,16 @@ def json_error_page(path: Path) -> None:
     (path / SHARD).write_text('{"error": "Invalid credentials"}')
 
 
+@case(2, "one", 4, "DIR/chat_template.jinja: a web page or an error's answer; *", reads=True)
+def html_page_as_template(path: Path) -> None:
+    (path / "chat_template.jinja").write_text("<!DOCTYPE html><html><title>429</title></html>")
+
+
+@case(2, "one", 4, "DIR/tokenizer.json: an error's answer; download it again; *", reads=True)
+def json_error_as_tokenizer(path: Path) -> None:
+    (path / "tokenizer.json").write_text('{"error": "Invalid credentials in Authorization header"}')
+
+
 @case(3, "one", 4, "DIR/model.safetensors: empty file")
 def empty_file(path: Path) -> None:
     (path / SHARD).write_bytes(b"")
@@ -155,6 +165,19 @@ def incomplete_download(path: Path) -> None:
 def dangling_link(path: Path) -> None:
     (path / SHARD).unlink()
     (path / SHARD).symlink_to(path / "blobs" / "gone")
+
+
+@case(6, "one", 4, "DIR: an unfinished download (*.part); run it again")
+def partial_download(path: Path) -> None:
+    (path / SHARD).rename(path / "model.safetensors.part")
+
+
+@case(6, "openai", 4, "DIR: an unfinished download (.cache/*/download/x.incomplete); run it again")
+def download_into_a_directory(path: Path) -> None:
+    """`hf download --local-dir` keeps what is not whole in a hidden folder."""
+    folder = path / ".cache" / "huggingface" / "download"
+    folder.mkdir(parents=True)
+    (path / SHARD).rename(folder / "x.incomplete")
 
 
 def _dangle(path: Path) -> None:
@@ -236,6 +259,11 @@ def spare_shard(path: Path) -> None:
 )
 def index_climbs_out(path: Path) -> None:
     _point_index(path, "../x.safetensors")
+
+
+@case(10, "megatron", 4, "DIR/iter_*/.metadata: does not name __9_0.distcp: not read*", "--strict")
+def spare_distcp(path: Path) -> None:
+    (iteration(path) / "__9_0.distcp").write_bytes(b"of an earlier save")
 
 
 @case(12, "many", 3, "DIR/model.safetensors.index.json: *: file name '/etc/x.safetensors' leaves*")
@@ -473,6 +501,16 @@ def empty_tensor(path: Path) -> None:
     edit_header(path / SHARD, lambda header: header.update(x=entry))
 
 
+@case(29, "one", 3, "DIR/model.safetensors: tensor name '' is not acceptable")
+def name_of_nothing(path: Path) -> None:
+    _rename(path, "")
+
+
+@case(30, "one", 4, "DIR: no tensors in model.safetensors")
+def no_tensors(path: Path) -> None:
+    write_header(path / SHARD, b"{}", b"")
+
+
 @case(31, "one", 4, "DIR/model.safetensors: header does not start with '{'")
 def leading_space(path: Path) -> None:
     header, rest = header_of(path / SHARD)
@@ -520,8 +558,8 @@ def infinity(path: Path) -> None:
     35,
     "one",
     4,
-    "*model.layers.0.mlp.experts.down_proj_scales: box *: block *: expected a scale byte "
-    "0..252, found 255, is NaN",
+    "DIR/model.safetensors: model.layers.0.mlp.experts.down_proj_scales: box *: block *: expected "
+    "a scale byte 0..252, found 255, is NaN",
     reads=True,
 )
 def scale_that_is_nan(path: Path) -> None:
@@ -532,12 +570,23 @@ def scale_that_is_nan(path: Path) -> None:
     36,
     "one",
     4,
-    "*model.layers.0.mlp.experts.gate_up_proj_scales: box *: block *: expected a scale "
-    "byte 0..252, found 254*",
+    "DIR/model.safetensors: model.layers.0.mlp.experts.gate_up_proj_scales: box *: block *: "
+    "expected a scale byte 0..252, found 254*",
     reads=True,
 )
 def scale_that_overflows(path: Path) -> None:
     overwrite(path / SHARD, "model.layers.0.mlp.experts.gate_up_proj_scales", b"\xfe" * 100)
+
+
+@case(
+    35,
+    "openai",
+    4,
+    "DIR/model.safetensors: block.0.mlp.mlp2_weight.scales: box *: block *: expected a scale byte*",
+    reads=True,
+)
+def scale_that_is_nan_in_another_format(path: Path) -> None:
+    overwrite(path / SHARD, "block.0.mlp.mlp2_weight.scales", b"\xff")
 
 
 @case(
@@ -650,6 +699,11 @@ def llama(path: Path) -> None:
     edit_config(path, model_type="llama", architectures=["LlamaForCausalLM"])
 
 
+@case(42, "openai", 3, "DIR: OpenAI's names beside Hugging Face's config.json; put OpenAI's own *")
+def config_of_the_other_layout(path: Path) -> None:
+    shutil.copy(path.parent / "starts" / "one" / "config.json", path)
+
+
 @case(45, "one", 3, "DIR: *: layout * expects shape *, found *")
 def config_of_another_hidden_size(path: Path) -> None:
     edit_config(path, hidden_size=256)
@@ -689,7 +743,7 @@ def config_of_more_experts_a_token(path: Path) -> None:
     46,
     "one",
     4,
-    "sliding_window is missing: taken as 128, as transformers does (--strict)",
+    "DIR: sliding_window is missing: taken as 128, as transformers does (--strict)",
     "--strict",
 )
 def config_without_window(path: Path) -> None:
@@ -700,7 +754,7 @@ def config_without_window(path: Path) -> None:
     46,
     "one",
     4,
-    "layer_types is missing: taken as alternating, sliding first* (--strict)",
+    "DIR: layer_types is missing: taken as alternating, sliding first* (--strict)",
     "--strict",
 )
 def config_without_layer_types(path: Path) -> None:
@@ -821,6 +875,11 @@ def tracker_links_out(path: Path) -> None:
     (path.parent / "secret").write_text("1")
     (path / "latest_checkpointed_iteration.txt").unlink()
     (path / "latest_checkpointed_iteration.txt").symlink_to(path.parent / "secret")
+
+
+@case(61, "megatron", 3, "DIR/iter_*/metadata.json: format 'xxx*x; supported: torch_dist")
+def format_of_a_long_name(path: Path) -> None:
+    edit_json(iteration(path) / "metadata.json", lambda c: c.update(sharded_backend="x" * 5000))
 
 
 @case(61, "megatron", 4, "DIR/iter_*/metadata.json: not JSON: *")

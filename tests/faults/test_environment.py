@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from gptoss_convert.conversion.manifest import NAME
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.plan import plan
 from gptoss_convert.conversion.run import run
-from gptoss_convert.errors import TargetError, UsageError
+from gptoss_convert.errors import DiskError, TargetError, UsageError
+from gptoss_convert.show.texts import write_text
 from gptoss_convert.synth.synth import synth
 from tests.failing import needs_seccomp, refuse
 from tests.faults.cases import SHARD, bytes_of, overwrite
@@ -233,6 +235,33 @@ def test_nothing_is_writable_for_all(
     made = [target, *target.rglob("*")]
     assert {path.stat().st_mode & 0o777 for path in made if path.is_file()} == {files}
     assert {path.stat().st_mode & 0o777 for path in made if path.is_dir()} == {folders}
+
+
+def test_reports_are_whole_or_as_before_and_not_writable_for_all(tmp_path: Path) -> None:
+    """What a gate writes for others: on a disk that is full it neither ends early nor is lost."""
+    path = tmp_path / "result.json"
+    path.write_text("before")
+
+    def write(text: str, limit: int) -> int:
+        child = os.fork()
+        if child == 0:
+            os.umask(0)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            try:
+                write_text(path, text)
+            except DiskError as error:
+                os._exit(error.exit_code if str(path) in str(error) else 1)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert write("x" * 5000, 1000) == 5
+    assert path.read_text() == "before"
+    assert write("x" * 5000, 9000) == 0
+    assert path.read_text() == "x" * 5000
+    assert [(one.name, one.stat().st_mode & 0o777) for one in tmp_path.iterdir()] == [
+        ("result.json", 0o644)
+    ]
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly(source: Path) -> None:

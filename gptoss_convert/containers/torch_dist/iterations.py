@@ -92,7 +92,7 @@ def _require_torch_dist(directory: Path) -> None:
         if not isinstance(backend, str):
             raise InputError(f"{config}: names no sharded_backend")
         if backend != "torch_dist":
-            raise InputError(f"{config}: format {backend!a}; supported: torch_dist")
+            raise InputError(f"{config}: format {backend!a:.80}; supported: torch_dist")
     if any(directory.glob("*/.zarray")):
         raise InputError(f"{directory}: zarr format; supported: torch_dist")
     if not lies(directory, ".metadata"):

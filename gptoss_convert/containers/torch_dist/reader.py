@@ -21,6 +21,7 @@ from gptoss_convert.containers.torch_dist.metadata import Item, Metadata, Stored
 from gptoss_convert.containers.torch_dist.stand_ins import DTYPE_NAMES
 from gptoss_convert.errors import InputError, IntegrityError
 
+_SHOWN = 8
 COMMON_STATE = "common_state/shard_0_1"
 """Object that holds the common state from core 0.19 on; before, it is the file `common.pt`."""
 
@@ -36,6 +37,8 @@ class TorchDist:
     skipped: Mapping[str, int]
     """Entries that hold no weights, by kind: optimizer, rng, extra_state, other."""
     saved_by: str
+    notes: tuple[str, ...] = ()
+    """What is odd about the directory and harms nothing."""
 
 
 def read(iteration_dir: Path, kind: Callable[[str], str] | None = None) -> TorchDist:
@@ -60,7 +63,8 @@ def read(iteration_dir: Path, kind: Callable[[str], str] | None = None) -> Torch
     chunks = tuple(_chunks(weights, _locate(iteration_dir, weights)))
     state = _common(iteration_dir, content)
     saver = _saved_by(iteration_dir, state)
-    return TorchDist(chunks, tuple(content.objects), state, dict(skipped), saver)
+    notes = tuple(_remarks(iteration_dir, content))
+    return TorchDist(chunks, tuple(content.objects), state, dict(skipped), saver, notes)
 
 
 def tensor_names(directory: Path) -> tuple[str, ...]:
@@ -111,6 +115,15 @@ def _metadata_bytes(directory: Path) -> bytes:
         if opened.size > MAX_BYTES:
             raise InputError(f"{directory}: .metadata of {opened.size} bytes")
         return opened.read_at(0, opened.size)
+
+
+def _remarks(directory: Path, content: Metadata) -> Iterator[str]:
+    """Files that an earlier save of more ranks left, say."""
+    named = {item.file for item, _ in _all_items(content)}
+    if spare := sorted({path.name for path in directory.glob("*.distcp")} - named):
+        more = f" and {len(spare) - _SHOWN} more" if len(spare) > _SHOWN else ""
+        shown = ", ".join(spare[:_SHOWN])
+        yield f"{directory / '.metadata'}: does not name {shown}{more}: not read"
 
 
 def _require_files(directory: Path, content: Metadata) -> None:

@@ -25,12 +25,17 @@ class Merged:
     """The tensors of one model out of the files of all ranks."""
 
     chunks: tuple[Chunk, ...]
-    names: tuple[str, ...]
-    """Of all tensors, those that were skipped included."""
+    homes: Mapping[str, tuple[str, ...]]
+    """The files that hold each tensor or a part of it, of those that were skipped, too."""
     values: int
     """How many values the first file holds that are no tensors."""
     replicas: int
     """Copies of a part of a tensor beyond the first: they are not read."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors, those that were skipped included."""
+        return tuple(self.homes)
 
 
 Skip = Callable[[str], str | None]
@@ -48,7 +53,7 @@ def merged(where: str, files: Iterable[SavedFile], skip: Skip = lambda name: Non
     Raises IntegrityError where the ranks contradict each other, or leave a gap.
     """
     parts: dict[str, list[Chunk]] = defaultdict(list)
-    names: dict[str, None] = {}
+    homes: dict[str, tuple[str, ...]] = {}
     values: list[int] = []
     for file in files:
         values.append(0)
@@ -56,7 +61,7 @@ def merged(where: str, files: Iterable[SavedFile], skip: Skip = lambda name: Non
             if not is_tensor(value):
                 values[-1] += 1
                 continue
-            names[name] = None
+            homes[name] = (*homes.get(name, ()), file.name)
             if skip(name) is not None:
                 continue
             for piece in pieces(value, f"{file.where}: {name}"):
@@ -67,7 +72,7 @@ def merged(where: str, files: Iterable[SavedFile], skip: Skip = lambda name: Non
         kept = tiled(f"{where}: {name}", held)
         replicas += sum(1 for chunk in held if math.prod(chunk.extent)) - len(kept)
         chunks += kept
-    return Merged(tuple(chunks), tuple(names), values[0] if values else 0, replicas)
+    return Merged(tuple(chunks), homes, values[0] if values else 0, replicas)
 
 
 def named_values(value: object, where: str, prefix: str = "") -> Iterator[tuple[str, object]]:

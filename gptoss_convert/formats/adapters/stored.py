@@ -112,7 +112,9 @@ def _read_safetensors(root: Path) -> Stored:
     if not lies(root, WEIGHTS):
         if lies(root, PICKLE):
             raise InputError(_pickled(root))
-        raise IntegrityError(f"{root}: {CONFIG} without {WEIGHTS}")
+        unfinished = any(root.glob("*.incomplete"))
+        advice = ": an unfinished download (*.incomplete); run it again" * unfinished
+        raise IntegrityError(f"{root}: {CONFIG} without {WEIGHTS}{advice}")
     config = parse_object(str(root / CONFIG), text, budget.TEXT)
     header = safetensors.read_header(root, WEIGHTS, tensors=_MAX_TENSORS)
     also = frozenset(path.name for path in root.iterdir() if path.suffix == ".json")

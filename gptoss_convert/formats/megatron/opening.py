@@ -48,7 +48,7 @@ def open_megatron(kind: Format, root: Path, choices: Choices) -> Checkpoint:
     interleave.check_parallel(said, run)
     chunks = interleave.contiguous(chunks, run)
     skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(stored.skipped.items()))
-    notes = [*config.notes]
+    notes = [*config.notes, *stored.notes]
     if set(stored.skipped) - {"extra_state"}:
         notes.append(f"skipped entries that hold no weights: {skipped}")
     if padding:

@@ -19,6 +19,8 @@ def prepare(folder: Path) -> None:
         raise UsageError(
             f"--report needs {error.name}: pip install 'gptoss-convert[report]'"
         ) from None
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--report {folder}: not a directory")
     folder.mkdir(parents=True, exist_ok=True)
 
 
