@@ -76,6 +76,14 @@ def test_a_configuration_in_the_checkpoint_s_own_folder_is_found(tmp_path: Path,
     assert_is_the_model(converted(tmp_path / "ck", tmp_path / "out"))
 
 
+def test_an_unfinished_save_of_dcp_is_named(tmp_path: Path, config: Path):
+    save_with_dcp(tmp_path, {"model": {"x": MODEL["lm_head.weight"]}})
+    (tmp_path / "config.json").write_bytes(config.read_bytes())
+    (tmp_path / ".metadata").rename(tmp_path / ".metadata.tmp")
+    with pytest.raises(IntegrityError, match=r"no \.metadata: an unfinished"):
+        inspect(tmp_path)
+
+
 def test_an_optimizer_alone_is_named(tmp_path: Path, config: Path):
     optimizer = {"state": {name: {"exp_avg": one.float()} for name, one in MODEL.items()}}
     save_with_dcp(tmp_path / "optimizer_0", {"optimizer": optimizer})
@@ -128,7 +136,10 @@ def test_shards_of_ranks_are_put_together(tmp_path: Path, config: Path, ranks: i
     beside = tmp_path / "step" / "model" / ".hf_metadata"
     beside.mkdir()
     (beside / "config.json").write_bytes(config.read_bytes())
+    (tmp_path / "step" / "model" / "other.safetensors").write_bytes(b"of another save")
     assert_is_the_model(converted(tmp_path / "step", tmp_path / "out"))
+    notes = inspect(tmp_path / "step").summary()["notes"]
+    assert any("beside the ranks' shards other.safetensors: not read" in one for one in notes)
 
 
 def write_shards(folder: Path, model: Mapping[str, Tensor], ranks: int) -> None:
