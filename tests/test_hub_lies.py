@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 
 from gptoss_convert import Options, convert, inspect, plan
 from gptoss_convert.conversion.run import run
-from gptoss_convert.errors import IntegrityError, NetworkError
+from gptoss_convert.errors import IntegrityError, NetworkError, UsageError
 from gptoss_convert.hub import guard, listing
 from gptoss_convert.hub.client import resolve
 from gptoss_convert.hub.names import repository
 from tests.hub_server import Fault, Hub
-from tests.test_hub import BF16, NAME, hub, published, same_files
+from tests.test_hub import BF16, NAME, SECRET, hub, published, same_files
 
 __all__ = ["hub", "published"]
 SHARD = "/cdn/.*model-00002"
@@ -27,6 +28,67 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "_listings", {})
     monkeypatch.setattr(listing, "_seen", {})
     monkeypatch.setattr(guard, "_WINDOW", 0.2)
+
+
+XET = "a" * 64
+
+
+@pytest.mark.parametrize(
+    ("headers", "told"),
+    [
+        ({"X-Xet-Hash": XET, "X-Xet-Refresh-Route": "{cdn}/steal"}, "names a store elsewhere"),
+        ({"X-Xet-Hash": XET, "Link": '<{cdn}/steal>; rel="xet-auth"'}, "names a store elsewhere"),
+        ({"X-Xet-Hash": XET, "X-Xet-Refresh-Route": "http://[::"}, "names a store elsewhere"),
+        ({"X-Xet-Hash": "../x", "X-Xet-Refresh-Route": "{url}/x"}, "or no hash"),
+        ({"X-Xet-Hash": XET, "X-Xet-Refresh-Route": "{url}/api/whoami-v2"}, "Xet headers have not"),
+    ],
+)
+def test_no_store_gets_the_token_but_the_hub_s(
+    headers: dict[str, str],
+    told: str,
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    stated = {name: text.format(cdn=hub.cdn, url=hub.url) for name, text in headers.items()}
+    hub.faults.append(Fault("HEAD", "/resolve/", headers=stated))
+    with pytest.raises(NetworkError, match=told):
+        convert(NAME, tmp_path / "out", BF16)
+    assert not hub.asked("GET", "steal")
+
+
+def test_the_token_goes_to_no_other_address(hub: Hub) -> None:
+    with guard.guarded(guard.Expected("x")):
+        for place in (hub.url, hub.cdn):
+            get_session().get(f"{place}/x", headers={"Authorization": f"Bearer {SECRET}"})
+    assert [token for _, _, _, token in hub.requests] == [f"Bearer {SECRET}", None]
+
+
+@pytest.mark.parametrize("charset", ["zlib", "undefined", "utf-7"])
+def test_a_listing_is_utf8_whatever_it_says(charset: str, hub: Hub) -> None:
+    kind = {"Content-Type": f"application/json; charset={charset}"}
+    hub.faults.append(Fault("GET", "/api/models", 200, kind, body=b'{"sha": "+AD0"}'))
+    with pytest.raises(NetworkError, match="no list of files"):
+        inspect(NAME)
+
+
+@pytest.mark.parametrize(
+    "revision", ["../../../x", "/x", "..", "a/../../x", "x\0", "-x", "", "a b"]
+)
+def test_a_revision_is_no_path(revision: str, hub: Hub, tmp_path: Path) -> None:
+    hub.repos[NAME].refs[revision] = hub.repos[NAME].refs["main"]
+    with pytest.raises(UsageError, match="is no branch, tag or commit"):
+        convert(NAME, tmp_path / "out", replace(BF16, revision=revision))
+    assert not (tmp_path / "cache").exists() and not hub.requests
+
+
+def test_what_the_client_says_of_a_short_file_is_not_signed(hub: Hub, tmp_path: Path) -> None:
+    planned = plan(NAME, tmp_path / "out", BF16)
+    hub.faults.append(Fault("GET", SHARD, body=b"short", whole=True))
+    with pytest.raises(NetworkError, match=r"has size 5$"):
+        run(planned)
 
 
 def everything(folder: Path) -> set[Path]:
@@ -76,6 +138,7 @@ def description(hub: Hub) -> dict[str, object]:
         ("size", "12"),
         ("size", True),
         ("size", 1 << 60),
+        ("size", 1 << 52),
         ("rfilename", None),
         ("rfilename", "x" * 5000),
         ("rfilename", ""),

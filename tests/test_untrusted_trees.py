@@ -13,15 +13,19 @@ from typing import Any
 
 import pytest
 
-from gptoss_convert.containers import refs
+from gptoss_convert.containers import refs, safetensors
 from gptoss_convert.containers.paths import create_inside, folder_inside, open_inside, settled
 from gptoss_convert.containers.refs import Identity
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.plan import plan
 from gptoss_convert.conversion.run import run
 from gptoss_convert.errors import GptossError, InputError, IntegrityError, TargetError, UsageError
+from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.config import MXFP4_CONFIG
 from gptoss_convert.synth.synth import synth
+from gptoss_convert.verify import values_level
+from gptoss_convert.verify.gate import verify_checkpoints
+from gptoss_convert.verify.result import VerifyOptions
 from tests.stopping import At, HaltError, halt
 
 HF = Options("hf", workers=1)
@@ -217,6 +221,72 @@ def test_a_source_that_changed_after_the_plan_is_not_mixed_into_it(
     with pytest.raises(IntegrityError, match=rf"{name}: changed since its header was read"):
         run(conversion)
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+BESIDE = [
+    ("hf", "config.json"),
+    ("megatron", "iter_0000001/.metadata"),
+    ("megatron", "iter_0000001/common.pt"),
+    ("megatron", "iter_0000001/run_config.yaml"),
+    ("megatron", "hf/config.json"),
+    ("openai/original", "config.json"),
+]
+"""What decides what the weights mean."""
+
+
+@pytest.mark.parametrize(("source", "name"), BESIDE)
+def test_what_a_plan_was_made_from_is_the_same_at_the_end(
+    made: Path, tmp_path: Path, source: str, name: str
+) -> None:
+    root = copied(made, source, tmp_path)
+    conversion = plan(root, tmp_path / "target", HF)
+    renamed_over(root / name)
+    with pytest.raises(IntegrityError, match=rf"{name}: changed (since|while)"):
+        run(conversion)
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_directory_that_is_exchanged_while_it_is_planned_is_no_mixture(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration of one save, the weights of the next."""
+    root = copied(made, "hf", tmp_path)
+    synth(tmp_path / "next", layers=1, seed=5)
+    read = safetensors.read_directory
+
+    def exchanging(*words: Any) -> Any:
+        if not (tmp_path / "before").exists():
+            root.rename(tmp_path / "before")
+            (tmp_path / "next").rename(root)
+        return read(*words)
+
+    monkeypatch.setattr(safetensors, "read_directory", exchanging)
+    with pytest.raises(IntegrityError, match=r"config\.json: changed (since|while)"):
+        run(plan(root, tmp_path / "target", HF))
+
+
+def test_a_tracker_may_name_another_iteration_by_then(made: Path, tmp_path: Path) -> None:
+    root = copied(made, "megatron", tmp_path)
+    conversion = plan(root, tmp_path / "target", HF)
+    (root / "latest_checkpointed_iteration.txt").write_text("7")
+    run(conversion)
+
+
+def test_both_readers_of_a_verification_see_the_same_files(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    compared = values_level.values_level
+
+    def changing(ours: Checkpoint, *words: Any) -> Any:
+        renamed_over(ours.root / "config.json")
+        return compared(ours, *words)
+
+    monkeypatch.setattr(values_level, "values_level", changing)
+    for level in ("values", "logits"):
+        root = copied(made, "hf", tmp_path / level)
+        with pytest.raises(IntegrityError, match=r"config\.json: changed (since|while)"):
+            verify_checkpoints(root, made / "hf", VerifyOptions(level=level, max_length=4))
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -11,11 +11,13 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from gptoss_convert.containers.refs import FileRef, Identity
+from gptoss_convert.containers.seen import changed, remember
 from gptoss_convert.containers.walk import FOLDER, LinkError, OutsideError, folder, told, walk
 from gptoss_convert.errors import InputError, IntegrityError, TargetError
 
@@ -64,9 +66,13 @@ def open_inside(root: Path, name: str) -> BinaryIO:
     path = root / name
     with told(path):
         descriptor = _followed(path) if isinstance(root, Followed) else _inside(root, name)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InputError(f"{path}: not a regular file")
+        remember(root, name, descriptor)
+    except BaseException:
         os.close(descriptor)
-        raise InputError(f"{path}: not a regular file")
+        raise
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
@@ -116,11 +122,17 @@ def open_file(file: FileRef) -> BinaryIO:
     opened = open_inside(file.root, file.name)
     if file.identity not in {None, Identity.of(opened.fileno())}:
         opened.close()
-        raise IntegrityError(
-            f"{file}: changed since its header was read: another file, or written to; "
-            "run the command again when nothing changes it"
-        )
+        raise changed(file)
     return opened
+
+
+def require_unchanged(files: Iterable[FileRef]) -> None:
+    """Raise IntegrityError unless each file is there as it was when it was read."""
+    for file in files:
+        try:
+            open_file(file).close()
+        except (InputError, IntegrityError):
+            raise IntegrityError(f"{file}: changed while it was being read") from None
 
 
 def folder_inside(root: Path, name: str) -> Path | None:

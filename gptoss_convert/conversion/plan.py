@@ -11,6 +11,7 @@ from typing import Any
 
 from gptoss_convert.containers import Image, content_size
 from gptoss_convert.containers.refs import Copied, FileRef
+from gptoss_convert.containers.seen import remembering
 from gptoss_convert.conversion import lossy
 from gptoss_convert.conversion.acceptable import require_acceptable
 from gptoss_convert.conversion.options import Options
@@ -56,6 +57,8 @@ class Conversion:
     """What a calibration will have rounded before the plan is executed."""
     places: Places = field(default_factory=dict)
     """Where the directories of a repository lie once its files are at hand."""
+    seen: tuple[FileRef, ...] = ()
+    """The files on disk that it was planned from, as they were."""
 
     @cached_property
     def reads(self) -> Set[FileRef]:
@@ -196,10 +199,11 @@ def plan(
     for name, path in others.items():
         if path is not None and Path(path).exists():
             check_input(name, Path(path), target)
-    with opening(place, options) as opened:
+    with remembering() as seen, opening(place, options) as opened:
         opened = with_adapter(opened, options, follow_links=options.follow_links)
         options = _for_adapter(opened, options)
-        return plan_opened(opened, target, options, processes)
+        planned = plan_opened(opened, target, options, processes)
+    return replace(planned, seen=tuple(opened.lasting(seen.values())))
 
 
 def _for_adapter(opened: Checkpoint, options: Options) -> Options:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gptoss_convert.containers.paths import require_unchanged
 from gptoss_convert.conversion import lossy, work_files
 from gptoss_convert.conversion.journal import Journal, Publishing, recorded
 from gptoss_convert.conversion.options import Options
@@ -267,8 +268,7 @@ def _execute(
             every=0.25 if stream else 2.0,
         )
         files.sync()
-        if isinstance(sources, SourceFiles):
-            sources.require_unchanged()
+        require_unchanged(conversion.seen)
     require_kept(conversion, shares, journal.done, ranks)
     return before
 

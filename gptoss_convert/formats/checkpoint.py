@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,11 @@ class Checkpoint:
     def files(self) -> frozenset[FileRef]:
         """The files that hold its tensors, whatever floats they are; each shape is checked."""
         return frozenset(file for extent in self.extents(casts(True)) for file in extent.files)
+
+    def lasting(self, files: Iterable[FileRef]) -> list[FileRef]:
+        """Those of some files that stay: what stood for a repository has gone."""
+        gone = self.outline
+        return [one for one in files if gone is None or not one.root.is_relative_to(gone)]
 
     @property
     def updates(self) -> tuple[tuple[Update, ...], str]:

@@ -59,8 +59,9 @@ def _model_info(repository: Repository) -> dict[str, Any]:
         )
         hf_raise_for_status(response)
         try:
-            return parse_object(str(repository), response.text, ANSWER)
-        except IntegrityError:
+            # JSON is UTF-8, whatever a header says it is.
+            return parse_object(str(repository), response.content.decode("utf-8"), ANSWER)
+        except (IntegrityError, UnicodeDecodeError):
             return {}
 
 
@@ -285,7 +286,8 @@ def _meaning(repository: Repository, error: BaseException) -> str:
         what = "cannot reach" if kind.startswith(("Connect", "Proxy")) else "connection broke:"
         return f"{what} {place} ({kind}); run the same command again"
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"failed: {first:.200}"
+    # In brackets the client shows the end of an address, which is its signature.
+    return f"failed: {first.partition(' (')[0]:.200}"
 
 
 def _status(code: int) -> str:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from gptoss_convert.containers.budget import ANSWER
 from gptoss_convert.errors import NetworkError
@@ -21,6 +22,10 @@ from gptoss_convert.hub.listing import COMMIT
 
 _ETAG = re.compile(r'(?:W/)?"?[A-Za-z0-9][A-Za-z0-9_.+=:~-]{0,127}"?')
 """What becomes a blob's name in the cache, and so must be no path; elsewhere it is not used."""
+_STORED = re.compile(r"[0-9a-fA-F]{64}")
+_HUB = "https://huggingface.co"
+"""Where mirrors, too, say that files are, for the client to put their own address in its place."""
+_PORTS = {"http": 80, "https": 443}
 _LONGEST_WAIT = 300
 """Seconds that a server may ask to wait; the Hub counts requests in windows of five minutes."""
 _WINDOW = 60.0
@@ -84,9 +89,32 @@ class _Guarding:
 
 
 def _asked(request: Any) -> None:
-    """Ask for the bytes as they are: what is compressed can grow without end."""
-    if _expected.get() is not None:
-        request.headers["Accept-Encoding"] = "identity"
+    """Ask for the bytes as they are: what is compressed can grow without end. The token goes to the
+    Hub alone, whoever sent us on."""
+    if _expected.get() is None:
+        return
+    from huggingface_hub import get_token
+
+    request.headers["Accept-Encoding"] = "identity"
+    token, said = get_token(), request.headers.get("Authorization", "")
+    if token and token in said and not _is_hub(str(request.url)):
+        del request.headers["Authorization"]
+
+
+def _is_hub(url: str) -> bool:
+    """Whether an address is the Hub's, or of whoever stands for it."""
+    from huggingface_hub import constants
+
+    return any(_origin(url) == _origin(hub) for hub in (constants.ENDPOINT, _HUB))
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port of an address; the same for all that is none."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme)
+    except ValueError:
+        return "", None, None
 
 
 def _answered(response: Any) -> None:
@@ -97,6 +125,7 @@ def _answered(response: Any) -> None:
     _check_names(expected, headers, response.request.method == "HEAD")
     _check_sizes(expected, headers)
     _check_wait(expected, headers)
+    _check_store(expected, response)
     if headers.get("content-encoding", "identity") not in ("", "identity"):
         raise NetworkError(f"{expected.where}: the server compresses what was asked for as it is")
     response.stream = _bounded(response.stream, _library(response), expected)
@@ -123,6 +152,24 @@ def _check_sizes(expected: Expected, headers: Mapping[str, str]) -> None:
             raise NetworkError(
                 f"{expected.where}: the server has {found!s:.40} bytes, the Hub lists "
                 f"{expected.size}"
+            )
+
+
+def _check_store(expected: Expected, response: Any) -> None:
+    """Where a file lies in Xet's store, if there: the client sends the token to that address, and
+    uses the hash as a name."""
+    found = response.headers.get("x-xet-hash")
+    if found is None:
+        return
+    try:
+        linked = response.links.get("xet-auth", {}).get("url")
+    except ValueError:
+        linked = ""
+    for route in (linked, response.headers.get("x-xet-refresh-route")):
+        if not _STORED.fullmatch(found) or not (route is None or _is_hub(route)):
+            raise NetworkError(
+                f"{expected.where}: the server names a store elsewhere, or no hash: "
+                f"{route!r:.80}, {found!r:.80}"
             )
 
 

@@ -15,6 +15,8 @@ from gptoss_convert.formats.repository import Repository
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MOST_FILES = 100_000
+_LARGEST = 1 << 42
+"""Bytes of a file; a larger one, of which nothing is read, some file systems cannot have."""
 _LONGEST = 1024
 """Characters of a path."""
 _PIECE = 1 << 20
@@ -82,7 +84,7 @@ def _entry(
     name, size, blob, lfs = (entry.get(key) for key in ("rfilename", "size", "blobId", "lfs"))
     if not isinstance(name, str) or not 0 < len(name) <= _LONGEST:
         raise _no_list(repository, endpoint)
-    if type(size) is not int or not 0 <= size < 1 << 53:
+    if type(size) is not int or not 0 <= size < _LARGEST:
         raise _no_list(repository, endpoint)
     stated = lfs.get("sha256") if isinstance(lfs, dict) else blob
     form, which = (_SHA256, _LFS) if lfs is not None else (COMMIT, _GIT)

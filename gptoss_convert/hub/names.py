@@ -18,6 +18,8 @@ RELEASED = (
     "openai/gpt-oss-safeguard-120b",
 )
 _ID = re.compile(r"(?!.*(?:--|\.\.))[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
+_REVISION = re.compile(r"(?![./-])(?!.*(?:\.\.|//|/\.))[^\s\x00-\x1f\x7f\\:?*\[^~]{1,255}(?<![./])")
+"""What git takes for the name of a branch, tag or commit; in the cache it is a file's."""
 _SCHEME = "hf://"
 _PAGE = re.compile(r"https?://[^/]+/([^/?#]+/[^/?#]+)")
 """A repository's page, as a browser shows its address."""
@@ -33,14 +35,14 @@ def repository(source: str | Path, revision: str | None = None) -> Repository | 
         name, _, at = source.removeprefix(_SCHEME).partition("@")
         if not _ID.fullmatch(name) or (at and revision):
             raise UsageError(f"{source}: expects hf://owner/name, or hf://owner/name@revision")
-        return Repository(name, at or revision)
+        return _at(name, at or revision)
     if isinstance(source, str) and not Path(source).exists() and _ID.fullmatch(source):
         owner = source.partition("/")[0]
         if Path(owner).exists():
             raise UsageError(
                 f"{source}: no such directory in {owner}; for the repository write hf://{source}"
             )
-        return Repository(source, revision)
+        return _at(source, revision)
     if isinstance(source, str) and (page := _PAGE.match(source)):
         raise UsageError(f"{source}: an address; for the repository write {page[1]}")
     if meant := _released(str(source)):
@@ -48,6 +50,12 @@ def repository(source: str | Path, revision: str | None = None) -> Repository | 
     if revision is not None:
         raise UsageError(f"--revision {revision}: {source} is not a repository on the Hub")
     return None
+
+
+def _at(name: str, revision: str | None) -> Repository:
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise UsageError(f"{name}: revision {revision!r:.80} is no branch, tag or commit")
+    return Repository(name, revision)
 
 
 def require_endpoint() -> None:

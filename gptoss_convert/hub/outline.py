@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from gptoss_convert.containers import safetensors
 from gptoss_convert.containers.budget import HEADER
 from gptoss_convert.containers.paths import safe_name, settled
+from gptoss_convert.containers.seen import forgetting
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import GptossError, InputError, NetworkError, UsageError
 from gptoss_convert.formats import sidecar
@@ -79,7 +80,8 @@ def opened(listing: Listing, root: Path, choices: Choices) -> Checkpoint:
     root = settled(root)
     if root.is_dir():
         _require_read_from_afar(listing, root, choices.format)
-    found = open_checkpoint(root, choices)
+    with forgetting():
+        found = open_checkpoint(root, choices)
     short = f"{root}".removesuffix(str(listing.repository))
     notes = tuple(note.replace(short, "") for note in found.notes)
     return replace(found, repository=listing.repository, outline=root, notes=notes)

@@ -19,9 +19,9 @@ from typing import Generic, Protocol, Self, TypeVar
 
 from isal import isal_zlib
 
-from gptoss_convert.containers.paths import create_inside, open_file, settled
+from gptoss_convert.containers.paths import create_inside, open_file, require_unchanged, settled
 from gptoss_convert.containers.refs import FileRef, Identity
-from gptoss_convert.errors import DiskError, InputError, IntegrityError
+from gptoss_convert.errors import DiskError, IntegrityError
 from gptoss_convert.machine.arena import PAGE, Arena
 from gptoss_convert.machine.failures import UNSUPPORTED, disk_error
 
@@ -147,12 +147,10 @@ class SourceFiles(_OpenFiles[FileRef]):
 
     def require_unchanged(self) -> None:
         """Refuse a source that changed since its header was read; raises IntegrityError."""
-        for ref, file in self._open.items():
-            now = replace(moved(ref, self._places), identity=file.identity)
-            try:
-                open_file(now).close()
-            except (InputError, IntegrityError):
-                raise IntegrityError(f"{file.path}: changed while it was being read") from None
+        require_unchanged(
+            replace(moved(ref, self._places), identity=file.identity)
+            for ref, file in self._open.items()
+        )
 
     def _opened(self, file: FileRef) -> _File:
         with self._lock:

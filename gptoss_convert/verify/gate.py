@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from gptoss_convert.containers.paths import require_unchanged
+from gptoss_convert.containers.seen import remembering
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.hub.adapters import with_adapter
@@ -40,6 +42,8 @@ def verify_checkpoints(
     if options.level not in LEVELS:
         raise UsageError(f"--level {options.level}: choose {', '.join(LEVELS)}")
     with (
+        # The tables' readers and those of witnesses each open the files: all see the same ones.
+        remembering() as seen,
         opening(locate(source, options.revision), options.source) as ours,
         opening(locate(target), options.target) as theirs,
     ):
@@ -53,6 +57,7 @@ def verify_checkpoints(
             if levels and not levels[0].same:
                 break
             levels.append(_level(name)(ours, theirs, options, progress, ranks))
+        require_unchanged(seen.values())
         return Verification(side(ours), side(theirs), options.limits, tuple(levels))
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from gptoss_convert.containers.paths import folder_inside, lies, read_text
+from gptoss_convert.containers.seen import forgetting
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 
@@ -41,7 +42,9 @@ def find_iteration(root: Path, iteration: int | None, legacy: bool = False) -> P
 def _latest(root: Path) -> Path:
     tracker = root / TRACKER
     if lies(root, TRACKER):
-        text = read_text(root, TRACKER, _MAX_TEXT).strip()
+        # Training goes on, and names another iteration by and by.
+        with forgetting():
+            text = read_text(root, TRACKER, _MAX_TEXT).strip()
         name = text if text == RELEASE else f"iter_{int(text):07d}" if _is_number(text) else None
         if name is None:
             raise InputError(f"{tracker}: expected an iteration, found {text[:40]!a}")
