@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gptoss_convert.conversion.plan import Conversion, plan
     from gptoss_convert.conversion.run import Report, convert
     from gptoss_convert.errors import GptossError
-    from gptoss_convert.formats.adapters.options import AdapterOptions
+    from gptoss_convert.formats.adapters.adapter_options import AdapterOptions
     from gptoss_convert.parameters import Parameter, Parameters, open
     from gptoss_convert.verify.gate import verify_checkpoints
     from gptoss_convert.verify.result import ServedOptions, Verification, VerifyOptions
@@ -47,7 +47,7 @@ __all__ = [
 __version__ = VERSION
 
 _HOME = {
-    "AdapterOptions": "formats.adapters.options",
+    "AdapterOptions": "formats.adapters.adapter_options",
     "Conversion": "conversion.plan",
     "GptossError": "errors",
     "Inspection": "check.inspection",

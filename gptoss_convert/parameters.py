@@ -27,7 +27,7 @@ from gptoss_convert.engine.derivations import Change, choose
 from gptoss_convert.engine.steps import TILE_BYTES, Step
 from gptoss_convert.engine.work import Work
 from gptoss_convert.errors import UsageError
-from gptoss_convert.formats.adapters.options import AdapterOptions
+from gptoss_convert.formats.adapters.adapter_options import AdapterOptions
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, casts
 from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.hub.adapters import with_adapter

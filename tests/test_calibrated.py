@@ -270,8 +270,8 @@ def test_exact_matrices_get_the_bytes_that_the_codec_gives_them(hinted: bool):
     )
     blocks = np.empty(tuple(stored.blocks.shape), np.uint8)
     scales = np.empty(tuple(stored.scales.shape), np.uint8)
-    guides = {"scales": hints.transpose(1, 2).contiguous().numpy()} if hinted else {}
-    stats = mxfp4.CODEC.encode(bits, {"blocks": blocks, "scales": scales}, guides)
+    former = {"scales": hints.transpose(1, 2).contiguous().numpy()} if hinted else {}
+    stats = mxfp4.CODEC.encode(bits, {"blocks": blocks, "scales": scales}, former)
     assert stats.inexact_blocks == 0 and (stats.hinted_blocks > 0) == hinted
     for e in (0, 2):
         np.testing.assert_array_equal(stored.blocks[e].numpy(), blocks[e])

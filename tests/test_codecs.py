@@ -51,7 +51,7 @@ class Int8:
     name = "int8"
     members: Mapping[str, str] = SimpleNamespace(codes="U8", steps="F32").__dict__
     block = BLOCK
-    guides = ()
+    hints = ()
     magnitudes = ("codes", 0xFF)
 
     def member_box(self, member: str, box: Ranges) -> Ranges:
@@ -63,7 +63,7 @@ class Int8:
         found = parts["codes"].view(np.int8) * parts["steps"].view(np.float32)[..., None]
         values[...] = bits_of(found.reshape(values.shape))
 
-    def encode(self, values: Values, parts: Arrays, guides: Arrays) -> EncodeStats:
+    def encode(self, values: Values, parts: Arrays, hints: Arrays) -> EncodeStats:
         blocks = floats_of(values).reshape(parts["codes"].shape)
         largest = np.abs(blocks).max(axis=-1)
         steps = np.exp2(np.ceil(np.log2(np.maximum(largest, 1e-30) / 127))).astype(np.float32)

@@ -16,7 +16,7 @@ from gptoss_convert.containers import Image, safetensors
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats import shards
 from gptoss_convert.formats.checkpoint import Checkpoint, Choices, Format, best_variant
-from gptoss_convert.formats.options import ImageOptions
+from gptoss_convert.formats.image_options import ImageOptions
 from gptoss_convert.formats.registry import FORMATS, formats_in, open_checkpoint
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.table_files import load_table, parse_table

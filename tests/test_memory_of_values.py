@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from gptoss_convert.codecs.mxfp4 import codec, sums
-from gptoss_convert.compare.changes import change
+from gptoss_convert.compare.arrays import distance
 from gptoss_convert.compare.diagnosis import expert_digests, looks
 from gptoss_convert.compare.value_statistics import distances_of
 from gptoss_convert.compare.values import _first_and_worst
@@ -82,7 +82,7 @@ def test_looking_at_values_takes_no_memory(bits: Bits) -> None:
     acts: dict[str, Callable[[], object]] = {
         "fingerprint": lambda: examined(bits, BOX, SHAPE, -1),
         "anomalies": lambda: anomalies.examine(held(bits), False),
-        "change": lambda: change(bits, other),
+        "distance": lambda: distance(bits, other),
         "distances": lambda: distances_of(step(), bits, other),
         "first and worst": lambda: _first_and_worst(step(), bits.reshape(-1), other.reshape(-1)),
         "looks": lambda: looks(step(), bits, other),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptoss_convert.codecs.mxfp4 import library
-from gptoss_convert.compare.changes import Distance, change, sum_of
+from gptoss_convert.compare.arrays import Distance, distance, sum_of
 from gptoss_convert.compare.diff import Diff, ParameterDiff, diff
 from gptoss_convert.formats.checkpoint import Choices
 from tests.tiny_files import hf_config, write_hf_bf16, write_hf_mxfp4, write_megatron, write_openai
@@ -267,7 +267,7 @@ def test_changes_of_any_length_are_those_of_float64(
     a = random.integers(0, 0x7F80, length).astype(np.uint16) ^ np.uint16(0x8000)
     b = np.where(random.random(length) < 0.3, a ^ np.uint16(1), a)
     x, y = (torch.from_numpy(v.astype(np.int16)).view(torch.bfloat16).double() for v in (a, b))
-    found = change(a, b)
+    found = distance(a, b)
     assert (found.elements, found.changed) == (length, int((a != b).sum()))
     assert found.squares == pytest.approx(float((x * x).sum()), rel=1e-12)
     assert found.squared_change == pytest.approx(float(((y - x) ** 2).sum()), rel=1e-12)
@@ -278,13 +278,13 @@ def test_infinities_and_nan_are_counted_and_left_out_of_the_sums() -> None:
     a = np.full(300, 0x3F80, np.uint16)
     b = a.copy()
     a[3], b[130], b[131], b[299] = 0x7F80, 0xFF80, 0x7FC0, 0x7FC0
-    found = change(a, b)
+    found = distance(a, b)
     assert (found.changed, found.nonfinite) == (4, 4)
     assert (found.squares, found.squared_change, found.max_abs) == (296.0, 0.0, 0.0)
 
 
 def test_a_change_from_zero_has_no_relative_norm() -> None:
     zero, one = np.zeros(2, np.uint16), np.full(2, 0x3F80, np.uint16)
-    assert change(zero, one).relative_norm is None
-    assert sum_of((change(zero, one), change(one, one))).relative_norm == 1.0
+    assert distance(zero, one).relative_norm is None
+    assert sum_of((distance(zero, one), distance(one, one))).relative_norm == 1.0
     assert sum_of(()).relative_norm == 0.0

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gptoss_convert import convert
-from gptoss_convert.compare.changes import Distance
+from gptoss_convert.compare.arrays import Distance
 from gptoss_convert.compare.value_statistics import StepStatistics
 from gptoss_convert.compare.values_report import Compared, Element, ExpertDigests
 from gptoss_convert.containers.json_records import from_json, to_json

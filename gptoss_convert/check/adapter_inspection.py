@@ -11,8 +11,8 @@ from typing import Any
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.formats.adapters import dialects
 from gptoss_convert.formats.adapters.adapter import Adapter
+from gptoss_convert.formats.adapters.adapter_options import AdapterOptions
 from gptoss_convert.formats.adapters.opening import open_adapter
-from gptoss_convert.formats.adapters.options import AdapterOptions
 from gptoss_convert.formats.adapters.stored import Stored, read_stored
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.layouts.folding import fold_tensors

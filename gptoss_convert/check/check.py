@@ -12,15 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.check.options import HEADERS, Reading
+from gptoss_convert.check.reading import HEADERS, Reading
 from gptoss_convert.check.scrub import Seen, reading_plan, reread
 from gptoss_convert.containers.refs import FileRef
-from gptoss_convert.conversion.manifest import (
-    NAME,
-    Manifest,
-    joined_crc,
-    read_manifest,
-)
+from gptoss_convert.conversion.manifest import NAME, Manifest, joined_crc, read_manifest
 from gptoss_convert.engine.anomalies import is_vector, tensors_of, zero_matrices
 from gptoss_convert.engine.fingerprint import by_layer, listing
 from gptoss_convert.engine.records import Region

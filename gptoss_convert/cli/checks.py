@@ -9,21 +9,20 @@ from typing import Any
 
 import click
 
-from gptoss_convert.check.options import Reading
+from gptoss_convert.check.reading import Reading
 from gptoss_convert.cli.options import (
     EPILOG,
     PATH,
     SOURCE,
     Percentage,
     as_json_flag,
-    complain,
     options_of,
     quiet_flag,
     rank_log_option,
-    show,
     side_of,
     side_options,
 )
+from gptoss_convert.cli.output import complain, show
 from gptoss_convert.cli.served import (
     fields_of,
     require_one_form,

@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 
-from gptoss_convert.cli.options import complain, say
+from gptoss_convert.cli.output import complain, say
 from gptoss_convert.errors import DiskError, GptossError
 from gptoss_convert.machine.ranks import joined
 from gptoss_convert.machine.streams import discard_output

@@ -20,9 +20,8 @@ from gptoss_convert.cli.options import (
     options_of,
     quiet_flag,
     rank_log_option,
-    say,
-    show,
 )
+from gptoss_convert.cli.output import say, show
 from gptoss_convert.containers.paths import Followed
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.errors import UsageError

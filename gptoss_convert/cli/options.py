@@ -1,12 +1,9 @@
-"""What several commands share: value types, options, the way a result is shown."""
+"""What several commands share: types of values, and options as dataclasses declare them."""
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,21 +12,13 @@ from typing import Any, TypeVar
 import click
 
 from gptoss_convert.errors import EXIT_CODES
-from gptoss_convert.errors.secrets import scrub
 from gptoss_convert.formats import registry
 from gptoss_convert.formats.option import Option
-from gptoss_convert.machine.failures import disk_error
-from gptoss_convert.machine.streams import discard_output
-from gptoss_convert.machine.terminal import printable
-from gptoss_convert.show.documents import document
-from gptoss_convert.show.pages import Page, is_styled, render
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 FORMATS = [*registry.FORMATS]
 WRITTEN = [one.name for one in registry.FORMATS.values() if one.written]
-_LONGEST = 10_000
-"""Characters of a line on stderr: values from untrusted files may be of any length."""
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 EPILOG = "\b\nExit status:\n" + "\n".join(f"  {code:<4}{why}" for code, why in EXIT_CODES.items())
@@ -173,35 +162,3 @@ def _type_of(annotated: str, how: Option) -> Any:
     if annotated.startswith("float"):
         return float
     return PATH if annotated.startswith("Path") else str
-
-
-def show(
-    kind: str, content: Mapping[str, Any], page: Page, *, as_json: bool, quiet: bool = False
-) -> None:
-    """Print a result as a JSON document or as a page for people, who may want it quiet."""
-    if as_json:
-        say(document(kind, content))
-    elif not quiet:
-        say(render(page, sys.stdout))
-
-
-def say(text: str) -> None:
-    """Print to stdout; that whoever read it has left is no error."""
-    try:
-        click.echo(scrub(text), color=True)
-    except BrokenPipeError:
-        # Nothing more can be said on it, not even at exit.
-        discard_output()
-    except OSError as error:
-        raise disk_error("stdout", error) from None
-
-
-def complain(text: str) -> None:
-    """Print a line to stderr; a terminal shows the word before its colon in red."""
-    text = scrub(text)
-    shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-    word, colon, rest = printable(shown).partition(":")
-    if is_styled(sys.stderr) and not os.environ.get("NO_COLOR"):
-        word = click.style(word, fg="red", bold=True)
-    with suppress(BrokenPipeError):
-        click.echo(word + colon + rest, err=True, color=True)

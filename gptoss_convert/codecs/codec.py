@@ -48,7 +48,7 @@ class Codec(Protocol):
         ...
 
     @property
-    def guides(self) -> tuple[str, ...]:
+    def hints(self) -> tuple[str, ...]:
         """The members that, where a former encoding's are known, lead an encoding back to it."""
         ...
 
@@ -66,8 +66,8 @@ class Codec(Protocol):
         finite in BF16."""
         ...
 
-    def encode(self, values: Values, parts: Arrays, guides: Arrays) -> EncodeStats:
-        """Fill all members from `values`; guides decide between encodings of the same values."""
+    def encode(self, values: Values, parts: Arrays, hints: Arrays) -> EncodeStats:
+        """Fill all members from `values`; hints decide between encodings of the same values."""
         ...
 
     def statistics(self, parts: Arrays) -> ScaleStatistics:

@@ -9,7 +9,7 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
-from gptoss_convert.compare.changes import equal, everywhere
+from gptoss_convert.compare.arrays import equal, everywhere
 from gptoss_convert.engine.steps import Step
 
 Bits = npt.NDArray[np.uint16]

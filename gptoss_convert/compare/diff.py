@@ -11,13 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.compare.changes import Distance, change, sum_of
-from gptoss_convert.compare.config_diff import (
-    KeysDiff,
-    Pair,
-    keys_that_differ,
-    numbers_that_differ,
-)
+from gptoss_convert.compare.arrays import Distance, distance, sum_of
+from gptoss_convert.compare.config_diff import KeysDiff, Pair, keys_that_differ, numbers_that_differ
 from gptoss_convert.compare.inventory import (
     Contents,
     WeightLayer,
@@ -173,7 +168,7 @@ def _diff(
 
 
 def _judge(number: int, step: Step, ours: Side, theirs: Side) -> tuple[int, Distance]:
-    return number, change(ours.values, theirs.values)
+    return number, distance(ours.values, theirs.values)
 
 
 def _shapes(a: Config, b: Config) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, Literal, TypeVar
 
-from gptoss_convert.compare.changes import equal
+from gptoss_convert.compare.arrays import equal
 from gptoss_convert.compare.diagnosis import Bits
 from gptoss_convert.compare.merge_diagnosis import Readings
 from gptoss_convert.engine.buffers import Parts, StepReader, scratch

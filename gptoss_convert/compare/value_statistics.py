@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gptoss_convert.compare.changes import Bits, Distance, change, sum_of
+from gptoss_convert.compare.arrays import Bits, Distance, distance, sum_of
 from gptoss_convert.engine.buffers import Parts
 from gptoss_convert.engine.steps import Step
 
@@ -49,8 +49,8 @@ def step_statistics(
 
 
 def _scales(step: Step, held: Parts) -> tuple[int, ...]:
-    guides = (part for param in step.family.guides for part in held.get(param, ()))
-    parts = [part for part in guides if part.array.itemsize == 1]
+    hints = (part for param in step.family.hints for part in held.get(param, ()))
+    parts = [part for part in hints if part.array.itemsize == 1]
     if not parts:
         return ()
     counts = sum(np.bincount(part.array.reshape(-1), minlength=256) for part in parts)
@@ -60,10 +60,10 @@ def _scales(step: Step, held: Parts) -> tuple[int, ...]:
 def distances_of(step: Step, ours: Bits, theirs: Bits) -> dict[int, Distance]:
     """How far two sides of a step lie apart, by expert; -1 for weights that are never MXFP4."""
     if not step.family.encodings:
-        return {-1: change(ours, theirs)}
+        return {-1: distance(ours, theirs)}
     axis = step.family.axes.index("expert")
     pairs = zip(np.moveaxis(ours, axis, 0), np.moveaxis(theirs, axis, 0), strict=True)
-    return {expert: change(a, b) for expert, (a, b) in enumerate(pairs, step.box[axis][0])}
+    return {expert: distance(a, b) for expert, (a, b) in enumerate(pairs, step.box[axis][0])}
 
 
 def sqnr(distances: Iterable[Distance]) -> float | None:
@@ -80,10 +80,10 @@ def gathered(found: Iterable[tuple[Step, StepStatistics]]) -> ValueStatistics:
     held: dict[str, dict[tuple[int, int], list[Distance]]] = defaultdict(lambda: defaultdict(list))
     for step, one in found:
         weight = step.family.weight
-        for expert, distance in one.distances.items():
-            whole.nonfinite += distance.nonfinite
+        for expert, apart in one.distances.items():
+            whole.nonfinite += apart.nonfinite
             if expert >= 0:
-                held[weight][step.layer, expert].append(distance)
+                held[weight][step.layer, expert].append(apart)
         _count(whole.source_scales, weight, one.source_scales)
         _count(whole.target_scales, weight, one.target_scales)
     for weight, cells in held.items():

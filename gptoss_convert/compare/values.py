@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from gptoss_convert.compare.changes import Distance
+from gptoss_convert.compare.arrays import Distance
 from gptoss_convert.compare.diagnosis import Bits, expert_digests, looks
 from gptoss_convert.compare.merge_diagnosis import UNMERGED, looks_merged
 from gptoss_convert.compare.pairs import Side, judge_steps

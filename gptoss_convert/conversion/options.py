@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.formats.adapters.options import AdapterOptions
+from gptoss_convert.formats.adapters.adapter_options import AdapterOptions
 from gptoss_convert.formats.checkpoint import Choices
+from gptoss_convert.formats.image_options import ImageOptions
 from gptoss_convert.formats.option import option, workers_option
-from gptoss_convert.formats.options import ImageOptions
 
 
 @dataclass(frozen=True)

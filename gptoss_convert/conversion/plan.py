@@ -266,7 +266,7 @@ def _with_reference(
     reference = open_checkpoint(path, Choices(follow_links=follow_links))
     if reference.config.numbers != source.config.numbers:
         raise UsageError(f"--scales {path}: another size of model than {source.root}")
-    wanted = {param for family in load_model().families.values() for param in family.guides}
+    wanted = {param for family in load_model().families.values() for param in family.hints}
     lent = [e for e in reference.extents() if e.param in wanted]
     if not lent:
         raise UsageError(f"--scales {path}: holds no MXFP4 scales")

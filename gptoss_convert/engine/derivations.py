@@ -105,14 +105,14 @@ class Decode(_Chosen):
 
 @dataclass(frozen=True, slots=True)
 class Encode(_Chosen):
-    """An encoding of a weight's values, guided by the scales of a former one if they are known."""
+    """An encoding of a weight's values; the scales of a former one, if known, are its hints."""
 
     encoding: Encoding
-    guides: tuple[str, ...]
+    hints: tuple[str, ...]
 
     def run(self, work: Work) -> Effect:
         weight = work.step.family.weight
-        return Effect(encoded=work.encode(weight, self.encoding, self.guides))
+        return Effect(encoded=work.encode(weight, self.encoding, self.hints))
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,8 @@ def _encode(
     changes: Iterable[Change],
 ) -> Derivation:
     """The change that encodes, else the codec's own encoding."""
-    guides = tuple(param for param in target.guides if param in held)
-    own = Encode(weight | {*guides}, frozenset(target.params), target, guides)
+    hints = tuple(param for param in target.hints if param in held)
+    own = Encode(weight | {*hints}, frozenset(target.params), target, hints)
     return next((change for change in changes if own.makes <= change.makes), own)
 
 

@@ -58,7 +58,7 @@ class Done:
     """Its number in the plan."""
     regions: tuple[Region, ...]
     fingerprint: int | None
-    """The step's part of the fingerprint of its weight and layer, None if it wrote guides only."""
+    """The step's part of the fingerprint of its weight and layer, None if it wrote hints only."""
     scales: ScaleStatistics
     encoded: EncodeStats
     cast_values: int

@@ -84,14 +84,14 @@ class Work:
                 relayout.copy(values[..., lo - first : hi - first], output.array)
         self.made(weight)
 
-    def encode(self, weight: str, encoding: Encoding, guides: Sequence[str]) -> EncodeStats:
+    def encode(self, weight: str, encoding: Encoding, hints: Sequence[str]) -> EncodeStats:
         """Fill the outputs of an encoding; raises IntegrityError for infinities and NaN."""
         outputs = {param: joined(self.outputs[param]) for param in encoding.params}
         rooms = {param: self._room(param, outputs[param]) for param in encoding.params}
         stats = encoding.codec.encode(
             self.gather(weight),
             {member: rooms[param].array for member, param in encoding.by_member()},
-            {m: self.gather(param) for m, param in encoding.by_member() if param in guides},
+            {m: self.gather(param) for m, param in encoding.by_member() if param in hints},
         )
         for param, room in rooms.items():
             for output in outputs[param]:

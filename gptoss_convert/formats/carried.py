@@ -20,7 +20,7 @@ from gptoss_convert.containers.refs import Copied, FileRef, Identity
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
 from gptoss_convert.formats import sidecar
 from gptoss_convert.formats.checkpoint import CONFIG, MANIFEST, Checkpoint
-from gptoss_convert.formats.options import ImageOptions
+from gptoss_convert.formats.image_options import ImageOptions
 from gptoss_convert.layouts.model import load_model
 
 _SERVED = frozenset(

@@ -16,8 +16,8 @@ from gptoss_convert.errors import UsageError
 from gptoss_convert.formats import sidecar
 from gptoss_convert.formats.adapters.adapter import Adapter
 from gptoss_convert.formats.config import Config
+from gptoss_convert.formats.image_options import ImageOptions
 from gptoss_convert.formats.option import option
-from gptoss_convert.formats.options import ImageOptions
 from gptoss_convert.formats.repository import Repository
 from gptoss_convert.formats.sidecar import Origin
 from gptoss_convert.layouts.extents import Extent, extents

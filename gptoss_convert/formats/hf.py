@@ -31,8 +31,8 @@ from gptoss_convert.formats.checkpoint import (
 )
 from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.heads import configure, require_rows
+from gptoss_convert.formats.image_options import ImageOptions
 from gptoss_convert.formats.names import left_out, read_names
-from gptoss_convert.formats.options import ImageOptions
 from gptoss_convert.formats.trained import (
     MIS_SAVED,
     best_naming,

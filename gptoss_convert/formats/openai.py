@@ -15,7 +15,7 @@ from gptoss_convert.formats import config as configs
 from gptoss_convert.formats import shards, unsupported
 from gptoss_convert.formats.checkpoint import CONFIG, Checkpoint, Choices, Format, read_config
 from gptoss_convert.formats.config import Config
-from gptoss_convert.formats.options import ImageOptions
+from gptoss_convert.formats.image_options import ImageOptions
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.table_files import load_table
 

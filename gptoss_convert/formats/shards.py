@@ -11,7 +11,7 @@ from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import GptossError, UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.config import Config
-from gptoss_convert.formats.options import ImageOptions
+from gptoss_convert.formats.image_options import ImageOptions
 from gptoss_convert.formats.sidecar import FOLDER, ORIGIN, Origin
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import Table, Tensor

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from gptoss_convert.containers.paths import Followed
 from gptoss_convert.errors import InputError
+from gptoss_convert.formats.adapters.adapter_options import AdapterOptions
 from gptoss_convert.formats.adapters.evidence import base_remarks
 from gptoss_convert.formats.adapters.opening import open_adapter
-from gptoss_convert.formats.adapters.options import AdapterOptions
 from gptoss_convert.formats.adapters.settings import CONFIG
 from gptoss_convert.formats.adapters.stored import PICKLE, WEIGHTS, is_adapter
 from gptoss_convert.formats.checkpoint import Checkpoint

@@ -29,9 +29,9 @@ class Encoding:
     """Of each parameter, slowest first."""
 
     @property
-    def guides(self) -> tuple[str, ...]:
+    def hints(self) -> tuple[str, ...]:
         """The parameters that lead an encoding back to a former one."""
-        return tuple(self.param(member) for member in self.codec.guides)
+        return tuple(self.param(member) for member in self.codec.hints)
 
     def param(self, member: str) -> str:
         """The parameter that holds a member."""
@@ -74,9 +74,9 @@ class Family:
         return (self.weight, *(param for one in self.encodings for param in one.params))
 
     @property
-    def guides(self) -> frozenset[str]:
+    def hints(self) -> frozenset[str]:
         """The parameters that lead an encoding back to a former one."""
-        return frozenset(param for one in self.encodings for param in one.guides)
+        return frozenset(param for one in self.encodings for param in one.hints)
 
     @property
     def block(self) -> int:

@@ -34,7 +34,7 @@ def changes(model: Model, held: frozenset[str], rule: Rule) -> dict[str, list[Ch
     """For every weight that MXFP4 can encode, by name: its rounding by a rule, led by the scales
     that are among the parameters `held`."""
     return {
-        family.weight: [Round(family.weight, encoding, _guides(encoding, held), rule)]
+        family.weight: [Round(family.weight, encoding, _hints(encoding, held), rule)]
         for family in model.families.values()
         if (encoding := encoding_of(family)) is not None
     }
@@ -45,8 +45,8 @@ def encoding_of(family: Family) -> Encoding | None:
     return next((one for one in family.encodings if one.codec.name == CODEC), None)
 
 
-def _guides(encoding: Encoding, held: frozenset[str]) -> tuple[str, ...]:
-    return tuple(param for param in encoding.guides if param in held)
+def _hints(encoding: Encoding, held: frozenset[str]) -> tuple[str, ...]:
+    return tuple(param for param in encoding.hints if param in held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,14 @@ class Round:
 
     weight: str
     encoding: Encoding
-    guides: tuple[str, ...]
+    hints: tuple[str, ...]
     rule: Rule
     inputs: tuple[Input, ...] = ()
 
     @property
     def needs(self) -> frozenset[str]:
-        """The weight, and the guides."""
-        return frozenset({self.weight, *self.guides})
+        """The weight, and the hints."""
+        return frozenset({self.weight, *self.hints})
 
     @property
     def makes(self) -> frozenset[str]:
@@ -72,7 +72,7 @@ class Round:
     def run(self, work: Work) -> Effect:
         """Fill the places of the encoding."""
         ruled = replace(self.encoding, codec=Ruled(self.encoding.codec, self.rule))
-        return Effect(encoded=work.encode(self.weight, ruled, self.guides))
+        return Effect(encoded=work.encode(self.weight, ruled, self.hints))
 
 
 class Ruled:
@@ -84,7 +84,7 @@ class Ruled:
         self.name = codec.name
         self.members: Mapping[str, str] = codec.members
         self.block = codec.block
-        self.guides = codec.guides
+        self.hints = codec.hints
         self.magnitudes = codec.magnitudes
 
     def member_box(self, member: str, box: Ranges) -> Ranges:
@@ -103,18 +103,18 @@ class Ruled:
         """As the codec's."""
         return self._codec.weighted_sum(parts, weights)
 
-    def encode(self, values: Values, parts: Arrays, guides: Arrays) -> EncodeStats:
+    def encode(self, values: Values, parts: Arrays, hints: Arrays) -> EncodeStats:
         """Exact blocks as the codec encodes them, the others by the rule."""
         from gptoss_convert.quantise import blocks
 
-        stats = self._codec.encode(values, parts, guides)
+        stats = self._codec.encode(values, parts, hints)
         if not stats.inexact_blocks or stats.nonfinite:
             return stats
         found = EncodeStats()
-        hints = guides.get("scales")
+        former = hints.get("scales")
         for piece in blocks.pieces(parts["scales"].shape, _BATCH):
             found += blocks.round_inexact(
-                values, parts, None if hints is None else hints[piece], piece, self._rule
+                values, parts, None if former is None else former[piece], piece, self._rule
             )
         return replace(
             found,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.formats.adapters.options import AdapterOptions
+from gptoss_convert.formats.adapters.adapter_options import AdapterOptions
 from gptoss_convert.formats.checkpoint import DEFAULT, Choices
 from gptoss_convert.formats.option import memory_option, option, workers_option
 

@@ -28,7 +28,7 @@ class Mxfp4:
     name = "mxfp4"
     members: Mapping[str, str] = MappingProxyType({"blocks": "U8", "scales": "U8"})
     block = BLOCK
-    guides = ("scales",)
+    hints = ("scales",)
     magnitudes = ("blocks", 0x77)  # Bit 3 of each nibble is the sign.
 
     def member_box(self, member: str, box: Ranges) -> Ranges:
@@ -39,9 +39,9 @@ class Mxfp4:
     def decode(self, parts: Arrays, values: Values) -> None:
         _module("codec").decode(parts["blocks"], parts["scales"], values)
 
-    def encode(self, values: Values, parts: Arrays, guides: Arrays) -> EncodeStats:
-        hints = guides.get("scales")
-        return _module("codec").encode(values, parts["blocks"], parts["scales"], hints)
+    def encode(self, values: Values, parts: Arrays, hints: Arrays) -> EncodeStats:
+        former = hints.get("scales")
+        return _module("codec").encode(values, parts["blocks"], parts["scales"], former)
 
     def statistics(self, parts: Arrays) -> ScaleStatistics:
         return _module("sums").scale_statistics(parts["blocks"], parts["scales"])

@@ -14,7 +14,7 @@ from typing import Any
 from gptoss_convert.containers.paths import open_file
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import InputError
-from gptoss_convert.formats.adapters.options import AdapterOptions
+from gptoss_convert.formats.adapters.adapter_options import AdapterOptions
 from gptoss_convert.layouts.extents import Extent, overlap
 from gptoss_convert.layouts.layout import Box
 from gptoss_convert.layouts.model import load_model

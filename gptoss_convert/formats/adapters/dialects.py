@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptoss_convert.errors import InputError, IntegrityError, UsageError
-from gptoss_convert.formats.adapters.options import ORIENTATIONS, AdapterOptions
+from gptoss_convert.formats.adapters.adapter_options import ORIENTATIONS, AdapterOptions
 from gptoss_convert.formats.adapters.resolve import Resolved, resolve
 from gptoss_convert.formats.adapters.stored import Stored
 from gptoss_convert.formats.adapters.tables import load_adapter_table

@@ -12,8 +12,8 @@ from typing import Any
 from gptoss_convert.errors import GptossError, InputError, IntegrityError, UsageError
 from gptoss_convert.formats.adapters import bridge
 from gptoss_convert.formats.adapters.adapter import Adapter
+from gptoss_convert.formats.adapters.adapter_options import LAYOUTS, ORIENTATIONS, AdapterOptions
 from gptoss_convert.formats.adapters.dialects import recognise
-from gptoss_convert.formats.adapters.options import LAYOUTS, ORIENTATIONS, AdapterOptions
 from gptoss_convert.formats.adapters.placed import Strength, replaced, rows, updates
 from gptoss_convert.formats.adapters.resolve import Found, Resolved, whole_names
 from gptoss_convert.formats.adapters.settings import Settings, read_settings

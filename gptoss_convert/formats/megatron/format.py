@@ -15,6 +15,7 @@ from gptoss_convert.formats import carried, dcp, shards
 from gptoss_convert.formats import config as configs
 from gptoss_convert.formats.checkpoint import CONFIG, Checkpoint, Choices, Format
 from gptoss_convert.formats.config import Config
+from gptoss_convert.formats.image_options import ImageOptions
 from gptoss_convert.formats.megatron import legacy, state
 from gptoss_convert.formats.megatron.files import (
     HF_FOLDER,
@@ -25,7 +26,6 @@ from gptoss_convert.formats.megatron.files import (
 )
 from gptoss_convert.formats.megatron.launch import LAUNCH, launch_page, launch_words
 from gptoss_convert.formats.megatron.opening import open_megatron
-from gptoss_convert.formats.options import ImageOptions
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.table_files import load_table
 

@@ -98,7 +98,7 @@ def sum_of(changes: Iterable[Distance]) -> Distance:
     )
 
 
-def change(ours: Bits, theirs: Bits) -> Distance:
+def distance(ours: Bits, theirs: Bits) -> Distance:
     """How far `theirs` lies from `ours`: BF16 bits, contiguous, of one shape."""
     a, b = ours.reshape(-1), theirs.reshape(-1)
     if kernels := library.load():
