@@ -270,7 +270,10 @@ def test_whole_experts_on_an_mxfp4_base_take_the_place_of_its_blocks(tmp_path: P
     path = adapter / "adapter_model.safetensors"
     save_file({**load_file(path), **whole}, path)
     options = Options(to="hf", dtype="bf16", adapter=str(adapter), workers=1)
-    gptoss_convert.convert(base, tmp_path / "out", options)
+    planned = gptoss_convert.plan(base, tmp_path / "out", options)
+    assert planned.source.adapter is not None
+    assert all(one.file.identity for one in planned.source.adapter.replaced)
+    run(planned)
     made = merged_tensors(tmp_path / "out")
     assert (made["model.layers.3.mlp.experts.gate_up_proj"] == 3.5).all()
     some = {name: tensor for name, tensor in whole.items() if ".layers.0." in name}

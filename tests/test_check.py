@@ -72,7 +72,6 @@ def test_what_was_written_is_intact(made: Path, name: str) -> None:
         report = check(made / name, reading)
         assert report.problems == ()
         assert report.manifest is not None
-        report.require_intact()
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -20,7 +20,7 @@ from gptoss_convert.engine.anomalies import is_vector, tensors_of, zero_matrices
 from gptoss_convert.engine.fingerprint import by_layer, listing
 from gptoss_convert.engine.records import Region
 from gptoss_convert.engine.steps import Plan
-from gptoss_convert.errors import IntegrityError, UsageError
+from gptoss_convert.errors import UsageError
 from gptoss_convert.formats import carried, releases, sidecar
 from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices, casts
 from gptoss_convert.formats.registry import open_checkpoint
@@ -72,11 +72,6 @@ class CheckReport:
         others = len(self.problems) - 1
         more = f" (and {others} more)" if others > 0 else ""
         return self.problems[0] + more if self.problems else "intact"
-
-    def require_intact(self) -> None:
-        """Raise IntegrityError that states the first problem."""
-        if self.problems:
-            raise IntegrityError(self.verdict)
 
 
 def check(

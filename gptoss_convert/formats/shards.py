@@ -16,7 +16,6 @@ from gptoss_convert.formats.sidecar import FOLDER, ORIGIN, Origin
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.tables import Table, Tensor
 
-DEFAULT_SHARD_BYTES = 5_000_000_000
 _PADDING = {"by size": safetensors_writer.PAGE, "published": 8}
 
 Headers = dict[str, str]

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from gptoss_convert.containers.refs import FileRef
@@ -93,14 +92,9 @@ class ShardStream:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.interrupt()
-        self._others.__exit__(kind, error, trace)
+        self._others.__exit__(*failure)
         for file in [*self._files]:
             self._drop(file)
         remove_marked(self._folder)

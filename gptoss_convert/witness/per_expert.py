@@ -31,14 +31,16 @@ def _unsloth(files: StoredTensors, stem: str, which: str, c: ModelConfig, kind: 
     return _each(files, f"{stem}.{which}_projs.{{}}", c, rows, columns, kind)
 
 
-def _gates(files: StoredTensors, stem: str, which: str, c: ModelConfig, kind: str) -> Tensor:
+def _apart(files: StoredTensors, stem: str, which: str, c: ModelConfig, kind: str) -> list[Tensor]:
+    """down, or what the names call gate and up."""
     if which == "down":
-        return _each(files, f"{stem}.{{}}.down_proj", c, c.hidden, c.inter, kind)
-    gate, up = (
-        _each(files, f"{stem}.{{}}.{one}_proj", c, c.inter, c.hidden, kind)
-        for one in ("gate", "up")
-    )
-    return torch.stack((gate, up), dim=2).flatten(1, 2)
+        return [_each(files, f"{stem}.{{}}.down_proj", c, c.hidden, c.inter, kind)]
+    names = (f"{stem}.{{}}.{one}_proj" for one in ("gate", "up"))
+    return [_each(files, name, c, c.inter, c.hidden, kind) for name in names]
+
+
+def _gates(files: StoredTensors, stem: str, which: str, c: ModelConfig, kind: str) -> Tensor:
+    return torch.stack(_apart(files, stem, which, c, kind), dim=2).flatten(1, 2)
 
 
 def _split(files: StoredTensors, stem: str, which: str, c: ModelConfig, kind: str) -> Tensor:
@@ -46,13 +48,7 @@ def _split(files: StoredTensors, stem: str, which: str, c: ModelConfig, kind: st
 
 
 def _halves(files: StoredTensors, stem: str, which: str, c: ModelConfig, kind: str) -> Tensor:
-    if which == "down":
-        return _each(files, f"{stem}.{{}}.down_proj", c, c.hidden, c.inter, kind)
-    first, second = (
-        _each(files, f"{stem}.{{}}.{one}_proj", c, c.inter, c.hidden, kind)
-        for one in ("gate", "up")
-    )
-    return torch.cat((first, second), dim=1)
+    return torch.cat(_apart(files, stem, which, c, kind), dim=1)
 
 
 PER_EXPERT: dict[str, Stacked] = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-from gptoss_convert.containers import Chunk
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import InputError, IntegrityError
 from gptoss_convert.formats.adapters.resolve import Found, Held, Resolved, Tensors, axes_of
@@ -116,14 +116,8 @@ def replaced(
     if len(set(resolved.whole.values())) < len(resolved.whole):
         raise InputError(f"{root}: a tensor is stored twice: {fold(resolved.whole)}")
     for name, plain in resolved.whole.items():
-        chunks = [_renamed(chunk, plain) for chunk in tensors[name]]
+        chunks = [replace(chunk, tensor=plain) for chunk in tensors[name]]
         yield from extents(str(root), [by_name[plain]], chunks, _FLOATS, root)
-
-
-def _renamed(chunk: Chunk, name: str) -> Chunk:
-    return Chunk(
-        name, chunk.dtype, chunk.shape, chunk.start, chunk.extent, chunk.file, chunk.offset
-    )
 
 
 def rows(
