@@ -35,9 +35,6 @@ from gptoss_convert.machine.small_files import pieces
 from gptoss_convert.quantise.layers import RoundedLayers
 from gptoss_convert.version import VERSION
 
-ENCODINGS = ("keep", "mxfp4", "bf16")
-SHARDS = ("auto", "size", "published")
-
 
 @dataclass(frozen=True)
 class Conversion:

@@ -5,8 +5,10 @@ The command line makes its options of these fields: name, default, help and acce
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from gptoss_convert.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,11 @@ def workers_option() -> Any:
 def memory_option() -> Any:
     """Bytes that all buffers of a comparison or a check fit in."""
     return option(4_000_000_000, "Memory that the buffers may take.", kind="size", shown="4GB")
+
+
+def require_words(options: Any, *names: str) -> None:
+    """Raise UsageError where one of these options is none of the words that it accepts."""
+    for one in fields(options):
+        value = getattr(options, one.name)
+        if one.name in names and value not in (words := one.metadata["option"].among):
+            raise UsageError(f"--{one.name} {value}: choose {', '.join(words)}")

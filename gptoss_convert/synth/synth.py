@@ -16,7 +16,7 @@ from typing import Any
 
 from gptoss_convert.containers import Chunk
 from gptoss_convert.conversion.options import Options
-from gptoss_convert.conversion.plan import ENCODINGS, SHARDS, Conversion, plan_opened
+from gptoss_convert.conversion.plan import Conversion, plan_opened
 from gptoss_convert.conversion.run import Report, run
 from gptoss_convert.conversion.target import check_target
 from gptoss_convert.errors import UsageError
@@ -24,6 +24,7 @@ from gptoss_convert.formats import config as configs
 from gptoss_convert.formats import hf
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.config import Config
+from gptoss_convert.formats.option import require_words
 from gptoss_convert.formats.registry import FORMATS
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.synth.options import SynthOptions
@@ -93,10 +94,7 @@ def plan_synth(target: Path, **options: Any) -> Conversion:
     """
     wanted = SynthOptions(**options)
     dtype, shards = wanted.dtype, wanted.shards
-    if dtype not in ENCODINGS:
-        raise UsageError(f"--dtype {dtype}: choose {', '.join(ENCODINGS)}")
-    if shards not in SHARDS:
-        raise UsageError(f"--shards {shards}: choose {', '.join(SHARDS)}")
+    require_words(wanted, "dtype", "shards")
     # The source lies in no directory, so there is none that TARGET could damage.
     target = check_target(Path(os.devnull), target)
     kind = FORMATS[wanted.format]

@@ -9,8 +9,8 @@ from typing import Any
 
 from gptoss_convert.containers.paths import require_unchanged
 from gptoss_convert.containers.seen import remembering
-from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
+from gptoss_convert.formats.option import require_words
 from gptoss_convert.hub.adapters import with_adapter
 from gptoss_convert.hub.fetch import with_weights
 from gptoss_convert.hub.sources import locate, opening
@@ -39,8 +39,7 @@ def verify_checkpoints(
     result.
     """
     options = options or VerifyOptions()
-    if options.level not in LEVELS:
-        raise UsageError(f"--level {options.level}: choose {', '.join(LEVELS)}")
+    require_words(options, "level")
     with (
         # The tables' readers and those of witnesses each open the files: all see the same ones.
         remembering() as seen,
