@@ -79,7 +79,7 @@ def main() -> None:
 
 def _flush() -> None:
     """Leave nothing on stdout that Python could fail to write at exit."""
-    from gptoss_convert.machine.streams import discard_output
+    from gptoss_convert.machine.standard_streams import discard_output
 
     try:
         sys.stdout.flush()

@@ -215,7 +215,7 @@ def test_an_error_of_our_own_stays_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("number", "module"),
     [
-        (signal.SIGINT, "gptoss_convert.machine.streams"),
+        (signal.SIGINT, "gptoss_convert.machine.standard_streams"),
         (signal.SIGTERM, "click"),
         (signal.SIGINT, "gptoss_convert.show.report"),
     ],

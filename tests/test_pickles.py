@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from gptoss_convert.containers.torch_dist import machine, pickles
-from gptoss_convert.containers.torch_dist.machine import Construct, Record
+from gptoss_convert.containers.torch_dist.pickle_state import Construct, Record
 from gptoss_convert.containers.torch_dist.stand_ins import COMMON, METADATA, TENSOR
 from gptoss_convert.errors import GptossError, InputError, IntegrityError
 

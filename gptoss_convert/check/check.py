@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.check.reading import HEADERS, Reading
+from gptoss_convert.check.options import HEADERS, Reading
 from gptoss_convert.check.scrub import Seen, reading_plan, reread
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.manifest import NAME, Manifest, joined_crc, read_manifest

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from gptoss_convert.check.reading import Reading
+from gptoss_convert.check.options import Reading
 from gptoss_convert.cli.options import (
     EPILOG,
     PATH,

@@ -11,7 +11,7 @@ import traceback
 from gptoss_convert.cli.output import complain, say
 from gptoss_convert.errors import DiskError, GptossError
 from gptoss_convert.machine.ranks import joined
-from gptoss_convert.machine.streams import discard_output
+from gptoss_convert.machine.standard_streams import discard_output
 from gptoss_convert.show.documents import document
 
 _REPORT = "this is a bug in gptoss-convert: please report it with the traceback above"

@@ -12,7 +12,7 @@ import click
 
 from gptoss_convert.errors.secrets import scrub
 from gptoss_convert.machine.failures import disk_error
-from gptoss_convert.machine.streams import discard_output
+from gptoss_convert.machine.standard_streams import discard_output
 from gptoss_convert.machine.terminal import printable
 from gptoss_convert.show.documents import document
 from gptoss_convert.show.pages import Page, is_styled, render

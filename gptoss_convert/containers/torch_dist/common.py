@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from gptoss_convert.containers import budget
 from gptoss_convert.containers.torch_dist import pickles
 from gptoss_convert.containers.torch_dist.items import describe_tensor, pickled_record, strip_root
-from gptoss_convert.containers.torch_dist.machine import Construct, Record
+from gptoss_convert.containers.torch_dist.pickle_state import Construct, Record
 from gptoss_convert.containers.torch_dist.stand_ins import COMMON, PATH, Storage
 from gptoss_convert.containers.torch_dist.zips import ReadAt, read_archive
 from gptoss_convert.errors import InputError

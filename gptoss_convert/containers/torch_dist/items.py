@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from gptoss_convert.containers import DTYPE_BYTES
 from gptoss_convert.containers.torch_dist import pickles
-from gptoss_convert.containers.torch_dist.machine import Record
 from gptoss_convert.containers.torch_dist.metadata import Item
+from gptoss_convert.containers.torch_dist.pickle_state import Record
 from gptoss_convert.containers.torch_dist.stand_ins import DTYPE_NAMES, TENSOR, Storage
 from gptoss_convert.containers.torch_dist.zips import Archive, Member, ReadAt, read_archive
 from gptoss_convert.errors import InputError, IntegrityError

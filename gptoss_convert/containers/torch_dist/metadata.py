@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gptoss_convert.containers.paths import safe_name
 from gptoss_convert.containers.torch_dist import pickles
-from gptoss_convert.containers.torch_dist.machine import Record
+from gptoss_convert.containers.torch_dist.pickle_state import Record
 from gptoss_convert.containers.torch_dist.stand_ins import METADATA
 from gptoss_convert.errors import InputError, IntegrityError
 

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 
 from gptoss_convert.containers.budget import PICKLE
-from gptoss_convert.containers.torch_dist.machine import (
+from gptoss_convert.containers.torch_dist.pickle_state import (
     F8,
     I4,
     MAX_BYTES,

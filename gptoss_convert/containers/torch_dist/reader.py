@@ -16,8 +16,8 @@ from gptoss_convert.containers.torch_dist import common, metadata
 from gptoss_convert.containers.torch_dist.coverage import require_tiling
 from gptoss_convert.containers.torch_dist.files import open_file
 from gptoss_convert.containers.torch_dist.items import ItemLocator, within
-from gptoss_convert.containers.torch_dist.machine import MAX_BYTES
 from gptoss_convert.containers.torch_dist.metadata import Item, Metadata, StoredTensor
+from gptoss_convert.containers.torch_dist.pickle_state import MAX_BYTES
 from gptoss_convert.containers.torch_dist.stand_ins import DTYPE_NAMES
 from gptoss_convert.errors import InputError, IntegrityError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptoss_convert.containers.torch_dist.machine import Construct, Vocabulary, recorded
+from gptoss_convert.containers.torch_dist.pickle_state import Construct, Vocabulary, recorded
 from gptoss_convert.errors import InputError
 
 DTYPE_NAMES: dict[str, str] = {

@@ -22,7 +22,7 @@ from gptoss_convert.containers.torch_dist.items import (
     small_record,
     strip_root,
 )
-from gptoss_convert.containers.torch_dist.machine import MAX_BYTES
+from gptoss_convert.containers.torch_dist.pickle_state import MAX_BYTES
 from gptoss_convert.containers.torch_dist.stand_ins import COMMON, DTYPE_NAMES
 from gptoss_convert.containers.torch_dist.zips import Member, read_archive
 from gptoss_convert.containers.torch_saves.tensors import Piece

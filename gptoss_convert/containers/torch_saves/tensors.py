@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gptoss_convert.containers.torch_dist.items import TensorRecord, describe_tensor
-from gptoss_convert.containers.torch_dist.machine import Construct, Record
+from gptoss_convert.containers.torch_dist.pickle_state import Construct, Record
 from gptoss_convert.errors import InputError, IntegrityError
 
 _PARAMETERS = frozenset(
