@@ -62,9 +62,9 @@ def main() -> None:
     try:
         for number in _STOPS:
             signal.signal(number, _stop)
-        from gptoss_convert.machine import streams
+        from gptoss_convert.machine import standard_streams
 
-        streams.prepare()
+        standard_streams.prepare()
         _allow_open_files()
         # Workers are threads of ours: a library's own would wait for the same processors.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -128,7 +128,7 @@ def _run() -> int:
 
 def _command() -> int:
     """Run the command line; raises what its commands raise."""
-    from gptoss_convert.machine import streams
+    from gptoss_convert.machine import standard_streams
     from gptoss_convert.machine.resources import require_room
 
     require_room(_ROOM)
@@ -142,7 +142,7 @@ def _command() -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read the output has left: nothing more can be said on it, not even at exit.
-        streams.discard_output()
+        standard_streams.discard_output()
         return 0
     except click.exceptions.Exit as leave:
         return leave.exit_code
