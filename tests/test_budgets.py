@@ -17,7 +17,7 @@ from gptoss_convert.containers import budget, plain_yaml, safetensors, strict_js
 from gptoss_convert.containers.budget import Budget, json_parts, yaml_parts
 from gptoss_convert.containers.plain_yaml import parse_yaml
 from gptoss_convert.containers.strict_json import parse_object
-from gptoss_convert.containers.torch_dist import machine, pickles
+from gptoss_convert.containers.torch_dist import pickle_state, pickles
 from gptoss_convert.containers.torch_dist.stand_ins import COMMON, METADATA
 from gptoss_convert.errors import GptossError, InputError, IntegrityError
 from gptoss_convert.formats.config.numbers import MOST_EXPERTS
@@ -128,7 +128,7 @@ PICKLES = {
 def test_pickles_stop_at_their_budget(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     few = Budget(budget.PICKLE.nbytes, 40_000)
     monkeypatch.setattr(pickles, "PICKLE", few)
-    monkeypatch.setattr(machine, "MAX_OBJECTS", few.parts // 4)
+    monkeypatch.setattr(pickle_state, "MAX_OBJECTS", few.parts // 4)
     pickled = b"\x80\x04" + PICKLES[form] * 60_000 + b"."
     with pytest.raises(InputError, match=r"operations|objects"):
         pickles.load(pickled, METADATA, "x")

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from gptoss_convert.containers.torch_dist import machine, pickles
+from gptoss_convert.containers.torch_dist import pickle_state, pickles
 from gptoss_convert.containers.torch_dist.pickle_state import Construct, Record
 from gptoss_convert.containers.torch_dist.stand_ins import COMMON, METADATA, TENSOR
 from gptoss_convert.errors import GptossError, InputError, IntegrityError
@@ -81,7 +81,7 @@ class Canary:
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("how", ["exec", "mkdir", "system"])
 def test_a_foreign_global_is_named_and_not_executed(
-    tmp_path: Path, how: str, protocol: int, vocabulary: machine.Vocabulary
+    tmp_path: Path, how: str, protocol: int, vocabulary: pickle_state.Vocabulary
 ) -> None:
     canary = tmp_path / "canary"
     hostile = pickle.dumps({"a": [Canary(canary, how)]}, protocol=protocol)
@@ -302,7 +302,7 @@ def peak_of(hostile: bytes, message: str) -> int:
 
 
 def test_memo_and_object_bombs_stop_at_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "MAX_OBJECTS", 1000)
+    monkeypatch.setattr(pickle_state, "MAX_OBJECTS", 1000)
     assert peak_of(b"\x80\x04N" + b"\x94" * 500_000 + b".", "remembers more than 1000") < 1 << 20
     assert peak_of(b"\x80\x04" + b"]" * 500_000 + b".", "more than 1000 objects") < 1 << 20
     assert peak_of(b"\x80\x04N" + b"\x85" * 500_000 + b".", "more than 1000 objects") < 1 << 20
