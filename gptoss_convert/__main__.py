@@ -74,6 +74,10 @@ def main() -> None:
         status = _last_words(error)
     for number in (*_STOPS, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
+    if sys.flags.inspect:
+        # With PYTHONINSPECT, Python would ask for statements, and its end would decide.
+        _flush()
+        os._exit(status)
     sys.exit(status)
 
 

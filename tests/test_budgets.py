@@ -9,11 +9,19 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from gptoss_convert.containers import budget, plain_yaml, safetensors, strict_json
+from gptoss_convert.containers import (
+    budget,
+    plain_yaml,
+    safetensors,
+    sharded_safetensors,
+    strict_json,
+    torch_saves,
+)
 from gptoss_convert.containers.budget import Budget, json_parts, yaml_parts
 from gptoss_convert.containers.plain_yaml import parse_yaml
 from gptoss_convert.containers.strict_json import parse_object
@@ -88,6 +96,14 @@ def test_yaml_stops_at_its_budget(form: str, monkeypatch: pytest.MonkeyPatch) ->
     assert peak < 10 * PART_BYTES * few.parts and seconds < 3
     with pytest.raises(InputError, match=r"^x: .* values, at most 2000 are read$"):
         parse_yaml("x", above)
+
+
+@pytest.mark.parametrize("text", ["0x" + "F" * 5000, "0b" + "1" * 20000, "-0x" + "F" * 5000])
+def test_numbers_that_python_does_not_print_are_refused(text: str) -> None:
+    for form in (f"a: {text}", f"a: [{text}]", f"a: {{b: {text}}}", text):
+        with pytest.raises(InputError, match="x: a number of too many digits"):
+            parse_yaml("x", form)
+    assert parse_yaml("x", "a: 0xFFFFFFFFFFFFFFFF") == {"a": (1 << 64) - 1}
 
 
 def test_the_genuine_configuration_is_far_below() -> None:
@@ -183,3 +199,38 @@ def test_a_text_is_counted_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(strict_json.json, "loads", parsed)
     with pytest.raises(InputError):
         parse_object("x", '{"a":' + "[" * 10, Budget(100, 5))
+
+
+def shards_under_many_names(root: Path) -> None:
+    header = {"__metadata__": {"DCP_SHARDING_INFO": "{}"}}
+    text = json.dumps(header).ljust(1000).encode()
+    first = root / "shard-00001-model-00001-of-00009.safetensors"
+    first.write_bytes(len(text).to_bytes(8, "little") + text)
+    for rank in range(2, 10):
+        (root / f"shard-{rank:05d}-model-00001-of-00009.safetensors").symlink_to(first.name)
+
+
+def test_shards_of_ranks_share_one_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards_under_many_names(tmp_path)
+    assert sharded_safetensors.read_shards(tmp_path) == ()
+    monkeypatch.setattr(sharded_safetensors, "MAX_HEADER", 5000)
+    with pytest.raises(IntegrityError, match=r"00006-model.*: header of 1000 bytes, at most 0"):
+        sharded_safetensors.read_shards(tmp_path)
+
+
+def test_files_of_ranks_share_one_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    names = [f"model_world_size_9_rank_{rank}.pt" for rank in range(9)]
+    torch.save({f"t.{n}": torch.zeros(2) for n in range(10)}, tmp_path / names[0])
+    for name in names[1:]:
+        (tmp_path / name).symlink_to(names[0])
+    found = torch_saves.read(tmp_path, names)
+    assert (len(found.chunks), found.replicas) == (10, 80)
+    with monkeypatch.context() as patched:
+        patched.setattr(import_module(torch_saves.merged.__module__), "_MAX_PARTS", 50)
+        with pytest.raises(InputError, match="more than 50 parts of tensors"):
+            torch_saves.read(tmp_path, names)
+    nbytes = next(torch_saves.open_all(tmp_path, names)).nbytes
+    monkeypatch.setattr("gptoss_convert.containers.torch_saves.file._MOST_TOGETHER", 3 * nbytes)
+    with pytest.raises(InputError, match=r"rank_3.pt: pickles of more than \d+ bytes in all"):
+        torch_saves.read(tmp_path, names)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,49 @@ def test_a_shell_starts_it_so(shell: str, status: int, place: Path) -> None:
     done = subprocess.run(["bash", "-c", line], cwd=place, capture_output=True, timeout=60)
     assert done.returncode == status
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "status"),
+    [
+        ({"PYTHONINSPECT": "1"}, {"diff a b": 0, "diff a c": 1}),
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "two"}, {"verify a b --level values": 2}),
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, {"verify a b --level values": 2}),
+    ],
+)
+def test_variables_decide_no_status(
+    variables: dict[str, str], status: dict[str, int], place: Path
+) -> None:
+    for words, expected in status.items():
+        done = subprocess.run(
+            [*START, *words.split()],
+            cwd=place,
+            env={**os.environ, **variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == expected
+        assert b"Traceback" not in done.stderr
+
+
+def test_a_result_that_is_written_in_part_is_an_error(place: Path) -> None:
+    """Also where Python does not buffer: it would drop the rest, without a word."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    done = subprocess.run(
+        [*START, "completion", "bash"],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(reading)
+    os.close(writing)
+    assert done.returncode == 5 and b"error: stdout: " in done.stderr
 
 
 def test_a_descriptor_that_was_closed_is_given_to_no_file(place: Path) -> None:

@@ -5,8 +5,10 @@ numpy tells tracemalloc of its arrays; the compiled loops allocate nothing.
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from collections.abc import Callable
+from functools import reduce
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gptoss_convert.codecs.mxfp4 import codec, sums
+from gptoss_convert.codecs.mxfp4 import CODEC, codec, sums
 from gptoss_convert.compare.arrays import distance
 from gptoss_convert.compare.diagnosis import expert_digests, looks
 from gptoss_convert.compare.value_statistics import distances_of
 from gptoss_convert.compare.values import _first_and_worst
 from gptoss_convert.engine import anomalies
-from gptoss_convert.engine.fingerprint import examined
+from gptoss_convert.engine.fingerprint import axis_weights, examined, packed_fingerprint
 from gptoss_convert.engine.steps import Step
 from gptoss_convert.errors import CodecError
 from gptoss_convert.quantise.rules import RULES
@@ -75,6 +77,28 @@ def held(bits: Bits) -> Any:
 @pytest.fixture(params=VALUES)
 def bits(request: pytest.FixtureRequest) -> Bits:
     return np.full(SHAPE, VALUES[request.param], np.uint16)
+
+
+@pytest.mark.parametrize("shape", [(2, 3 << 19), (3 << 19, 2), (1, 3 << 19, 1)])
+def test_long_rows_take_no_memory(shape: tuple[int, ...]) -> None:
+    """Their weights alone would take four times as much as they do; the sum is the same."""
+    bits = np.arange(math.prod(shape), dtype=np.uint16).reshape(shape)
+    box = tuple((0, length) for length in shape)
+    assert taken(lambda: examined(bits, box, shape, -1)) < 6_000_000
+    weights = reduce(np.multiply.outer, [axis_weights(axis, n) for axis, n in enumerate(shape)])
+    assert examined(bits, box, shape, -1)[0] == int((weights * bits).sum(dtype=np.uint64))
+
+
+def test_encoded_rows_take_no_memory() -> None:
+    shape = (1, 3 << 19)
+    box = tuple((0, length) for length in shape)
+    blocks = np.full((1, shape[1] // 32, 16), 0x21, np.uint8)
+    parts = {"blocks": blocks, "scales": np.full((1, shape[1] // 32), 127, np.uint8)}
+    values = np.empty(shape, np.uint16)
+    CODEC.decode(parts, values)
+    total = packed_fingerprint(CODEC, parts, box, shape, -1)
+    assert total == examined(values, box, shape, -1)[0]
+    assert taken(lambda: packed_fingerprint(CODEC, parts, box, shape, -1)) < 6_000_000
 
 
 def test_looking_at_values_takes_no_memory(bits: Bits) -> None:

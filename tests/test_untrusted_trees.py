@@ -19,7 +19,14 @@ from gptoss_convert.containers.refs import Identity
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.plan import plan
 from gptoss_convert.conversion.run import run
-from gptoss_convert.errors import GptossError, InputError, IntegrityError, TargetError, UsageError
+from gptoss_convert.errors import (
+    DiskError,
+    GptossError,
+    InputError,
+    IntegrityError,
+    TargetError,
+    UsageError,
+)
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.config import MXFP4_CONFIG
 from gptoss_convert.synth.synth import synth
@@ -311,6 +318,40 @@ def test_a_source_that_changed_between_stop_and_going_on_is_refused(
     with pytest.raises(UsageError, match=r"source model\.safetensors: .* then, .* now"):
         run(plan(root, tmp_path / "target", HF))
     assert not (tmp_path / "target").exists()
+
+
+def test_a_target_that_source_leads_into_is_not_replaced(made: Path, tmp_path: Path) -> None:
+    """The only copy of a shard would be gone."""
+    root, target = copied(made, "hf", tmp_path), tmp_path / "target"
+    target.mkdir()
+    (root / "model.safetensors").rename(target / "model.safetensors")
+    (root / "model.safetensors").symlink_to(target / "model.safetensors")
+    options = Options("hf", "bf16", follow_links=True, overwrite=True, workers=1)
+    with pytest.raises(UsageError, match=r"model.safetensors: lies in TARGET, which is replaced"):
+        run(plan(root, target, options))
+    run(plan(root, tmp_path / "other", options))
+
+
+@pytest.mark.parametrize("named", ["", "original"])
+def test_openai_s_files_in_the_hub_s_cache_are_read(made: Path, tmp_path: Path, named: str) -> None:
+    """`snapshots/<commit>/original/` is of links to the blobs, two folders above."""
+    cached = tmp_path / "models--openai--gpt-oss-20b"
+    inside = cached / "snapshots" / ("0" * 40) / "original"
+    inside.mkdir(parents=True)
+    (cached / "blobs").mkdir()
+    for number, file in enumerate(sorted((made / "openai" / "original").iterdir())):
+        if file.is_file():
+            shutil.copy(file, cached / "blobs" / f"{number:064x}")
+            (inside / file.name).symlink_to(f"../../../blobs/{number:064x}")
+    run(plan(inside.parent / named, tmp_path / "target", HF))
+    run(plan(made / "openai", tmp_path / "straight", HF))
+    shards = [tmp_path / name / "model.safetensors" for name in ("target", "straight")]
+    assert shards[0].read_bytes() == shards[1].read_bytes()
+    (inside / "config.json").unlink()
+    (cached / "blobs" / "x").symlink_to(made / "openai" / "original" / "config.json")
+    (inside / "config.json").symlink_to("../../../blobs/x")
+    with pytest.raises((InputError, DiskError)):
+        plan(inside, tmp_path / "again", HF)
 
 
 def test_a_sidecar_does_not_decide_how_the_experts_are_said_to_be_stored(

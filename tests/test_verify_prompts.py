@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from gptoss_convert.errors import UsageError
+from gptoss_convert.containers.budget import Budget
+from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.registry import open_checkpoint
 from gptoss_convert.synth.synth import synth
@@ -67,3 +68,22 @@ def test_models_that_differ_expect_different_tokens(tiny: Path, tmp_path: Path) 
     lines = found.levels[-1].numbers["next_tokens_text"]
     assert f"{shown['source'][0][1]:7.4f}" in lines[0]
     assert f"{shown['target'][0][1]:7.4f}" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[" * 100_000, "expects a list of token ids or a string"),
+        (b"[" + b"9" * 5000 + b"]", "expects a list of token ids or a string"),
+        (b"[1]\n" * 200, "or more values, at most 100 are read"),
+        (b" " * 2001, "more than 2000 bytes"),
+    ],
+)
+def test_a_file_of_prompts_has_a_budget(
+    content: bytes, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "values" in told or "bytes" in told:
+        monkeypatch.setattr("gptoss_convert.verify.prompts.PROMPTS", Budget(2000, 100))
+    (tmp_path / "prompts.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=told):
+        own_sequences(tmp_path / "prompts.jsonl", None, (), 100)

@@ -45,6 +45,9 @@ OBJECTS = 6_000_000
 TOKENIZER = Budget(64 << 20, 0)
 """tokenizer.json, which its library reads; the released one has 28 MB."""
 
+PROMPTS = Budget(16 << 20, 2_000_000)
+"""Texts and token ids to compute with; a calibration uses 131,072 tokens."""
+
 _JSON_PARTS = ",:[{"
 _YAML_PARTS = re.compile(r"[\n,\[{:?&*-]")
 

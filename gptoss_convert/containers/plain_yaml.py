@@ -12,6 +12,8 @@ from gptoss_convert.errors import InputError, IntegrityError
 _LONGEST_NUMBER = 18
 """Characters of a key that is a number: longer ones can be chosen to have one hash, and a dict of
 them takes quadratic time."""
+_LONGEST_INTEGER = 256
+"""Bits of a whole number: in base 16, YAML has longer ones than Python prints."""
 _MAX_DEPTH = 100
 _NUMBERS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float"))
 
@@ -57,6 +59,8 @@ class _Loader(yaml.SafeLoader):
 def _expanded(value: Any, left: list[int], depth: int) -> Any:
     """A copy in which no part is shared; raises RecursionError where that has no end."""
     left[0] -= 1
+    if isinstance(value, int) and value.bit_length() > _LONGEST_INTEGER:
+        raise InputError("a number of too many digits")
     if left[0] < 0 or depth < 0:
         raise RecursionError
     if isinstance(value, dict):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers import Chunk
-from gptoss_convert.containers.safetensors import SHARDING, Left, read_header
+from gptoss_convert.containers.safetensors import MAX_HEADER, SHARDING, Left, read_header
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.containers.torch_dist.coverage import require_tiling
 from gptoss_convert.containers.torch_dist.metadata import ChunkBox
@@ -39,8 +39,11 @@ def read_shards(root: Path, left: Left = lambda name: False) -> tuple[Chunk, ...
     _require_all(root, names)
     boxes: dict[str, list[Chunk]] = defaultdict(list)
     aside: dict[str, Chunk] = {}
+    room = MAX_HEADER
     for name in names:
-        header = read_header(root, name, left=left)
+        # As they come: many names may stand for one large header.
+        header = read_header(root, name, room, left=left)
+        room -= len(header.text)
         offsets = _offsets(root / name, header.metadata)
         for chunk in header.chunks:
             if left(chunk.tensor):

@@ -15,7 +15,7 @@ from gptoss_convert.containers.seen import remembering
 from gptoss_convert.conversion import lossy
 from gptoss_convert.conversion.acceptable import require_acceptable
 from gptoss_convert.conversion.options import Options
-from gptoss_convert.conversion.target import check_input, check_target
+from gptoss_convert.conversion.target import check_input, check_reads, check_target
 from gptoss_convert.engine.changes import Changes, merges_of
 from gptoss_convert.engine.steps import Plan, make_plan
 from gptoss_convert.errors import UsageError
@@ -200,7 +200,9 @@ def plan(
         opened = with_adapter(opened, options, follow_links=options.follow_links)
         options = _for_adapter(opened, options)
         planned = plan_opened(opened, target, options, processes)
-    return replace(planned, seen=tuple(opened.lasting(seen.values())))
+    read = tuple(opened.lasting(seen.values()))
+    check_reads(read, target)
+    return replace(planned, seen=read)
 
 
 def _for_adapter(opened: Checkpoint, options: Options) -> Options:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gptoss_convert.containers.paths import create_inside, settled
+from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import DiskError, TargetError, UsageError
 from gptoss_convert.formats.repository import Repository
 from gptoss_convert.machine.private import require_own
@@ -48,6 +49,16 @@ def check_input(name: str, path: Path, target: Path) -> None:
             raise UsageError(f"{path}: {name} lies in the hidden directory of {target}")
     if place.is_relative_to(parent / target.name):
         raise UsageError(f"{path}: {name} and TARGET lie in each other")
+
+
+def check_reads(files: Iterable[FileRef], target: Path) -> None:
+    """Refuse to replace a TARGET that files lie in which are read, by whatever links."""
+    if not target.exists():
+        return
+    inside = f"{os.path.realpath(target)}/"
+    for file in files:
+        if os.path.realpath(file.path).startswith(inside):
+            raise UsageError(f"{file}: lies in TARGET, which is replaced; name another TARGET")
 
 
 def _nested(inner: Path, outer: Path) -> bool:

@@ -20,7 +20,7 @@ from gptoss_convert.engine.records import Anomalies
 from gptoss_convert.engine.steps import Plan, Step
 from gptoss_convert.engine.work import Work
 
-_PIECE = 1 << 18
+_PIECE, _FIRST = 1 << 18, 1 << 14
 """Elements that are looked at at once."""
 Matrix = tuple[str, int, int]
 """Weight, layer and expert (0 where there are none) of one matrix or vector."""
@@ -71,8 +71,8 @@ def _all_zero(parts: Sequence[Part], axis: int, expert: int, mask: int) -> bool:
 
 
 def _any(array: Array, mask: int) -> bool:
-    """Whether a masked bit is set anywhere; the first row nearly always tells."""
-    if np.any(array[(0,) * (array.ndim - 1)] & mask):
+    """Whether a masked bit is set anywhere; the first values nearly always tell."""
+    if np.any(array[(0,) * (array.ndim - 1)][:_FIRST] & mask):
         return True
     return any(np.any(piece & mask) for _, piece in _pieces(array))
 

@@ -34,6 +34,8 @@ EXPONENT = 0x7F80
 """Exponent bits of BF16: all set in infinities and NaN."""
 _SCRATCH_BYTES = 1 << 19
 """Decoded values that are summed while they are in the cache."""
+_LONG, _SPAN = 1 << 19, 1 << 16
+"""An axis with more indexes is cut into spans; whole blocks of every encoding fit into one."""
 _SHORT = 64
 """A fastest axis shorter than this is joined with the next one, for long inner loops."""
 
@@ -41,10 +43,19 @@ _SHORT = 64
 @cache
 def axis_weights(axis: int, length: int) -> U64:
     """The odd weights of the first `length` indexes of a parameter's axis (splitmix64)."""
+    return _axis_weights(axis, 0, length)
+
+
+def _weights(axis: int, length: int, lo: int, hi: int) -> U64:
+    """The weights of some indexes; of a long axis no more than these are ever in memory."""
+    return axis_weights(axis, length)[lo:hi] if length <= _LONG else _axis_weights(axis, lo, hi)
+
+
+def _axis_weights(axis: int, lo: int, hi: int) -> U64:
     # splitmix64 (Steele, Lea, Flood 2014) makes unrelated words of consecutive seeds; 2^40 apart,
     # axes share none. An odd weight has an inverse modulo 2^64, so a change of an element shows.
     with np.errstate(over="ignore"):
-        x = np.arange(1, length + 1, dtype=np.uint64) + np.uint64((axis + 1) << 40)
+        x = np.arange(lo + 1, hi + 1, dtype=np.uint64) + np.uint64((axis + 1) << 40)
         x *= np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -65,15 +76,25 @@ def examined(
     `bits` is a view of any strides, one axis per axis of the parameter; `layer` is the axis that
     does not count, -1 for none.
     """
+    if (cut := _cut(box)) is not None:
+        found = [
+            examined(_part(bits, box, piece), piece, lengths, layer) for piece in _along(box, cut)
+        ]
+        return sum(total for total, _ in found) & MASK, any(odd for _, odd in found)
     axes = [
-        (bits.strides[axis], axis_weights(axis, lengths[axis])[lo:hi])
+        (bits.strides[axis], _weights(axis, lengths[axis], lo, hi))
         for axis, (lo, hi) in enumerate(box)
         if axis != layer
     ]
     scale = reduce(lambda a, b: a * b & MASK, (int(w[0]) for _, w in axes if len(w) == 1), 1)
     longer = sorted(((s, w) for s, w in axes if len(w) > 1), key=lambda axis: axis[0])
     step, columns = longer.pop(0) if longer else (2, np.ones(1, np.uint64))
-    while longer and len(columns) < _SHORT and longer[0][0] == step * len(columns):
+    while (
+        longer
+        and len(columns) < _SHORT
+        and longer[0][0] == step * len(columns)
+        and len(longer[0][1]) * len(columns) <= _LONG
+    ):
         columns = np.multiply.outer(longer.pop(0)[1], columns).ravel()
     offsets, rows = np.zeros(1, np.int64), np.ones(1, np.uint64)
     for stride, weights in reversed(longer):
@@ -90,8 +111,12 @@ def packed_fingerprint(
 
     Raises CodecError for the first block that has no finite BF16 value.
     """
+    if (cut := _cut(box)) is not None:
+        some = ((piece, _members(codec, parts, box, piece)) for piece in _along(box, cut))
+        sums = (packed_fingerprint(codec, held, piece, lengths, layer) for piece, held in some)
+        return sum(sums) & MASK
     weights = [
-        np.ones(hi - lo, np.uint64) if axis == layer else axis_weights(axis, length)[lo:hi]
+        np.ones(hi - lo, np.uint64) if axis == layer else _weights(axis, length, lo, hi)
         for axis, ((lo, hi), length) in enumerate(zip(box, lengths, strict=True))
     ]
     total = codec.weighted_sum(parts, weights)
@@ -100,15 +125,36 @@ def packed_fingerprint(
     total = 0
     for piece in _pieces(box):
         values = np.empty(tuple(hi - lo for lo, hi in piece), np.uint16)
-        codec.decode({m: _inside(codec, m, parts[m], box, piece) for m in parts}, values)
+        codec.decode(_members(codec, parts, box, piece), values)
         total += fingerprint(values, piece, lengths, layer)
     return total & MASK
 
 
+def _cut(box: Box) -> int | None:
+    """The axis along which a box is so long that its weights would take more than it does."""
+    spans = [hi - lo for lo, hi in box]
+    return spans.index(max(spans)) if spans and max(spans) > _LONG else None
+
+
+def _along(box: Box, axis: int) -> Iterator[Box]:
+    lo, hi = box[axis]
+    for start in range(lo, hi, _SPAN):
+        yield (*box[:axis], (start, min(start + _SPAN, hi)), *box[axis + 1 :])
+
+
+def _part(array: Array, box: Box, piece: Box) -> Array:
+    """What an array that holds `box` holds of a piece of it."""
+    spans = zip(piece, box, strict=True)
+    return array[tuple(slice(lo - first, hi - first) for (lo, hi), (first, _) in spans)]
+
+
+def _members(codec: Codec, parts: Arrays, box: Box, piece: Box) -> dict[str, Array]:
+    return {member: _inside(codec, member, held, box, piece) for member, held in parts.items()}
+
+
 def _inside(codec: Codec, member: str, array: Array, box: Box, piece: Box) -> Array:
     """What a member that holds `box` holds of a piece of it."""
-    spans = zip(codec.member_box(member, piece), codec.member_box(member, box), strict=True)
-    return array[tuple(slice(lo - first, hi - first) for (lo, hi), (first, _) in spans)]
+    return _part(array, codec.member_box(member, box), codec.member_box(member, piece))
 
 
 def _pieces(box: Box) -> Iterator[Box]:

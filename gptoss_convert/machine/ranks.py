@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from gptoss_convert.errors import EXIT_LOST, NetworkError, RankError
+from gptoss_convert.errors import EXIT_LOST, NetworkError, RankError, UsageError
 from gptoss_convert.errors.secrets import scrub
 from gptoss_convert.machine.introduction import accepted, connected
 from gptoss_convert.machine.terminal import printable
@@ -234,15 +235,22 @@ def join() -> Ranks:
     Raises NetworkError if they do not find one another.
     """
     global _joined
-    found = os.environ
-    size = int(found.get("WORLD_SIZE", "1")) if _RUN in found else 1
+    size = _stated("WORLD_SIZE", 1) if _RUN in os.environ else 1
     if size > 1 and _joined is ALONE:
-        _joined = _met(
-            Ranks(
-                int(found["RANK"]), size, int(found["LOCAL_RANK"]), int(found["LOCAL_WORLD_SIZE"])
-            )
-        )
+        rank, local = _stated("RANK", 0, size - 1), _stated("LOCAL_RANK", 0, size - 1)
+        _joined = _met(Ranks(rank, size, local, _stated("LOCAL_WORLD_SIZE", local + 1, size)))
     return _joined
+
+
+def _stated(name: str, least: int, most: int = 1 << 20) -> int:
+    """A number that torchrun puts into the environment; raises UsageError for any other text."""
+    text = os.environ.get(name, "1" if name == "WORLD_SIZE" else "")
+    if not re.fullmatch(r"\d{1,7}", text, re.ASCII) or not least <= int(text) <= most:
+        raise UsageError(
+            f"{_RUN} is set as torchrun does, but {name} is {text!r:.40}: start it with torchrun, "
+            f"or unset {_RUN}"
+        )
+    return int(text)
 
 
 def _met(ranks: Ranks) -> Ranks:

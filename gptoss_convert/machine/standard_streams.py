@@ -28,6 +28,10 @@ def prepare() -> None:
         sys.stdin = os.fdopen(0, closefd=False)
     if sys.stdout is None:
         sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
+    elif isinstance(sys.stdout.buffer, io.RawIOBase):
+        # With PYTHONUNBUFFERED, what is written in part is lost without an error.
+        how = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False, **how)
     sys.stderr = Guarded(2)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptoss_convert.containers.budget import TOKENIZER
+from gptoss_convert.containers.budget import PROMPTS, TOKENIZER, json_parts
 from gptoss_convert.containers.paths import read_text
 from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
@@ -38,11 +38,16 @@ def own_sequences(
 def _from_file(path: Path, sides: Sequence[Checkpoint]) -> list[TokenSequence]:
     """JSON lines, each a list of ids or a string; anything else is one text."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(PROMPTS.nbytes + 1)
+        text = raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: expects text, found {error}") from error
+    if len(raw) > PROMPTS.nbytes:
+        raise InputError(f"{path}: more than {PROMPTS.nbytes} bytes, which is too much to compute")
     if path.suffix not in {".json", ".jsonl"}:
         return [TokenSequence(path.name, _ids(text, sides))]
+    PROMPTS.require(str(path), json_parts(text))
     return [
         TokenSequence(f"{path.name}:{number}", _line(f"{path}:{number}", line, sides))
         for number, line in enumerate(text.splitlines(), 1)
@@ -53,7 +58,7 @@ def _from_file(path: Path, sides: Sequence[Checkpoint]) -> list[TokenSequence]:
 def _line(where: str, line: str, sides: Sequence[Checkpoint]) -> tuple[int, ...]:
     try:
         content = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if isinstance(content, str):
         return _ids(content, sides)

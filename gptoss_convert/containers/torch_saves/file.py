@@ -7,7 +7,7 @@ read in place. Format: torch/serialization.py, `_save` and `_legacy_save`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from gptoss_convert.errors import InputError, IntegrityError
 
 MAX_DIRECTORY_BYTES = 1 << 26
 """Of the archive: one record per tensor, some 80 bytes each; all experts of 120b take 2 MB."""
+_MOST_TOGETHER = 4 * MAX_BYTES
+"""Of the pickles of all ranks; those of 512 ranks of 120b take about 150 MB."""
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """The pickled magic number that `torch.save` began with before torch 1.6."""
 _TAR = 257, b"ustar"
@@ -47,6 +49,8 @@ class SavedFile:
     members: Mapping[str, Member]
     identity: Identity
     """What the file was when this was read from it."""
+    nbytes: int
+    """Of its pickle."""
 
     @property
     def where(self) -> str:
@@ -103,7 +107,21 @@ def open_saved(root: Path, name: str) -> SavedFile:
             raise InputError(f"{where}: byte order {order!r}; only little-endian tensors are read")
         pickled = pickled_record(members, opened.read_at, MAX_BYTES, where)
     value = pickles.load(pickled, COMMON, where, open=True)
-    return SavedFile(root, name, value, members, opened.identity)
+    return SavedFile(root, name, value, members, opened.identity, len(pickled))
+
+
+def open_all(root: Path, names: Iterable[str]) -> Iterator[SavedFile]:
+    """The files of one model, one after the other; raises as `open_saved` does.
+
+    Also InputError beyond what all of them together may cost: many names may stand for one file.
+    """
+    left = _MOST_TOGETHER
+    for name in names:
+        file = open_saved(root, name)
+        left -= file.nbytes
+        if left < 0:
+            raise InputError(f"{file.where}: pickles of more than {_MOST_TOGETHER} bytes in all")
+        yield file
 
 
 def _require_archive(opened: OpenFile, where: str) -> None:

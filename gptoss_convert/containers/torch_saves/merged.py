@@ -11,13 +11,15 @@ from pathlib import Path
 from gptoss_convert.containers import Chunk
 from gptoss_convert.containers.torch_dist.coverage import require_tiling
 from gptoss_convert.containers.torch_dist.metadata import ChunkBox
-from gptoss_convert.containers.torch_saves.file import SavedFile, open_saved
+from gptoss_convert.containers.torch_saves.file import SavedFile, open_all
 from gptoss_convert.containers.torch_saves.tensors import is_tensor, pieces
 from gptoss_convert.errors import InputError, IntegrityError
 
 _MAX_DEPTH = 16
 _MAX_VALUES = 1 << 20
 _MAX_NAME = 512
+_MAX_PARTS = 1 << 20
+"""Of 512 ranks of 120b: some 400,000."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ Skip = Callable[[str], str | None]
 
 def read(root: Path, names: Sequence[str], skip: Skip = lambda name: None) -> Merged:
     """The tensors of these files, which are one model's; see `merged`."""
-    return merged(str(root), (open_saved(root, name) for name in names), skip)
+    return merged(str(root), open_all(root, names), skip)
 
 
 def merged(where: str, files: Iterable[SavedFile], skip: Skip = lambda name: None) -> Merged:
@@ -53,26 +55,35 @@ def merged(where: str, files: Iterable[SavedFile], skip: Skip = lambda name: Non
     Raises IntegrityError where the ranks contradict each other, or leave a gap.
     """
     parts: dict[str, list[Chunk]] = defaultdict(list)
-    homes: dict[str, tuple[str, ...]] = {}
+    homes: dict[str, list[str]] = defaultdict(list)
     values: list[int] = []
+    count = 0
     for file in files:
         values.append(0)
         for name, value in named_values(file.value, file.where):
             if not is_tensor(value):
                 values[-1] += 1
                 continue
-            homes[name] = (*homes.get(name, ()), file.name)
+            homes[name].append(file.name)
             if skip(name) is not None:
                 continue
             for piece in pieces(value, f"{file.where}: {name}"):
                 parts[name].append(file.chunk(name, piece))
+                require_few(where, count := count + 1)
     chunks: list[Chunk] = []
     replicas = 0
     for name, held in parts.items():
         kept = tiled(f"{where}: {name}", held)
         replicas += sum(1 for chunk in held if math.prod(chunk.extent)) - len(kept)
         chunks += kept
-    return Merged(tuple(chunks), homes, values[0] if values else 0, replicas)
+    lying = {name: tuple(files) for name, files in homes.items()}
+    return Merged(tuple(chunks), lying, values[0] if values else 0, replicas)
+
+
+def require_few(where: str, parts: int) -> None:
+    """Raise InputError for more parts of tensors, in all files, than any run saves."""
+    if parts > _MAX_PARTS:
+        raise InputError(f"{where}: more than {_MAX_PARTS} parts of tensors")
 
 
 def named_values(value: object, where: str, prefix: str = "") -> Iterator[tuple[str, object]]:

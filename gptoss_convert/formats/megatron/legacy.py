@@ -99,11 +99,13 @@ def read(directory: Path) -> TorchDist:
     _require_all(directory, ranks, parallel)
     parts: dict[str, list[Chunk]] = defaultdict(list)
     skipped: Counter[str] = Counter()
-    for rank in ranks:
-        file = torch_saves.open_saved(directory, f"{rank.folder}/{FILE}")
+    count = 0
+    files = torch_saves.open_all(directory, (f"{rank.folder}/{FILE}" for rank in ranks))
+    for rank, file in zip(ranks, files, strict=True):
         for virtual, name, value in _entries(file, parallel, skipped):
             for chunk in _placed(file, parallel, rank, virtual, name, value):
                 parts[chunk.tensor].append(chunk)
+                torch_saves.require_few(str(directory), count := count + 1)
     chunks = [
         chunk
         for name, held in parts.items()
@@ -232,9 +234,10 @@ def _placed(
 ) -> Iterator[Chunk]:
     """A rank's tensor where it belongs in the model's."""
     where = f"{file.where}: {name}"
-    (piece, *more) = torch_saves.pieces(value, where)
-    if more or piece.extent != piece.shape:
+    found = [*torch_saves.pieces(value, where)]
+    if len(found) != 1 or found[0].extent != found[0].shape:
         raise InputError(f"{where}: part of a tensor, where whole ones are expected")
+    (piece,) = found
     layer = _LAYER.fullmatch(name)
     inner = layer[2] if layer else name
     expert = _EXPERT.fullmatch(inner)
