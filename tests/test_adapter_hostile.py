@@ -193,7 +193,7 @@ CASES: dict[str, tuple[Edit, int, str]] = {
     "alpha in words": (told(lora_alpha="8"), INPUT, "lora_alpha is '8'"),
     "alpha is NaN": (text('{"r": 4, "lora_alpha": NaN}'), DAMAGED, "NaN is not a JSON number"),
     "alpha is infinite": (text('{"r": 4, "lora_alpha": 1e999}'), DAMAGED, "1e999 is no finite"),
-    "a configuration of nothing": (text(""), DAMAGED, "not JSON"),
+    "a configuration of nothing": (text(""), DAMAGED, "empty file"),
     "a list": (text("[]"), DAMAGED, "expects a JSON object"),
     "cut configuration": (text('{"r": 4,'), DAMAGED, "not JSON"),
     "a key twice": (text('{"r": 4, "r": 8}'), DAMAGED, "'r' appears twice"),

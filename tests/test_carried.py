@@ -96,7 +96,7 @@ def test_a_directory_of_a_served_model_gives_no_note(tmp_path: Path):
         (
             "tokenizer.json",
             "<!DOCTYPE html>",
-            "no JSON object in 15 bytes: truncated, or another kind of file",
+            "looks like an HTML page; download it again",
         ),
         (
             "tokenizer_config.json",
@@ -107,14 +107,14 @@ def test_a_directory_of_a_served_model_gives_no_note(tmp_path: Path):
         (
             "special_tokens_map.json",
             "",
-            "no JSON object in 0 bytes: truncated, or another kind of file",
+            "empty file",
         ),
         (
             "tokenizer.json",
             '{"a": "' + "x" * (1 << 20),
             "no JSON object in 1048583 bytes: truncated, or another kind of file",
         ),
-        ("merges.txt", "", "empty"),
+        ("merges.txt", "", "empty file"),
         ("chat_template.jinja", "\x00\x01", "not text"),
     ],
 )

@@ -304,6 +304,30 @@ def test_a_signal_ends_with_its_status_and_the_command_to_go_on(
     assert same_weights(conversion.target, expected)
 
 
+@pytest.mark.parametrize(
+    ("words", "there", "said"),
+    [
+        ("check x", "", "interrupted: run it again: gptoss-convert check x"),
+        ("synth x", "", "interrupted: nothing was published; the same command goes on: gptoss-"),
+        ("convert x y --push-to o/n", "y is complete", "interrupted: y is complete\n"),
+    ],
+)
+def test_what_is_said_of_a_stop_is_true_of_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    there: str,
+    said: str,
+) -> None:
+    """A check has nothing to publish, and an upload begins when TARGET is there."""
+    monkeypatch.setattr("sys.argv", ["gptoss-convert", *words.split()])
+    monkeypatch.setattr(ending, "_there", [])
+    if there:
+        ending.is_there(there)
+    assert ending.stopped(signal.SIGINT) == 130
+    assert capsys.readouterr().err.startswith(said)
+
+
 SWALLOWS = """
 import os, signal
 try:

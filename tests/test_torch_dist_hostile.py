@@ -377,7 +377,7 @@ def rewrite_common(path: Path, pickled: bytes, crc: int | None = None) -> None:
 
 def test_common_pt_must_match_its_checksum(path: Path) -> None:
     rewrite_common(path, pickle.dumps({"a": 1}), crc=12345)
-    refused(path, InputError, r"^common\.pt: data\.pkl does not match its checksum")
+    refused(path, IntegrityError, r"^common\.pt: data\.pkl does not match its checksum")
     rewrite_common(path, pickle.dumps({"a": 1}), crc=0)
     assert read(path).common == {"a": 1}
 

@@ -14,6 +14,9 @@ from gptoss_convert.machine.ranks import joined
 from gptoss_convert.machine.standard_streams import discard_output
 from gptoss_convert.show.documents import document
 
+_WRITERS = ("convert", "synth")
+"""The commands that go on where they were; the others begin again."""
+_there: list[str] = []
 _REPORT = "this is a bug in gptoss-convert: please report it with the traceback above"
 
 
@@ -40,9 +43,17 @@ def stopped(number: int) -> int:
     command = shlex.join(["gptoss-convert", *sys.argv[1:]])
     if ranks.size > 1:
         command = "torchrun with the same words, or with another number of ranks"
-    message = f"{how}: nothing was published; the same command goes on: {command}"
+    goes_on = f"nothing was published; the same command goes on: {command}"
+    if not any(word in sys.argv[1:2] for word in _WRITERS):
+        goes_on = f"run it again: {command}"
+    message = f"{how}: {_there[-1] if _there else goes_on}"
     _say(message)
     return told(message, 128 + number)
+
+
+def is_there(text: str) -> None:
+    """Say this, instead, should the command be stopped from now on: its TARGET is published."""
+    _there.append(text)
 
 
 def _say(text: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gptoss_convert.cli import ending
 from gptoss_convert.cli.checks import check, diff, verify
 from gptoss_convert.cli.options import (
     EPILOG,
@@ -121,8 +122,9 @@ def _require_shareable(conversion: Conversion) -> None:
 
 
 def _push(conversion: Conversion, repository: Repository, public: bool, quiet: bool) -> None:
-    from gptoss_convert.hub.push import push
+    from gptoss_convert.hub.push import instead, push
 
+    ending.is_there(instead(conversion.target, repository))
     place = push(conversion.target, conversion.names, repository, public)
     click.echo("" if quiet else f"pushed: {place}", err=True, nl=not quiet)
 

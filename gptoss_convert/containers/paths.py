@@ -16,13 +16,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from gptoss_convert.containers.disguise import LOOKED_AT, disguise
 from gptoss_convert.containers.refs import FileRef, Identity
 from gptoss_convert.containers.seen import changed, remember
 from gptoss_convert.containers.walk import FOLDER, LinkError, OutsideError, folder, told, walk
 from gptoss_convert.errors import InputError, IntegrityError, TargetError
 
-POINTER = b"version https://git-lfs.github.com/spec/"
-"""How a file begins that Git LFS has not fetched."""
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 AnyPath = TypeVar("AnyPath", bound=Path)
@@ -198,14 +197,15 @@ def create_inside(root: Path, name: str, flags: int) -> int:
 
 
 def read_text(root: Path, name: str, most: int) -> str:
-    """The text of `root/name`; raises IntegrityError beyond `most` bytes or UTF-8."""
+    """The text of `root/name`; raises IntegrityError beyond `most` bytes or UTF-8, and for what is
+    no such file by how it begins."""
     with open_inside(root, name) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise IntegrityError(f"{root / name}: {size} bytes, at most {most}")
         raw = file.read(size)
-    if raw.startswith(POINTER):
-        raise IntegrityError(f"{root / name}: a Git LFS pointer; fetch the file: git lfs pull")
+    if found := disguise(raw[:LOOKED_AT], len(raw)):
+        raise IntegrityError(f"{root / name}: {found}")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

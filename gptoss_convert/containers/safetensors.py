@@ -16,7 +16,8 @@ from typing import Any
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk
 from gptoss_convert.containers.budget import HEADER
-from gptoss_convert.containers.paths import POINTER, lies, open_inside, read_text, safe_name
+from gptoss_convert.containers.disguise import LOOKED_AT, disguise
+from gptoss_convert.containers.paths import lies, open_inside, read_text, safe_name
 from gptoss_convert.containers.refs import Identity
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
@@ -138,7 +139,9 @@ def read_header(
         file.seek(0)
         head = file.read(8)
         if len(head) < 8 or (length := struct.unpack("<Q", head)[0]) > size - 8:
-            raise IntegrityError(f"{where}: {_looks_like(head + file.read(1024), size)}")
+            found = disguise(head + file.read(LOOKED_AT), size, "safetensors")
+            unknown = f"no safetensors header in {size} bytes: truncated, or another format"
+            raise IntegrityError(f"{where}: {found or unknown}")
         if length > most:
             others = " beside those of the other shards" if most < MAX_HEADER else ""
             raise IntegrityError(f"{where}: header of {length} bytes, at most {most}{others}")
@@ -238,22 +241,6 @@ def _entry(
 
 def _naturals(numbers: Any) -> bool:
     return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 53 for n in numbers)
-
-
-def _looks_like(head: bytes, size: int) -> str:
-    if size == 0:
-        return "empty file"
-    if head.startswith(POINTER):
-        wanted = re.search(rb"\nsize (\d{1,20})\n", head)
-        expects = f" (expects {int(wanted[1])} bytes)" if wanted else ""
-        return f"a Git LFS pointer, not weights{expects}; fetch the file: git lfs pull"
-    if head[:1] == b"<" or head[:9].lower() == b"<!doctype":
-        return "looks like an HTML page, not safetensors; download it again"
-    if head[:2] == b"\x1f\x8b" or head[:4] == b"PK\x03\x04":
-        return "a compressed archive, not safetensors; unpack it first"
-    if head[:1] == b"{":
-        return "looks like JSON text, not safetensors; download it again"
-    return f"no safetensors header in {size} bytes: truncated, or another format"
 
 
 def index_text(root: Path) -> str | None:

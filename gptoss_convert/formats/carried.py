@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
 from gptoss_convert.containers import Image
+from gptoss_convert.containers.disguise import disguise
 from gptoss_convert.containers.paths import (
-    POINTER,
     Followed,
     folder_inside,
     lies,
@@ -40,8 +40,6 @@ _SAID = ("LICENSE", "LICENCE", "NOTICE", "USAGE_POLICY", "README", "COPYING", "C
 """Beginnings of the names of files that say who made the model, and under which terms."""
 _PAGES = frozenset(("", ".md", ".txt", ".cff"))
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
-_PAGE = (b"<!doctype", b"<html", b"<?xml")
-"""How what a server answers in place of a file begins, in small letters."""
 _ERROR = frozenset(("error", "message", "code", "status", "detail", "type"))
 """The keys of an error's answer in JSON."""
 _OURS = frozenset((CONFIG, MANIFEST, "dtypes.json", "original", "metal", sidecar.FOLDER))
@@ -85,7 +83,12 @@ def copies(source: Checkpoint, options: ImageOptions) -> tuple[list[tuple[str, C
     paths = carried_files(folder) if folder is not None else source.carried
     # Of a repository only names and sizes are known so far; the Hub sends files, never pointers.
     known = folder is not None or source.outline is None
-    found = [(path.name, _checked(path) if known else _promised(path)) for path in paths]
+    try:
+        found = [(path.name, _checked(path) if known else _promised(path)) for path in paths]
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"{error}; or pass --tokenizer DIR to take such files from there"
+        ) from None
     if (nbytes := sum(copied.size for _, copied in found)) > _MOST:
         raise InputError(
             f"{paths[0].parent}: {nbytes} bytes of files beside the weights, at most {_MOST} "
@@ -135,26 +138,23 @@ def _checked(path: Path) -> Copied:
         start = stream.read(_PARSED if size <= _PARSED else _END)
         stream.seek(max(size - _END, 0))
         end = stream.read(_END)
-    problem = None
-    if start.startswith(POINTER):
-        problem = "a Git LFS pointer; fetch the file: git lfs pull"
-    elif start.lstrip()[:9].lower().startswith(_PAGE) or (
-        file.name.endswith(".jinja") and start.lstrip().startswith(b'{"')
-    ):
-        problem = "a web page or an error's answer; download it again"
-    elif file.name.endswith(".json"):
-        problem = _not_json(start, end, size)
-    elif not size and file.name in _SERVED:
-        problem = "empty"
-    elif b"\0" in start and not file.name.endswith(".model"):
-        problem = "not text"
+    problem = _wrong(file.name, start, end, size)
     if problem:
-        raise IntegrityError(
-            f"{file}: {problem}; or pass --tokenizer DIR to take such files from there"
-        )
+        raise IntegrityError(f"{file}: {problem}")
     if not safe_name(file.name):
         raise InputError(f"{file}: no name for a file on every system; rename it or move it away")
     return Copied(file, size)
+
+
+def _wrong(name: str, start: bytes, end: bytes, size: int) -> str | None:
+    """What is wrong with a file of this name and these ends, None if nothing is."""
+    if (size or name in _SERVED) and (found := disguise(start, size)):
+        return found
+    if name.endswith(".json"):
+        return _not_json(start, end, size)
+    if name.endswith(".jinja") and start.lstrip().startswith(b'{"'):
+        return "an error's answer; download it again"
+    return "not text" if b"\0" in start and not name.endswith(".model") else None
 
 
 def _not_json(start: bytes, end: bytes, size: int) -> str | None:

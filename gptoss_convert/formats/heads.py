@@ -62,6 +62,11 @@ def configure(
             raise UsageError(f"{path}: --vocab-size is {rows}, the tensors have {min(found)} rows")
         notes.append(f"{path}: vocab_size is {said.get('vocab_size')}: taken as {rows}, as asked")
         said["vocab_size"] = rows
+    if content.get(_TIED) is True and head in stored:
+        raise InputError(
+            f"{path}: {_TIED} is True, and {head} is stored: GPT-OSS has False; say so if the head "
+            "was trained, remove it if it is the embedding"
+        )
     config = configs.from_hf(str(path), said)
     changed = said != content
     return Configured(

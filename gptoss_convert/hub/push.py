@@ -52,6 +52,12 @@ def destination(name: str) -> Repository:
     return found
 
 
+def instead(target: Path, repository: Repository) -> str:
+    """What to do where TARGET is there and could not be uploaded, or not be to its end."""
+    again = shlex.join(["hf", "upload", repository.name, str(target)])
+    return f"{target} is complete, upload it with: {again}"
+
+
 def push(target: Path, names: Iterable[str], repository: Repository, public: bool) -> str:
     """Upload these files of TARGET; a repository that does not exist is made. Returns its address.
 
@@ -93,6 +99,5 @@ def _upload(
                 commit_message=f"Upload what gptoss-convert {VERSION} wrote",
             )
     except NetworkError as error:
-        again = shlex.join(["hf", "upload", repository.name, str(target)])
-        raise NetworkError(f"{error}; {target} is complete, upload it with: {again}") from None
+        raise NetworkError(f"{error}; {instead(target, repository)}") from None
     return str(made)

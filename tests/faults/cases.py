@@ -125,12 +125,14 @@ def json_error_page(path: Path) -> None:
     (path / SHARD).write_text('{"error": "Invalid credentials"}')
 
 
-@case(2, "one", 4, "DIR/chat_template.jinja: a web page or an error's answer; *", reads=True)
+@case(
+    2, "one", 4, "DIR/chat_template.jinja: looks like an HTML page; download it again*", reads=True
+)
 def html_page_as_template(path: Path) -> None:
     (path / "chat_template.jinja").write_text("<!DOCTYPE html><html><title>429</title></html>")
 
 
-@case(2, "one", 4, "DIR/tokenizer.json: an error's answer; download it again; *", reads=True)
+@case(2, "one", 4, "DIR/tokenizer.json: an error's answer; download it again*", reads=True)
 def json_error_as_tokenizer(path: Path) -> None:
     (path / "tokenizer.json").write_text('{"error": "Invalid credentials in Authorization header"}')
 
@@ -796,7 +798,7 @@ def missing_head(path: Path) -> None:
     drop(path / SHARD, "lm_head.weight")
 
 
-@case(51, "one", 3, "DIR/config.json: tie_word_embeddings is True, GPT-OSS has False")
+@case(51, "one", 3, "DIR/config.json: tie_word_embeddings is True, and lm_head.weight is stored: *")
 def tied_head(path: Path) -> None:
     edit_config(path, tie_word_embeddings=True)
 
@@ -825,6 +827,38 @@ def quantisation_of_text(path: Path) -> None:
 
 
 # Megatron; more in test_torch_dist_hostile.py
+
+
+@case(1, "megatron", 4, "DIR/iter_*/.metadata: a Git LFS pointer, not weights (expects 9 bytes)*")
+def lfs_pointer_as_metadata(path: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:16d0\nsize 9\n"
+    (iteration(path) / ".metadata").write_text(text)
+
+
+@case(2, "megatron", 4, "DIR/iter_*.distcp: looks like an HTML page, not torch_dist; *")
+def html_page_as_distcp(path: Path) -> None:
+    next(iteration(path).glob("*.distcp")).write_text("<html><title>429</title></html>")
+
+
+@case(2, "megatron", 4, "DIR/iter_*/run_config.yaml: looks like an HTML page; download it again")
+def html_page_as_run_config(path: Path) -> None:
+    _run_config(path, "<html><title>429</title></html>")
+
+
+@case(3, "megatron", 4, "DIR/latest_checkpointed_iteration.txt: empty file")
+def empty_tracker(path: Path) -> None:
+    (path / "latest_checkpointed_iteration.txt").write_text("")
+
+
+@case(8, "megatron", 4, "DIR/iter_*/common.pt: a compressed archive, not a torch.save file; *")
+def gzip_as_common_state(path: Path) -> None:
+    (iteration(path) / "common.pt").write_bytes(gzip.compress(b"common"))
+
+
+@case(54, "one", 3, "DIR/config.json: quantised with *fp8*, which is not known here; *")
+def quantisation_of_a_list(path: Path) -> None:
+    edit_config(path, quantization_config={"quant_method": ["fp8"]})
+    drop(path / SHARD, "model.layers.0.mlp.router.bias")
 
 
 @case(59, "megatron", 4, "DIR/iter_*: * files missing: *.distcp")

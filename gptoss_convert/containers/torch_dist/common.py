@@ -13,7 +13,7 @@ from gptoss_convert.containers.torch_dist.items import describe_tensor, pickled_
 from gptoss_convert.containers.torch_dist.pickle_state import Construct, Record
 from gptoss_convert.containers.torch_dist.stand_ins import COMMON, PATH, Storage
 from gptoss_convert.containers.torch_dist.zips import ReadAt, read_archive
-from gptoss_convert.errors import InputError
+from gptoss_convert.errors import InputError, IntegrityError
 
 MAX_PICKLE_BYTES = budget.COMMON.nbytes
 _MAX_VALUES = 1 << 20
@@ -30,7 +30,7 @@ class Opaque(str):
 def parse(read_at: ReadAt, length: int, where: str) -> dict[str, object]:
     """Return the dict in a `torch.save` archive of `length` bytes as plain data; see `plain`.
 
-    core 0.19 and later wrap the dict in a list of one. InputError for a wrong checksum.
+    core 0.19 and later wrap the dict in a list of one. IntegrityError for a wrong checksum.
     """
     value = _load(read_at, length, where)
     if isinstance(value, list) and len(value) == 1:
@@ -68,7 +68,7 @@ def _load(read_at: ReadAt, length: int, where: str) -> object:
     pickled = pickled_record(members, read_at, MAX_PICKLE_BYTES, where)
     # Zero stands for "not computed": torch can be told to write none.
     if members["data.pkl"].crc not in (0, zlib.crc32(pickled)):
-        raise InputError(f"{where}: data.pkl does not match its checksum")
+        raise IntegrityError(f"{where}: data.pkl does not match its checksum")
     return pickles.load(pickled, COMMON, where, open=True)
 
 

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from gptoss_convert.containers import Chunk
+from gptoss_convert.containers.disguise import LOOKED_AT, disguise
 from gptoss_convert.containers.paths import lies
 from gptoss_convert.containers.refs import Identity
 from gptoss_convert.containers.torch_dist import common, metadata
@@ -114,7 +115,10 @@ def _metadata_bytes(directory: Path) -> bytes:
     with open_file(directory, ".metadata") as opened:
         if opened.size > MAX_BYTES:
             raise InputError(f"{directory}: .metadata of {opened.size} bytes")
-        return opened.read_at(0, opened.size)
+        content = opened.read_at(0, opened.size)
+    if found := disguise(content[:LOOKED_AT], len(content), "torch_dist"):
+        raise IntegrityError(f"{directory / '.metadata'}: {found}")
+    return content
 
 
 def _remarks(directory: Path, content: Metadata) -> Iterator[str]:
@@ -152,10 +156,10 @@ def _require_disjoint(content: Metadata, directory: Path) -> None:
             raise IntegrityError(f"{where}: items of {previous} and {name} overlap")
         reached, previous = item.offset + item.length, name
         if reached > size:
-            where = directory / file
-            raise IntegrityError(
-                f"{where}: truncated: {name} ends at byte {reached}, the file at {size}"
-            )
+            with open_file(directory, file) as opened:
+                found = disguise(opened.read_at(0, min(size, LOOKED_AT)), size, "torch_dist")
+            cut = f"truncated: {name} ends at byte {reached}, the file at {size}"
+            raise IntegrityError(f"{directory / file}: {found or cut}")
 
 
 def _require_weight(directory: Path, tensor: StoredTensor) -> None:

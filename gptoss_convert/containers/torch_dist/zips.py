@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from gptoss_convert.containers.disguise import LOOKED_AT, disguise
 from gptoss_convert.errors import InputError, IntegrityError
 
 ReadAt = Callable[[int, int], bytes]
@@ -91,7 +92,10 @@ def _find_directory(read_at: ReadAt, length: int) -> tuple[int, int, int, int]:
     tail = read_at(tail_start, length - tail_start)
     end = len(tail) - END.size
     if end < 0 or tail[end : end + 4] != END_MAGIC:
-        raise IntegrityError("no zip end record: not a torch.save file, or truncated")
+        head = read_at(0, min(length, LOOKED_AT))
+        # What torch.save writes is an archive itself, of which the end may be missing.
+        found = None if head.startswith(b"PK") else disguise(head, length, "a torch.save file")
+        raise IntegrityError(found or "no zip end record: not a torch.save file, or truncated")
     _, disk, first_disk, here, count, size, start, comment = END.unpack_from(tail, end)
     if disk or first_disk or here != count or comment:
         raise IntegrityError("zip end record describes several disks or a comment")

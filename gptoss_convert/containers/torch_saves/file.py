@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk
-from gptoss_convert.containers.paths import POINTER
 from gptoss_convert.containers.refs import Identity
 from gptoss_convert.containers.torch_dist import pickles
 from gptoss_convert.containers.torch_dist.files import OpenFile, open_file
@@ -135,7 +134,3 @@ def _require_archive(opened: OpenFile, where: str) -> None:
             f"{where}: {form}, whose tensors cannot be found without running it; if you trust it, "
             "save it anew: torch.save(torch.load(path, weights_only=True), path)"
         )
-    if head.startswith(POINTER):
-        raise IntegrityError(f"{where}: a Git LFS pointer; fetch the file: git lfs pull")
-    if not head:
-        raise IntegrityError(f"{where}: empty file")

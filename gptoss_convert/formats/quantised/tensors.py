@@ -92,7 +92,7 @@ def decoded(where: str, root: Path, chunks: Sequence[Chunk], said: object) -> Qu
     together.
     """
     method = said.get("quant_method") if isinstance(said, dict) else None
-    if method not in methods():
+    if not isinstance(method, str) or method not in methods():
         return Quantised(tuple(chunks), {}, 0)
     assert isinstance(said, dict)
     numbers = METHODS[method](f"{where}: quantization_config", said)
