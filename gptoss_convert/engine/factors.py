@@ -6,6 +6,7 @@ tensor. So both halves of an update are read as a whole, and kept for the steps 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from gptoss_convert.containers.paths import open_file
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.layouts.extents import Extent
 from gptoss_convert.layouts.updates import CACHED, Factor, Update, largest_bytes
+from gptoss_convert.machine.arena import Arena
 
 F32 = NDArray[np.float32]
 _PIECE = 4 << 20
@@ -59,7 +61,9 @@ class Factors:
 
 def read_factor(factor: Factor) -> F32:
     """A factor's values as float32, in the order of its axes; raises IntegrityError for NaN."""
-    values = np.empty(factor.lengths, np.float32)
+    # Memory of its own: threads' heaps would keep it, once it is free, for themselves.
+    memory = Arena(factor.nbytes).memory
+    values = np.frombuffer(memory, np.float32, math.prod(factor.lengths)).reshape(factor.lengths)
     for extent in factor.extents:
         for part, content in pieces(extent):
             inside = zip(part.box, factor.start, strict=True)

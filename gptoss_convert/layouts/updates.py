@@ -15,7 +15,7 @@ RANK = "rank"
 """The axis along which the two halves of an update are multiplied and summed."""
 MAX_BYTES = 32 << 20
 """An update is cut into parts whose factors take no more, as float32."""
-AT_ONCE = 4
+AT_ONCE = 2
 """Files that merged weights are written to at the same time, however many workers there are."""
 CACHED = AT_ONCE + 1
 """So many of the largest updates are kept in memory: one a file, one more as others follow."""
