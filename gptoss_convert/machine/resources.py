@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gptoss_convert.errors import DiskError, ResourceError
 
-BASE_BYTES = 210_000_000
+BASE_BYTES = 140_000_000
 """Resident memory before any buffer: the interpreter, numpy, compiled kernels, a plan of 120b."""
 USUAL_BYTES = 400_000_000
 """What a program may take without being asked."""
