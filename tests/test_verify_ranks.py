@@ -15,7 +15,7 @@ import torch
 from gptoss_convert import convert
 from gptoss_convert.compare.arrays import Distance
 from gptoss_convert.compare.value_statistics import StepStatistics
-from gptoss_convert.compare.values_report import Compared, Element, ExpertDigests
+from gptoss_convert.compare.values_report import Compared, Element, ExpertDigests, Explained
 from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.machine.partition import balanced
@@ -199,7 +199,9 @@ def test_what_a_rank_compared_arrives_whole() -> None:
     distances = {-1: Distance(9, 1, 0, 0.1, 1e300), 3: Distance(2, 0, 2, 1 / 3)}
     statistics = StepStatistics(distances, (0, 7), ())
     for one in (
-        Compared(4, 9, element, element, "transposed", (piece,), 2**64 - 1, 1, statistics),
-        Compared(5, 0, None, None, None, (), 0, 0),
+        Compared(4, 9, element, element, 2**64 - 1, 1, statistics),
+        Compared(5, 0, None, None, 0, 0),
+        Explained(7, "down.weight", 2, "transposed", (piece,)),
+        Explained(8, "norm.weight", None, None, ()),
     ):
-        assert from_json(Compared, json.loads(json.dumps(to_json(one)))) == one
+        assert from_json(type(one), json.loads(json.dumps(to_json(one)))) == one

@@ -15,7 +15,7 @@ class Reading:
     """Of the layers of all parameters; 1 reads every byte, 0 headers only."""
     seed: int | None = option(None, "Chooses the subset.", shown="another every time")
     workers: int | None = workers_option()
-    max_memory: int = memory_option()
+    max_memory: int | None = memory_option()
 
 
 HEADERS = Reading()

@@ -49,7 +49,7 @@ def reread(
     numbers: Sequence[int],
     *,
     workers: int | None,
-    max_memory: int,
+    max_memory: int | None,
     progress: Progress,
 ) -> list[Seen]:
     """Read the steps of these numbers; raises IntegrityError for files that change meanwhile."""

@@ -58,7 +58,7 @@ def check(
     read_data_subset: float | None,
     seed: int | None,
     workers: int | None,
-    max_memory: int,
+    max_memory: int | None,
     as_json: bool,
     quiet: bool,
     **choices: Any,

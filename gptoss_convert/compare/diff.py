@@ -124,7 +124,7 @@ def diff(
     choices: tuple[Choices, Choices] = (DEFAULT, DEFAULT),
     *,
     workers: int | None = None,
-    max_memory: int = 4_000_000_000,
+    max_memory: int | None = None,
     progress: Progress = SILENT,
 ) -> Diff:
     """Compare two checkpoints value by value; float32 and float16 are rounded to BF16 for it.
@@ -138,7 +138,11 @@ def diff(
 
 
 def _diff(
-    ours: Checkpoint, theirs: Checkpoint, workers: int | None, max_memory: int, progress: Progress
+    ours: Checkpoint,
+    theirs: Checkpoint,
+    workers: int | None,
+    max_memory: int | None,
+    progress: Progress,
 ) -> Diff:
     ours_at, our_others = contents_of(ours)
     theirs_at, their_others = contents_of(theirs)

@@ -12,4 +12,4 @@ class DiffOptions:
     """What a comparison may take of the machine."""
 
     workers: int | None = workers_option()
-    max_memory: int = memory_option()
+    max_memory: int | None = memory_option()

@@ -56,7 +56,7 @@ def judge_steps(
     judge: Judge[T],
     *,
     workers: int | None,
-    max_memory: int,
+    max_memory: int | None,
     progress: Progress,
     processes: int = 1,
     changes: Changes | None = None,

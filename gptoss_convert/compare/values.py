@@ -6,8 +6,10 @@ table: the logits level can. Memory is bounded as in a conversion, and each byte
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,22 +17,33 @@ import numpy.typing as npt
 from gptoss_convert.compare.arrays import Distance
 from gptoss_convert.compare.diagnosis import Bits, expert_digests, looks
 from gptoss_convert.compare.merge_diagnosis import UNMERGED, looks_merged
-from gptoss_convert.compare.pairs import Side, judge_steps
+from gptoss_convert.compare.pairs import Judge, Side, judge_steps
 from gptoss_convert.compare.value_statistics import distances_of, step_statistics
-from gptoss_convert.compare.values_report import Compared, Element, ValuesReport, summed_up
+from gptoss_convert.compare.values_report import (
+    Compared,
+    Element,
+    Explained,
+    ValuesReport,
+    place_of,
+    summed_up,
+)
 from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.engine.changes import Changes, merges_of
 from gptoss_convert.engine.fingerprint import fingerprint
-from gptoss_convert.engine.steps import Step, make_plan
+from gptoss_convert.engine.steps import TILE_BYTES, Plan, Step, make_plan
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats.adapters.opening import other_readings
 from gptoss_convert.formats.checkpoint import Checkpoint
-from gptoss_convert.layouts.extents import Extent, volume
+from gptoss_convert.layouts.extents import Extent, overlap, volume
+from gptoss_convert.layouts.layout import Box
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.machine.partition import balanced
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
 
+T = TypeVar("T")
+_TILE_BYTES = 8 << 20
+"""Values compared at once: little memory, and much of it in the processor's caches."""
 _AT_ONCE = 1 << 16
 """Elements compared at once: both sides stay in the cache."""
 
@@ -41,7 +54,7 @@ def compare_values(
     *,
     layers: int | None = None,
     workers: int | None = None,
-    max_memory: int = 4_000_000_000,
+    max_memory: int | None = None,
     statistics: bool = False,
     progress: Progress = SILENT,
     ranks: Ranks = ALONE,
@@ -57,35 +70,63 @@ def compare_values(
         if key != "max_position_embeddings" and ours[key] != theirs[key]:
             raise InputError(f"{target.root}: {key} is {theirs[key]}, SOURCE has {ours[key]}")
     model = load_model()
-    plan = make_plan(model, model.sizes(ours), _stored(source), _stored(target))
-    numbers = [n for n, step in enumerate(plan.steps) if layers is None or step.layer < layers]
-    dealt = balanced([volume(plan.steps[n].box) for n in numbers], ranks.size)
+    stored = _stored(source), _stored(target)
+
+    def planned(tile_bytes: int) -> Plan:
+        return make_plan(model, model.sizes(ours), *stored, tile_bytes=tile_bytes)
 
     def judge(number: int, step: Step, ours: Side, theirs: Side) -> Compared:
         ranks.check()
         same = ours.values is theirs.values and not statistics
         distances = {} if same else distances_of(step, ours.values, theirs.values)
-        found = _compare(number, step, ours, theirs.values, distances.values())
+        found = _compare(number, step, ours.values, theirs.values, distances.values())
         if not statistics:
             return found
         held = [ours.parts, theirs.parts]
         return replace(found, statistics=step_statistics(step, distances, held))
 
-    compared = judge_steps(
-        plan,
-        [n for n, rank in zip(numbers, dealt, strict=True) if rank == ranks.rank],
-        judge,
-        workers=workers,
-        max_memory=max_memory,
-        progress=progress,
-        processes=ranks.local_size,
-        changes=merges_of(*source.updates),
-        readings=_readings(source),
-    )
-    if ranks.size > 1:
-        told = ranks.gather([to_json(one) for one in compared])
-        compared = [from_json(Compared, one) for part in told for one in part]
-    return summed_up(plan, sorted(compared, key=lambda result: result.step))
+    def judged(plan: Plan, numbers: list[int], judge: Judge[T], kind: type[T]) -> list[T]:
+        dealt = balanced([volume(plan.steps[n].box) for n in numbers], ranks.size)
+        found = judge_steps(
+            plan,
+            [n for n, rank in zip(numbers, dealt, strict=True) if rank == ranks.rank],
+            judge,
+            workers=workers,
+            max_memory=max_memory,
+            progress=progress,
+            processes=ranks.local_size,
+            changes=merges_of(*source.updates),
+            readings=_readings(source),
+        )
+        if ranks.size == 1:
+            return found
+        told = ranks.gather([to_json(one) for one in found])
+        return [from_json(kind, one) for part in told for one in part]
+
+    # An adapter's update may have a norm along a whole row.
+    plan = planned(TILE_BYTES if source.adapter else _TILE_BYTES)
+    numbers = [n for n, step in enumerate(plan.steps) if layers is None or step.layer < layers]
+    compared = judged(plan, numbers, judge, Compared)
+    compared.sort(key=lambda result: result.step)
+    apart = [plan.steps[one.step] for one in compared if one.differing]
+    explained: list[Explained] = []
+    if apart:
+        # Known mistakes are mistakes of whole experts; that nothing differs, parts of them show.
+        whole = planned(TILE_BYTES)
+        explained = judged(whole, _reached(whole, apart), _explain, Explained)
+    return summed_up(plan, compared, sorted(explained, key=lambda one: one.step))
+
+
+def _reached(plan: Plan, steps: Iterable[Step]) -> list[int]:
+    """The numbers of a plan's steps that hold a part of what some other plan's steps hold."""
+    boxes: dict[tuple[str, int | None], list[Box]] = defaultdict(list)
+    for step in steps:
+        boxes[place_of(step)].append(step.box)
+    return [
+        number
+        for number, step in enumerate(plan.steps)
+        if any(overlap(box, step.box) for box in boxes.get(place_of(step), ()))
+    ]
 
 
 def _stored(checkpoint: Checkpoint) -> list[Extent]:
@@ -115,20 +156,24 @@ def _readings(source: Checkpoint) -> dict[str, Changes]:
 
 
 def _compare(
-    number: int, step: Step, side: Side, theirs: Bits, distances: Iterable[Distance]
+    number: int, step: Step, ours: Bits, theirs: Bits, distances: Iterable[Distance]
 ) -> Compared:
-    ours = side.values
     share = fingerprint(ours, step.box, step.lengths, step.layer_axis)
     differing = sum(one.changed for one in distances)
     if not differing:
-        return Compared(number, 0, None, None, None, (), share, share)
+        return Compared(number, 0, None, None, share, share)
     first, worst = _first_and_worst(step, ours.reshape(-1), theirs.reshape(-1))
-    explained = looks(step, ours, theirs)
-    if explained is None and side.readings:
-        explained = looks_merged(step, ours, theirs, side.readings)
-    found = expert_digests(step, ours, theirs)
     other = fingerprint(theirs, step.box, step.lengths, step.layer_axis)
-    return Compared(number, differing, first, worst, explained, found, share, other)
+    return Compared(number, differing, first, worst, share, other)
+
+
+def _explain(number: int, step: Step, ours: Side, theirs: Side) -> Explained:
+    """Which known mistake makes one side of the other."""
+    explained = looks(step, ours.values, theirs.values)
+    if explained is None and ours.readings:
+        explained = looks_merged(step, ours.values, theirs.values, ours.readings)
+    found = expert_digests(step, ours.values, theirs.values)
+    return Explained(number, *place_of(step), explained, found)
 
 
 def _first_and_worst(step: Step, a: Bits, b: Bits) -> tuple[Element | None, Element | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from gptoss_convert.compare.diagnosis import ExpertDigests, Homes, homes, misplaced
@@ -42,7 +42,7 @@ class Difference:
     first: Element
     worst: Element
     looks: str | None
-    """A known mistake that explains the first tile that differs: `transposed`, ..."""
+    """A known mistake that explains the first expert that differs: `transposed`, ..."""
     sqnr: float | None = None
     """Signal to noise of the target in dB, where statistics are wanted."""
 
@@ -79,41 +79,62 @@ class Compared:
     differing: int
     first: Element | None
     worst: Element | None
-    looks: str | None
-    experts: tuple[ExpertDigests, ...]
     fingerprint: int
     target_fingerprint: int
     statistics: StepStatistics | None = None
 
 
-def summed_up(plan: Plan, compared: Sequence[Compared]) -> ValuesReport:
-    """The report of all steps, in the order of the plan."""
+@dataclass(frozen=True)
+class Explained:
+    """What the values of a step look like, some of which differ."""
+
+    step: int
+    weight: str
+    layer: int | None
+    looks: str | None
+    experts: tuple[ExpertDigests, ...]
+
+
+def summed_up(
+    plan: Plan, compared: Sequence[Compared], explained: Sequence[Explained]
+) -> ValuesReport:
+    """The report of all steps, both in the order of their plans."""
     report = ValuesReport()
     groups: dict[tuple[str, int | None], list[Compared]] = defaultdict(list)
     for result in compared:
-        step = plan.steps[result.step]
-        layer = step.layer if step.layer_axis >= 0 else None
-        groups[step.family.weight, layer].append(result)
+        groups[place_of(plan.steps[result.step])].append(result)
     ours = by_layer(plan, ((one.step, one.fingerprint) for one in compared))
     theirs = by_layer(plan, ((one.step, one.target_fingerprint) for one in compared))
     report.parameters = {weight: listing(layers) for weight, layers in ours.items()}
     report.target_parameters = {weight: listing(layers) for weight, layers in theirs.items()}
     told = [(plan.steps[one.step], one.statistics) for one in compared if one.statistics]
     report.statistics = gathered(told) if told else None
-    known = {weight: homes(_digests(compared, plan, weight)) for weight in report.parameters}
+    known = {weight: homes(_digests(explained, weight)) for weight in report.parameters}
     for (weight, layer), results in groups.items():
         steps = [plan.steps[result.step] for result in results]
         report.elements += sum(volume(step.box) for step in steps)
         if any(result.differing for result in results):
-            report.differences.append(_difference(weight, layer, steps, results, known[weight]))
+            why = [one for one in explained if (one.weight, one.layer) == (weight, layer)]
+            found = _difference(weight, layer, steps, results)
+            report.differences.append(replace(found, looks=_looks(why, known[weight])))
     report.differing = sum(difference.differing for difference in report.differences)
     return report
 
 
-def _digests(compared: Sequence[Compared], plan: Plan, weight: str) -> Iterator[ExpertDigests]:
-    for result in compared:
-        if plan.steps[result.step].family.weight == weight:
-            yield from result.experts
+def place_of(step: Step) -> tuple[str, int | None]:
+    """The weight and the layer of a step."""
+    return step.family.weight, step.layer if step.layer_axis >= 0 else None
+
+
+def _digests(explained: Sequence[Explained], weight: str) -> Iterator[ExpertDigests]:
+    for one in explained:
+        if one.weight == weight:
+            yield from one.experts
+
+
+def _looks(explained: Sequence[Explained], known: Homes) -> str | None:
+    moved = misplaced((one for each in explained for one in each.experts), known)
+    return moved or next((one.looks for one in explained if one.looks), None)
 
 
 def _difference(
@@ -121,9 +142,7 @@ def _difference(
     layer: int | None,
     steps: Sequence[Step],
     results: Sequence[Compared],
-    known: Homes,
 ) -> Difference:
-    moved = misplaced((one for result in results for one in result.experts), known)
     firsts = [result.first for result in results if result.first]
     worsts = [result.worst for result in results if result.worst]
     return Difference(
@@ -135,8 +154,8 @@ def _difference(
         sum(result.differing for result in results),
         min(firsts, key=lambda element: element.index),
         max(worsts, key=lambda element: element.ulps),
-        moved or next((result.looks for result in results if result.looks), None),
-        sqnr(
+        looks=None,
+        sqnr=sqnr(
             one
             for result in results
             if result.statistics

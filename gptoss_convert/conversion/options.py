@@ -9,7 +9,7 @@ from typing import Any
 from gptoss_convert.formats.adapters.adapter_options import AdapterOptions
 from gptoss_convert.formats.checkpoint import Choices
 from gptoss_convert.formats.image_options import ImageOptions
-from gptoss_convert.formats.option import option, workers_option
+from gptoss_convert.formats.option import memory_option, option, workers_option
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,7 @@ class Options(Choices, AdapterOptions, ImageOptions):
     stream: bool = option(
         False, "SOURCE on the Hub: convert each shard as it arrives, then drop it."
     )
-    max_memory: int | None = option(
-        None,
-        "Memory that the buffers may take.",
-        kind="size",
-        shown="400MB, or what --workers take",
-    )
+    max_memory: int | None = memory_option()
     workers: int | None = workers_option()
     scales: Path | None = option(
         None,

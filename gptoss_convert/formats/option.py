@@ -42,9 +42,10 @@ def workers_option() -> Any:
     return option(None, "Steps in flight at once.", least=1, most=256, shown=shown)
 
 
-def memory_option() -> Any:
-    """Bytes that all buffers of a comparison or a check fit in."""
-    return option(4_000_000_000, "Memory that the buffers may take.", kind="size", shown="4GB")
+def memory_option(more: str = "") -> Any:
+    """Bytes that all buffers fit in."""
+    shown = "400MB, or what --workers take" + more
+    return option(None, "Memory that the buffers may take.", kind="size", shown=shown)
 
 
 def require_words(options: Any, *names: str) -> None:

@@ -16,7 +16,7 @@ from gptoss_convert.machine.progress import Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
 from gptoss_convert.verify.prompts import own_sequences, shown_tokens
 from gptoss_convert.verify.result import LOSSY, Level, VerifyOptions
-from gptoss_convert.verify.sides import open_reader
+from gptoss_convert.verify.sides import ahead_bytes, open_reader
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.limits import Limits, load_limits, lossy_share
@@ -66,7 +66,7 @@ def _compare(
     ranks: Ranks,
 ) -> ParityReport:
     source, target = (
-        open_reader(side, new_fetcher(options.max_memory // 2), options.layers)
+        open_reader(side, new_fetcher(ahead_bytes(options.max_memory, 2)), options.layers)
         for side in (ours, theirs)
     )
     layers = len(source.config.sliding)
@@ -113,7 +113,7 @@ def _update(
     if base.config.numbers != ours.config.numbers:
         raise UsageError(f"--base {options.base}: another size of model than {ours.place}")
     readers = [
-        open_reader(side, Fetcher(device, options.max_memory // 3), options.layers)
+        open_reader(side, Fetcher(device, ahead_bytes(options.max_memory, 3)), options.layers)
         for side in (ours, theirs, base)
     ]
     layers = len(readers[0].config.sliding)

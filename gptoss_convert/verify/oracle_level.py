@@ -18,7 +18,7 @@ from gptoss_convert.machine.progress import Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
 from gptoss_convert.verify.logits_level import memory_advice
 from gptoss_convert.verify.result import Level, VerifyOptions
-from gptoss_convert.verify.sides import given, open_reader
+from gptoss_convert.verify.sides import ahead_bytes, given, open_reader
 from gptoss_convert.witness import forward
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.first_calls import settle_kernels
@@ -146,7 +146,7 @@ def _agreement(side: Checkpoint, options: VerifyOptions, device: torch.device) -
     """Run one side's own model; text says why there is none to run."""
     # Its own model code rounds nothing, whatever --cast says.
     side = replace(side, cast=False)
-    reader = open_reader(side, Fetcher(device, options.max_memory // 2), options.layers)
+    reader = open_reader(side, Fetcher(device, ahead_bytes(options.max_memory, 2)), options.layers)
     sequences = _tokens(reader, options)
     theirs = oracle_logits(side, reader.config, sequences, device)
     if isinstance(theirs, str):

@@ -75,7 +75,7 @@ class VerifyOptions(AdapterOptions):
         shown="0.02, or with --base a quarter of that from base to SOURCE",
     )
     workers: int | None = workers_option()
-    max_memory: int = memory_option()
+    max_memory: int | None = memory_option("; 4GB are read ahead for logits")
     statistics: bool = False
     """Collect what only a report shows: SQNR by expert, histograms of MXFP4 scales."""
 
@@ -99,7 +99,7 @@ class ServedOptions:
     sample: int | None = None
     """About how many positions to score: those of the longest sequence, and of others while there
     is room; 96 where each takes a request."""
-    max_memory: int = 4_000_000_000
+    max_memory: int | None = None
 
 
 @dataclass(frozen=True)

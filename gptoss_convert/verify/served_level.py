@@ -16,7 +16,7 @@ from gptoss_convert.machine.ranks import ALONE
 from gptoss_convert.verify.logits_level import memory_advice
 from gptoss_convert.verify.prompts import load_tokenizer, own_sequences
 from gptoss_convert.verify.result import Level, ServedOptions
-from gptoss_convert.verify.sides import open_reader, tokenizer_of
+from gptoss_convert.verify.sides import ahead_bytes, open_reader, tokenizer_of
 from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.limits import served_limits
@@ -57,7 +57,7 @@ def served_level(
     """What the server is, and what was found; see `verify_served`."""
     began = time.monotonic()
     device = choose_device(options.device, ALONE)
-    reader = open_reader(ours, Fetcher(device, options.max_memory // 2), None)
+    reader = open_reader(ours, Fetcher(device, ahead_bytes(options.max_memory, 2)), None)
     tokenizer = load_tokenizer((ours,)) if tokenizer_of(ours) else None
     words, config = Words(tokenizer), reader.config
     probe = _probe(tokenizer, config)

@@ -12,7 +12,7 @@ from gptoss_convert.formats.adapters.adapter import Adapter
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.witness.adapted import AdaptedReader
 from gptoss_convert.witness.adapter_files import Asked
-from gptoss_convert.witness.fetch import Fetcher
+from gptoss_convert.witness.fetch import MAX_AHEAD, Fetcher
 from gptoss_convert.witness.readers import ChangedReader, Reader
 from gptoss_convert.witness.witness import Given, witness_of
 
@@ -31,6 +31,11 @@ def open_reader(checkpoint: Checkpoint, fetcher: Fetcher, layers: int | None) ->
     if layers is None or layers >= len(reader.config.sliding):
         return reader
     return FewerLayers(reader, layers)
+
+
+def ahead_bytes(max_memory: int | None, readers: int) -> int:
+    """Bytes that each of so many readers may read ahead, `max_memory` for all of them together."""
+    return (max_memory or 2 * MAX_AHEAD) // readers
 
 
 def _adapted(base: Reader, adapter: Adapter, fetcher: Fetcher) -> Reader:

@@ -92,7 +92,8 @@ class ChangedReader(Reader):
 
     def prepare(self, index: int) -> None:
         """Start to read layer `index`, or the unembedding."""
-        self._reader.prepare(index)
+        last = index == len(self.config.sliding)  # of fewer layers, perhaps
+        self._reader.prepare(len(self._reader.config.sliding) if last else index)
 
     def feeding(self, index: int, block: SubBlock) -> tuple[str, ...]:
         """Names, as stored, of the tensors that feed a sub-block of layer `index`."""
