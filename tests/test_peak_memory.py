@@ -40,6 +40,6 @@ def test_who_allows_too_little_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     for workers in (None, 3):
         with pytest.raises(ResourceError, match="183 MB, the machine or its container allows 150"):
             choose_workers(43_000_000, None, workers)
-    for most, said in ((145_000_000, "145 MB"), (0, "0 MB")):
+    for most, said in ((145_000_000, "145 MB"), (0, "0 bytes")):
         with pytest.raises(ResourceError, match=f"183 MB, --max-memory is {said}"):
             choose_workers(43_000_000, most, 3)

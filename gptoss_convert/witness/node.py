@@ -22,6 +22,9 @@ from gptoss_convert.witness.fetch import ByteRange, Fetcher, length
 
 NewFetcher = Callable[[int], Fetcher]
 """Makes a fetcher that reads at most so many bytes ahead."""
+_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+_PINNING = "pinned_use_cuda_host_register:True,pinned_num_register_threads:4"
+"""Page-locked memory is had at the speed of several threads; the driver takes it with one."""
 _LOOPBACK = "127.0.0.1"
 _FOREVER = timedelta(days=30)
 """That a rank is slow is no failure; of failures `Ranks` tells."""
@@ -43,6 +46,8 @@ def choose_device(wish: str, ranks: Ranks) -> torch.device:
             f"start torchrun with --nproc-per-node {found}"
         )
     device = torch.device("cuda", ranks.local_rank)
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name: whoever sets either, decides
+        os.environ.setdefault(_ALLOCATOR, _PINNING)
     torch.cuda.set_device(device)
     return device
 
