@@ -17,7 +17,8 @@ from torch import Tensor
 from gptoss_convert.codecs.mxfp4 import library
 from gptoss_convert.compare.arrays import Distance, distance, sum_of
 from gptoss_convert.compare.diff import Diff, ParameterDiff, diff
-from gptoss_convert.formats.checkpoint import Choices
+from gptoss_convert.formats.checkpoint import DEFAULT, Choices
+from gptoss_convert.formats.registry import open_checkpoint
 from tests.tiny_files import hf_config, write_hf_bf16, write_hf_mxfp4, write_megatron, write_openai
 from tests.tiny_models import DISTINCT, hf_bf16_tensors, random_weights
 
@@ -55,6 +56,10 @@ def edited(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
 
 def tuned(root: Path, base: dict[str, Tensor], edit: Callable[[dict[str, Tensor]], object]) -> Path:
     return edited(write_hf_bf16(root / "tuned", SHAPE, base), edit)
+
+
+def differences(a: Path, b: Path, choices: Choices = DEFAULT) -> Diff:
+    return diff(open_checkpoint(a, choices), open_checkpoint(b))
 
 
 def of(found: Diff, parameter: str) -> ParameterDiff:
@@ -97,7 +102,7 @@ def test_a_fine_tune_differs_by_what_numpy_finds_from_every_format(
 
     target = tuned(tmp_path, base, edit)
     config = Choices(config=folder / "config.json") if name == "megatron" else Choices()
-    found = diff(folder / name, target, (config, Choices()))
+    found = differences(folder / name, target, config)
     assert not found.same
     q, down = of(found, "attention.q.weight"), of(found, "down.weight")
     assert {one.parameter for one in found.parameters if one.total.changed} == {
@@ -121,7 +126,7 @@ def test_a_fine_tune_differs_by_what_numpy_finds_from_every_format(
     ("a", "b"), [("hf-mxfp4", "hf-bf16"), ("openai", "hf-mxfp4"), ("hf-bf16", "openai")]
 )
 def test_the_same_values_in_another_encoding_are_the_same(folder: Path, a: str, b: str) -> None:
-    found = diff(folder / a, folder / b)
+    found = differences(folder / a, folder / b)
     assert found.same
     assert (found.total.changed, found.total.relative_norm) == (0, 0.0)
     packed = {"hf-bf16": "BF16"}
@@ -138,7 +143,7 @@ def test_keys_of_the_configuration_that_differ_are_listed(
     content["rope_scaling"]["truncate"] = False
     del content["use_cache"]
     (target / "config.json").write_text(json.dumps(content))
-    found = diff(folder / "hf-mxfp4", target)
+    found = differences(folder / "hf-mxfp4", target)
     assert not found.same
     assert found.numbers == {"sliding_window": (16, 32)}
     assert found.keys is not None
@@ -149,7 +154,7 @@ def test_keys_of_the_configuration_that_differ_are_listed(
         "use_cache",
     }
     assert found.keys.changed == {"eos_token_id": (SHAPE.vocab - 2, 7), "sliding_window": (16, 32)}
-    assert diff(folder / "openai", target).keys is None
+    assert differences(folder / "openai", target).keys is None
 
 
 @pytest.mark.parametrize(
@@ -166,7 +171,7 @@ def test_keys_about_storage_alone_do_not_decide(
     target = write_hf_bf16(tmp_path / "x", SHAPE, base)
     content = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(content | {key: value}))
-    found = diff(folder / "hf-bf16", target)
+    found = differences(folder / "hf-bf16", target)
     assert found.same is same
     assert found.keys is not None
     assert key in {*found.keys.added, *found.keys.changed}
@@ -180,7 +185,7 @@ def test_tensors_of_one_side_are_told_and_the_rest_is_compared(
         tensors["model.extra.weight"] = torch.zeros(2)
         tensors[Q][0, 0] += 1
 
-    found = diff(folder / "hf-mxfp4", tuned(tmp_path, base, edit))
+    found = differences(folder / "hf-mxfp4", tuned(tmp_path, base, edit))
     assert found.only_in_a == ("down.weight of layers 0", "norm.weight")
     assert found.only_in_b == ("model.extra.weight",)
     assert list(of(found, "down.weight").layers) == [1]
@@ -193,7 +198,7 @@ def test_layers_that_one_side_lacks_are_told(
 ) -> None:
     deeper = replace(SHAPE, layers=3)
     weights = random_weights(deeper, seed=2) | base
-    found = diff(folder / "hf-bf16", write_hf_bf16(tmp_path / "x", deeper, weights))
+    found = differences(folder / "hf-bf16", write_hf_bf16(tmp_path / "x", deeper, weights))
     assert found.numbers == {"num_hidden_layers": (2, 3)}
     assert found.only_in_a == ()
     assert "down.weight of layers 2" in found.only_in_b
@@ -209,7 +214,7 @@ def test_rows_that_a_vocabulary_gained_leave_the_others_comparable(
     names = ("model.embed_tokens.weight", "lm_head.weight")
     more = {n: torch.cat((base[n], torch.ones(3, SHAPE.hidden).bfloat16())) for n in names}
     more[names[0]][5, 5] = 9
-    found = diff(folder / "hf-mxfp4", write_hf_bf16(tmp_path / "x", wider, base | more))
+    found = differences(folder / "hf-mxfp4", write_hf_bf16(tmp_path / "x", wider, base | more))
     ours, theirs = (SHAPE.vocab, SHAPE.hidden), (wider.vocab, SHAPE.hidden)
     assert found.shapes == dict.fromkeys(("embedding.weight", "unembedding.weight"), (ours, theirs))
     assert of(found, "embedding.weight").total.elements == SHAPE.vocab * SHAPE.hidden
@@ -222,7 +227,7 @@ def test_parameters_of_other_shapes_are_told_and_not_compared(
     folder: Path, tmp_path: Path, base: dict[str, Tensor]
 ) -> None:
     other = replace(SHAPE, experts=4)
-    found = diff(
+    found = differences(
         folder / "hf-mxfp4", write_hf_mxfp4(tmp_path / "x", other, random_weights(other, seed=2))
     )
     assert found.shapes["router.bias"] == ((2, 8), (2, 4))
@@ -237,13 +242,13 @@ def test_float32_is_compared_as_its_rounding(
     def edit(tensors: dict[str, Tensor]) -> None:
         tensors.update({name: tensor.float() for name, tensor in tensors.items()})
 
-    found = diff(folder / "hf-mxfp4", tuned(tmp_path, base, edit))
+    found = differences(folder / "hf-mxfp4", tuned(tmp_path, base, edit))
     assert found.same
     assert of(found, "router.bias").encodings == ("BF16", "F32")
 
 
 def test_the_summary_is_json_with_layers_and_modules(folder: Path) -> None:
-    summary = json.loads(json.dumps(diff(folder / "hf-mxfp4", folder / "hf-bf16").summary()))
+    summary = json.loads(json.dumps(differences(folder / "hf-mxfp4", folder / "hf-bf16").summary()))
     modules = {one["module"]: one for one in summary["modules"]}
     assert list(modules) == [
         *("embedding", "attention", "mlp", "router", "experts", "norm", "unembedding"),

@@ -212,9 +212,13 @@ def diff(
       gptoss-convert diff gpt-oss-20b fine-tuned --json
     """
     from gptoss_convert.compare.diff import diff
+    from gptoss_convert.hub.sources import locate, opening, with_weights
 
-    choices = (side_of(Choices, "a", options), side_of(Choices, "b", options))
-    found = diff(a, b, choices, progress=progress.for_terminal(quiet), **options)
+    of_a, of_b = (side_of(Choices, side, options) for side in "ab")
+    told = progress.for_terminal(quiet)
+    with opening(locate(a), of_a) as ours, opening(locate(b), of_b) as theirs:
+        ours, theirs = with_weights(ours, of_a, told), with_weights(theirs, of_b, told)
+        found = diff(ours, theirs, progress=told, **options)
     summary = found.summary()
     show("diff", summary, diff_page(summary), as_json=as_json, quiet=quiet)
     context.exit(0 if found.same else 1)

@@ -23,7 +23,6 @@ from gptoss_convert.cli.options import (
     rank_log_option,
 )
 from gptoss_convert.cli.output import say, show
-from gptoss_convert.containers.paths import Followed
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Choices
@@ -183,10 +182,10 @@ def inspect(
     from gptoss_convert.check.inspection import inspect
     from gptoss_convert.hub.adapters import adapter_at
 
-    if adapter := adapter_at(source, revision):
+    if adapter := adapter_at(source, revision, choices["follow_links"]):
         if launch:
             raise UsageError(f"{source}: an adapter; --launch is for models: convert one with it")
-        _show_adapter(Followed(adapter) if choices["follow_links"] else adapter, base, as_json)
+        _show_adapter(adapter, base, as_json)
         return
     found = inspect(source, Choices(**choices), revision)
     if launch:

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
+from gptoss_convert.errors.refusals import disk_error
 from gptoss_convert.errors.secrets import scrub
-from gptoss_convert.machine.failures import disk_error
 from gptoss_convert.machine.standard_streams import discard_output
 from gptoss_convert.machine.terminal import printable
 from gptoss_convert.show.documents import document

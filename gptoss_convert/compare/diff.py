@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from gptoss_convert.compare.arrays import Distance, distance, sum_of
@@ -22,10 +21,8 @@ from gptoss_convert.compare.inventory import (
 )
 from gptoss_convert.compare.pairs import Side, judge_steps
 from gptoss_convert.engine.steps import Plan, Step, make_plan
-from gptoss_convert.formats.checkpoint import DEFAULT, Checkpoint, Choices
+from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.config import Config
-from gptoss_convert.hub.fetch import with_weights
-from gptoss_convert.hub.sources import locate, opening
 from gptoss_convert.layouts.extents import Extent, overlap
 from gptoss_convert.layouts.layout import Box
 from gptoss_convert.layouts.model import load_model
@@ -119,9 +116,8 @@ class Diff:
 
 
 def diff(
-    a: str | Path,
-    b: str | Path,
-    choices: tuple[Choices, Choices] = (DEFAULT, DEFAULT),
+    ours: Checkpoint,
+    theirs: Checkpoint,
     *,
     workers: int | None = None,
     max_memory: int | None = None,
@@ -129,21 +125,8 @@ def diff(
 ) -> Diff:
     """Compare two checkpoints value by value; float32 and float16 are rounded to BF16 for it.
 
-    Raises what opening them raises; a difference is no error but the result.
+    A difference is no error but the result.
     """
-    with opening(locate(a), choices[0]) as ours, opening(locate(b), choices[1]) as theirs:
-        ours = with_weights(ours, choices[0], progress)
-        theirs = with_weights(theirs, choices[1], progress)
-        return _diff(ours, theirs, workers, max_memory, progress)
-
-
-def _diff(
-    ours: Checkpoint,
-    theirs: Checkpoint,
-    workers: int | None,
-    max_memory: int | None,
-    progress: Progress,
-) -> Diff:
     ours_at, our_others = contents_of(ours)
     theirs_at, their_others = contents_of(theirs)
     common = ours_at.keys() & theirs_at.keys()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptoss_convert.errors import DiskError, InputError, IntegrityError
-from gptoss_convert.machine.failures import disk_error
+from gptoss_convert.errors.refusals import disk_error
 
 FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LINKS = 40

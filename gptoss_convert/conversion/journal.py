@@ -18,7 +18,7 @@ from gptoss_convert.containers.budget import RECORD
 from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.engine.records import Done
 from gptoss_convert.errors import DiskError, UsageError
-from gptoss_convert.machine.failures import disk_error
+from gptoss_convert.errors.refusals import disk_error
 
 SCHEMA = 4
 

@@ -47,11 +47,12 @@ def _downloaded(listing: Listing, progress: Progress) -> Path:
     return in_cache(listing, names, progress)
 
 
-def adapter_at(name: str, revision: str | None = None) -> Path | None:
+def adapter_at(name: str, revision: str | None = None, follow_links: bool = False) -> Path | None:
     """The directory of the adapter that a name stands for, None if it stands for anything else."""
     found = repository(name, revision)
     if found is None:
-        return Path(name) if is_adapter(Path(name)) else None
+        root = Followed(name) if follow_links else Path(name)
+        return root if is_adapter(root) else None
     from gptoss_convert.hub.client import resolve
 
     # Asked for once more by whoever opens the model: one request of a few kB.

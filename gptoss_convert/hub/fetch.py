@@ -5,17 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import UsageError
-from gptoss_convert.formats.checkpoint import Checkpoint, Choices
+from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.hub.bars import PIECE, bar_type
 from gptoss_convert.hub.client import cached, download, resolve
 from gptoss_convert.hub.listing import Listing, require_same_beginning
-from gptoss_convert.hub.outline import files_of, is_weights, opened
+from gptoss_convert.hub.outline import files_of, is_weights
 from gptoss_convert.hub.stream import ShardStream
 from gptoss_convert.machine import resources
 from gptoss_convert.machine.files import Places
@@ -45,15 +44,6 @@ def fetched(
         if file.root in mine and (name := file.path.relative_to(outline).as_posix()) in weights
     }
     yield places, ShardStream(listing, shards, places, folder) if folder else None
-
-
-def with_weights(checkpoint: Checkpoint, choices: Choices, progress: Progress) -> Checkpoint:
-    """The checkpoint with its weights at hand: a repository's are downloaded to the cache."""
-    if checkpoint.repository is None:
-        return checkpoint
-    listing = resolve(checkpoint.repository)
-    root = snapshot(listing, checkpoint, weight_files(checkpoint), progress)
-    return opened(listing, root, replace(choices, format=checkpoint.format))
 
 
 def snapshot(listing: Listing, source: Checkpoint, weights: Set[str], progress: Progress) -> Path:

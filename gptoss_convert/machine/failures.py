@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 
-from gptoss_convert.errors import DiskError, GptossError, InputError, ResourceError, UsageError
+from gptoss_convert.errors import GptossError, InputError, ResourceError, UsageError
+from gptoss_convert.errors.refusals import disk_error
 
 _NO_ROOM = ("cannot allocate memory", "failed to map segment", "bad_alloc", "can't allocate memory")
 """Of libraries that tell of missing memory by an error of another kind; in small letters."""
@@ -28,17 +29,6 @@ def meaning(error: BaseException) -> GptossError | None:
         text = " ".join(str(error).split()) or "no reason given"
         return InputError(f"a library gave up on what it was given to read: {text:.300}")
     return None
-
-
-def disk_error(where: object, error: OSError) -> DiskError:
-    """What the system refused, and what to do about it."""
-    hint = {
-        errno.ENOSPC: "; free some space and run the same command again",
-        errno.EDQUOT: "; the quota is used up",
-        errno.EFBIG: "; the file system or a limit allows no file of this size",
-        errno.EMFILE: "; allow more open files (ulimit -n 4096), or raise --max-shard-size",
-    }.get(error.errno or 0, "")
-    return DiskError(f"{where}: {error.strerror or error}{hint}")
 
 
 def is_panic(error: BaseException) -> bool:

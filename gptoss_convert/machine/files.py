@@ -21,8 +21,9 @@ from isal import isal_zlib
 from gptoss_convert.containers.paths import create_inside, open_file, require_unchanged, settled
 from gptoss_convert.containers.refs import FileRef, Identity
 from gptoss_convert.errors import DiskError, IntegrityError
+from gptoss_convert.errors.refusals import disk_error
 from gptoss_convert.machine.arena import PAGE, Arena
-from gptoss_convert.machine.failures import UNSUPPORTED, disk_error
+from gptoss_convert.machine.failures import UNSUPPORTED
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _PIECE = 4 << 20

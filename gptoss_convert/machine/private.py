@@ -15,7 +15,7 @@ from pathlib import Path
 from gptoss_convert.containers.paths import create_inside
 from gptoss_convert.containers.walk import LinkError, folder
 from gptoss_convert.errors import TargetError
-from gptoss_convert.machine.failures import disk_error
+from gptoss_convert.errors.refusals import disk_error
 
 MARK = ".gptoss-convert"
 """In a hidden directory that no journal speaks of: whoever finds it may remove all of it."""

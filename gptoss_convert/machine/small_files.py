@@ -12,7 +12,8 @@ from gptoss_convert.containers import Content
 from gptoss_convert.containers.paths import create_inside, open_file
 from gptoss_convert.containers.walk import folder
 from gptoss_convert.errors import IntegrityError
-from gptoss_convert.machine.failures import UNSUPPORTED, disk_error
+from gptoss_convert.errors.refusals import disk_error
+from gptoss_convert.machine.failures import UNSUPPORTED
 from gptoss_convert.machine.files import Places, moved
 
 _PIECE = 4 << 20

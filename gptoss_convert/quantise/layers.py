@@ -19,10 +19,10 @@ from gptoss_convert.containers.budget import RECORD
 from gptoss_convert.containers.paths import create_inside, open_inside, read_text
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import UsageError
+from gptoss_convert.errors.refusals import disk_error
 from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.table_files import load_table
 from gptoss_convert.layouts.tables import Tensor
-from gptoss_convert.machine.failures import disk_error
 from gptoss_convert.machine.private import make_marked, own_folder
 from gptoss_convert.machine.small_files import sync_directory
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptoss_convert.machine.failures import disk_error
+from gptoss_convert.errors.refusals import disk_error
 
 
 class Streams:

@@ -9,8 +9,8 @@ from pathlib import Path
 from secrets import token_hex
 
 from gptoss_convert.errors import DiskError, UsageError
+from gptoss_convert.errors.refusals import disk_error
 from gptoss_convert.errors.secrets import scrub
-from gptoss_convert.machine.failures import disk_error
 
 _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _IN_PLACE = {errno.EACCES, errno.EPERM, errno.EBUSY}

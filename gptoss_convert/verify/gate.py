@@ -12,8 +12,7 @@ from gptoss_convert.containers.seen import remembering
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.option import require_words
 from gptoss_convert.hub.adapters import with_adapter
-from gptoss_convert.hub.fetch import with_weights
-from gptoss_convert.hub.sources import locate, opening
+from gptoss_convert.hub.sources import locate, opening, with_weights
 from gptoss_convert.machine.failures import absent
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks

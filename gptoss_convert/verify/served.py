@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 from gptoss_convert.errors import UsageError
-from gptoss_convert.hub.fetch import with_weights
-from gptoss_convert.hub.sources import locate, opening
+from gptoss_convert.hub.sources import locate, opening, with_weights
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.verify.gate import need_torch, side
 from gptoss_convert.verify.result import Level, ServedOptions, Verification
