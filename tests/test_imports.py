@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,10 @@ TABLES = {"layouts", "formats", "engine", "conversion", "compare", "codecs", "qu
 ARROWS: dict[str, set[str]] = {
     "witness": TABLES,
     "codecs": {"containers", "machine", "witness", *(TABLES - {"codecs"})},
-    "containers": {"witness", *TABLES},
+    "containers": {"machine", "witness", *TABLES},
     "layouts": {"codecs.mxfp4", "witness", *(TABLES - {"layouts", "codecs"})},
     "engine": {"formats", "conversion", "compare", "quantise", "witness"},
+    "compare": {"hub", "witness", "verify", "conversion"},
     # The one room that stands on both the tables and the witness: it rounds by a forward pass.
     "quantise": {"conversion", "compare", "check", "show"},
     "quantise.layers": {"witness", "verify"},
@@ -97,6 +99,23 @@ def test_only_these_layers_import_numbers_at_once():
     assert not [name for name in numpy if name.startswith(without)]
     assert not numpy & {"conversion.plan", "check.inspection", "engine.steps"}
     assert not numpy & {"containers.safetensors", "containers.paths"}
+
+
+def test_folders_form_few_layers_and_no_circle():
+    """What a reader can hold in mind: 11 layers, 110 arrows; a circle raises CycleError."""
+    uses: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        folder = name.partition(".")[0]
+        found = {target.partition(".")[0] for target in imported(path)}
+        uses.setdefault(folder, set()).update(found - {folder, "", "mappings"})
+    layers = TopologicalSorter(uses)
+    layers.prepare()
+    count = 0
+    while layers.is_active():
+        layers.done(*layers.get_ready())
+        count += 1
+    assert count <= 11
+    assert sum(map(len, uses.values())) <= 110
 
 
 HEAVY = ("torch", "transformers", "megatron", "safetensors", "huggingface_hub")
