@@ -243,6 +243,11 @@ USAGE = {
         2,
         "error: {mxfp4}: --from openai: holds hf; name one of these, or omit it",
     ),
+    "an option of another format": (
+        "inspect {mxfp4} --iteration 7",
+        2,
+        "error: {mxfp4}: --iteration is for megatron, this is hf",
+    ),
     "no such configuration": (
         "inspect {mxfp4} --config nowhere.json",
         2,

@@ -87,3 +87,24 @@ def test_a_file_of_prompts_has_a_budget(
     (tmp_path / "prompts.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=told):
         own_sequences(tmp_path / "prompts.jsonl", None, (), 100)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "told"),
+    [
+        (b"", InputError, "no line holds a prompt"),
+        (b" \n\n", InputError, "no line holds a prompt"),
+        (b"\xff", InputError, "no text: not UTF-8 at byte 0"),
+        (None, UsageError, "no such file"),
+    ],
+)
+def test_a_file_without_prompts_is_named(
+    content: bytes | None, error: type[Exception], told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error, match=told):
+        own_sequences(path, None, (), 100)
+    with pytest.raises(UsageError, match="is a directory"):
+        own_sequences(tmp_path, None, (), 100)

@@ -97,7 +97,10 @@ def copies(source: Checkpoint, options: ImageOptions) -> tuple[list[tuple[str, C
     notes: list[str] = []
     if lacking := [name for name in _TOKENIZER if name not in {path.name for path in paths}]:
         missing = " and no ".join(lacking)
-        notes.append(f"no {missing}: SOURCE has none; pass --tokenizer DIR to add them")
+        advice = f"--tokenizer {options.tokenizer} has none"
+        if folder is None:
+            advice = "SOURCE has none; pass --tokenizer DIR to add them"
+        notes.append(f"no {missing}: {advice}")
     return found, notes + _left(source)
 
 

@@ -225,6 +225,8 @@ class Format:
     """The folder in which the tokenizer and its like lie, None if the format keeps none."""
     published: bool = False
     """Whether OpenAI published models in it."""
+    own: tuple[str, ...] = ()
+    """The choices of how it is read that no other format has."""
     written: bool = True
     """Whether TARGET can have it; what trainers leave is read only (`read_only`)."""
     launch_words: Callable[[Config, str], Sequence[str]] | None = None

@@ -48,6 +48,15 @@ def _bare(format: Format, place: Path) -> bool:
     return mine and not any(place.glob("*.safetensors*"))
 
 
+def _require_own(path: Path, kind: Format, choices: Choices) -> None:
+    """Refuse a choice that only another format has: whoever makes it means another checkpoint."""
+    for other in FORMATS.values():
+        for name in other.own if other is not kind else ():
+            if getattr(choices, name) != getattr(DEFAULT, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{path}: {flag} is for {other.name}, this is {kind.name}")
+
+
 def open_checkpoint(path: Path, choices: Choices = DEFAULT) -> Checkpoint:
     """Open a directory, header by header.
 
@@ -78,8 +87,9 @@ def open_checkpoint(path: Path, choices: Choices = DEFAULT) -> Checkpoint:
     place = folder_inside(path, found[format].relative_to(path).as_posix())
     if place is None:
         raise IntegrityError(f"{found[format]}: gone meanwhile")
+    _require_own(path, FORMATS[format], choices)
     opened = replace(FORMATS[format].open(place, choices), cast=choices.cast)
     if choices.strict and opened.notes:
-        place = "" if str(path) in opened.notes[0] else f"{path}: "
-        raise IntegrityError(f"{place}{opened.notes[0]} (--strict)")
+        where = "" if opened.notes[0].startswith(f"{path}") else f"{path}: "
+        raise IntegrityError(f"{where}{opened.notes[0]} (--strict)")
     return opened

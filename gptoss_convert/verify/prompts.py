@@ -11,7 +11,7 @@ from gptoss_convert.containers.budget import PROMPTS, TOKENIZER, json_parts
 from gptoss_convert.containers.paths import read_text
 from gptoss_convert.errors import InputError, UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
-from gptoss_convert.machine.failures import absent, is_panic
+from gptoss_convert.machine.failures import absent, disk_error, is_panic
 from gptoss_convert.verify.sides import tokenizer_of
 from gptoss_convert.witness.parity_report import NextTokens
 from gptoss_convert.witness.tokens import TokenSequence
@@ -41,18 +41,25 @@ def _from_file(path: Path, sides: Sequence[Checkpoint]) -> list[TokenSequence]:
         with path.open("rb") as file:
             raw = file.read(PROMPTS.nbytes + 1)
         text = raw.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expects text, found {error}") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UsageError(f"{path}: {str(error.strerror).lower()}") from None
+    except OSError as error:
+        raise disk_error(path, error) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: no text: not UTF-8 at byte {error.start}") from None
     if len(raw) > PROMPTS.nbytes:
         raise InputError(f"{path}: more than {PROMPTS.nbytes} bytes, which is too much to compute")
     if path.suffix not in {".json", ".jsonl"}:
         return [TokenSequence(path.name, _ids(text, sides))]
     PROMPTS.require(str(path), json_parts(text))
-    return [
+    found = [
         TokenSequence(f"{path.name}:{number}", _line(f"{path}:{number}", line, sides))
         for number, line in enumerate(text.splitlines(), 1)
         if line.strip()
     ]
+    if not found:
+        raise InputError(f"{path}: no line holds a prompt")
+    return found
 
 
 def _line(where: str, line: str, sides: Sequence[Checkpoint]) -> tuple[int, ...]:

@@ -120,6 +120,7 @@ FORMAT = Format(
     _variant,
     _image,
     side=f"{HF_FOLDER}/",
+    own=("iteration", "glu_interleave", "from_main_params"),
     launch_words=launch_words,
     launch_page=launch_page,
 )
