@@ -32,7 +32,12 @@ def check_target(source: Path | Repository, target: Path) -> Path:
         raise UsageError(f"{target}: TARGET needs a name of its own")
     if isinstance(source, Path) and _nested(parent.resolve() / target.name, source.resolve()):
         raise UsageError(f"{target}: SOURCE and TARGET lie in each other")
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
+    if target.is_symlink():
+        raise TargetError(
+            f"{target}: a link, which would be replaced; name what it leads to: "
+            f"{os.path.realpath(target)}"
+        )
+    if target.exists() and not target.is_dir():
         raise TargetError(f"{target}: exists and is not a directory")
     found = parent / target.name
     if isinstance(source, Path):

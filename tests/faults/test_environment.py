@@ -104,7 +104,7 @@ def test_a_source_in_the_target_is_refused(source: Path, tmp_path: Path) -> None
 def test_a_target_that_is_a_link_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "target").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(TargetError, match="exists and is not a directory"):
+    with pytest.raises(TargetError, match="a link, which would be replaced"):
         plan(source, tmp_path / "target", Options("hf", overwrite=True))
 
 
