@@ -9,9 +9,12 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -228,6 +231,29 @@ def test_a_bug_tells_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = failing(ValueError("https://me:hunter2@hub/x?sig=abc hf_the-token-itself"))
     assert "Traceback" in ended.error and "https://***@hub/x?***" in ended.error
     assert not [one for one in ("hunter2", "abc", "the-token") if one in ended.error]
+
+
+@needs_seccomp
+def test_threads_that_openmp_cannot_start_are_status_7(place: Path) -> None:
+    """OpenMP ends a process with status 1, which means 'different'."""
+    torch = pytest.importorskip("torch")
+    from gptoss_convert.verify import logits_level
+    from gptoss_convert.witness import fetch
+
+    def spoil() -> None:
+        torch.set_num_threads(4)
+        level = logits_level.logits_level
+        # The threads that read are there already.
+        wait([fetch._threads().submit(time.sleep, 0.1) for _ in range(16)])
+
+        def alone(*words: Any, **more: Any) -> Any:
+            without_threads()
+            return level(*words, **more)
+
+        logits_level.logits_level = alone
+
+    words = ("verify", place / "a", place / "b", "--max-length", "8")
+    assert command(*words, before=spoil).status == 7
 
 
 def test_a_tokenizer_that_makes_its_library_panic_is_bad_input(place: Path, tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gptoss_convert.containers.refs import FileRef
+from gptoss_convert.errors import IntegrityError
 from gptoss_convert.machine.arena import PAGE, Arena
-from gptoss_convert.machine.files import TargetFiles
+from gptoss_convert.machine.files import SourceFiles, TargetFiles
 
 
 def flags_of(address: int) -> list[str]:
@@ -55,3 +58,29 @@ def test_only_files_that_were_written_since_are_synced(
         synced.clear()
         files.sync()
         assert len(synced) == 1
+
+
+def test_more_files_are_read_than_may_be_open(tmp_path: Path) -> None:
+    """Those that nobody reads are closed, and are the same when they are opened again."""
+    names = [f"{number:03d}" for number in range(200)]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode() * 10)
+    arena = Arena(2 * PAGE)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(int(one.name) for one in Path("/proc/self/fd").iterdir()) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
+    try:
+        with SourceFiles() as files:
+            for name in (*names, *names):
+                arena.reset(2 * PAGE)
+                files.read(FileRef(tmp_path, name), 0, 20, arena, arena.take(20, 0))
+                assert arena.memory[:3] == name.encode()
+            files.require_unchanged()
+            (tmp_path / "003").write_bytes(b"other" * 6)
+            with pytest.raises(IntegrityError, match="003: changed since"):
+                for name in names:
+                    files.read(FileRef(tmp_path, name), 0, 20, arena, 0)
+            with pytest.raises(IntegrityError, match="003: changed while"):
+                files.require_unchanged()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

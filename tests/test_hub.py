@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
 from gptoss_convert import Options, convert, inspect, plan, verify_checkpoints
 from gptoss_convert.cli.main import cli
@@ -231,6 +231,20 @@ def test_a_failing_network_is_one_line_and_a_status(fault: Fault, expected: str,
     assert caught.value.exit_code == 6
     assert text.startswith(NAME) and expected in text and "\n" not in text
     assert SECRET not in text and "signature" not in text
+
+
+@pytest.mark.parametrize("proxy", ["http://me:pw@127.0.0.1:port", "socks5://127.0.0.1:1"])
+def test_a_proxy_that_is_none_is_one_line_and_a_status(
+    proxy: str, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close_session()
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setenv("NO_PROXY", "nowhere")
+    try:
+        with pytest.raises(NetworkError, match="HF_ENDPOINT or a proxy's address: "):
+            inspect(NAME)
+    finally:
+        close_session()
 
 
 def test_a_failing_download_is_one_line_and_a_status(

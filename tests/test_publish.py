@@ -19,6 +19,8 @@ from gptoss_convert.conversion.target import check_absent, check_input, check_ta
 from gptoss_convert.conversion.workspace import workspace
 from gptoss_convert.errors import DiskError, GptossError, InputError, TargetError, UsageError
 from gptoss_convert.machine.private import make_marked
+from gptoss_convert.synth.synth import synth
+from tests.stopping import command
 
 NAMES = frozenset(("file",))
 
@@ -330,7 +332,9 @@ def mounted(*words: str | Path) -> Callable[[], None]:
     return lambda: subprocess.run(["umount", "-l", str(words[-1])], check=True) and None
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    synth(tmp_path / "a", layers=1)
     for name in ("out", "out/inner", "elsewhere"):
         (tmp_path / name).mkdir()
     (tmp_path / "elsewhere" / "precious").write_text("precious")
@@ -343,9 +347,11 @@ def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path) -> 
             ):
                 publish.require_replaceable(space)
             assert (tmp_path / place / "precious").exists()
+            told = command("convert", tmp_path / "a", tmp_path / "out", "--to", "hf", "--dry-run")
+            assert told.status == TargetError.exit_code and problem.partition("/")[2] in told.error
         finally:
             unmount()
-    assert names(tmp_path) == {"out", "elsewhere"}
+    assert names(tmp_path) == {"a", "out", "elsewhere"}
 
 
 def test_a_lower_layer_is_refused_unless_target_is_empty(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (
         ("HF_ENDPOINT", "https://user:pa/ss@w0rd%21@hub.example"),
         ("HTTPS_PROXY", "http://me:pr0xy-word@proxy:8"),
+        ("NO_SCHEME_PROXY", "me:bare-word@proxy:8"),
         ("HF_TOKEN", "the-token-itself"),
         ("WORK_API_KEY", "sk-key-of-work"),
         ("TOKENIZERS_PARALLELISM", "parallel-or-not"),
@@ -59,6 +60,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cannot reach https://user:pa/ss@w0rd%21@hub.example/x", "cannot reach https://***@hub"),
         ("decoded: pa/ss@w0rd!", "decoded: ***"),
         ("proxy says pr0xy-word", "proxy says ***"),
+        ("and the other one bare-word", "and the other one ***"),
         ("Authorization: Bearer abc.def-9", "Authorization: Bearer ***"),
         (f"token {TOKEN} x", "token *** x"),
         ("the-token-itself and sk-key-of-work", "*** and ***"),

@@ -131,7 +131,9 @@ def _push(conversion: Conversion, repository: Repository, public: bool, quiet: b
 def _planned(conversion: Conversion) -> tuple[str, Mapping[str, Any], Page]:
     """What a conversion would do, as a document of this kind and as a page."""
     from gptoss_convert.conversion.estimate import estimate_seconds
+    from gptoss_convert.conversion.publish import require_unmounted
 
+    require_unmounted(conversion.target)
     summary = conversion.summary() | {"estimated_seconds": estimate_seconds(conversion)}
     return "plan", summary, report.conversion(summary)
 

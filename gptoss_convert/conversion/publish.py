@@ -30,8 +30,7 @@ def require_replaceable(space: Workspace) -> None:
     """
     if not os.path.lexists(space.target):
         return
-    if inner := _mount_below(space.target):
-        raise TargetError(f"{space.target}: {inner} in it is a mount point; unmount it first")
+    require_unmounted(space.target)
     probe = space.work.with_name(f"{space.work.name}.probe")
     make_marked(probe)
     with folder(space.target.parent) as parent:
@@ -45,10 +44,7 @@ def require_replaceable(space: Workspace) -> None:
             return
     remove_marked(probe)
     if found == errno.EBUSY:
-        raise TargetError(
-            f"{space.target}: a mount point, which nothing can take the place of; "
-            "name a directory in it"
-        )
+        raise _mounted(space.target)
     if found == errno.EXDEV and list_folder(space.target):
         raise TargetError(
             f"{space.target}: lies in a lower layer of an overlay file system, which cannot "
@@ -56,8 +52,26 @@ def require_replaceable(space: Workspace) -> None:
         )
 
 
-def _mount_below(target: Path) -> str | None:
-    """A mount point in a directory, None without one, or where the system does not tell."""
+def require_unmounted(target: Path) -> None:
+    """Refuse a TARGET that is a mount point or holds one, as far as the system tells without a try;
+    raises TargetError.
+    """
+    if (found := _mount_in(target)) is None:
+        return
+    if found == os.path.realpath(target):
+        raise _mounted(target)
+    raise TargetError(f"{target}: {found} in it is a mount point; unmount it first")
+
+
+def _mounted(target: Path) -> TargetError:
+    return TargetError(
+        f"{target}: a mount point, which nothing can take the place of; name a directory in it"
+    )
+
+
+def _mount_in(target: Path) -> str | None:
+    """A mount point in a directory, or itself; None without one, or where the system does not
+    tell."""
     try:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
@@ -65,7 +79,7 @@ def _mount_below(target: Path) -> str | None:
     inside = os.fsencode(target.resolve()) + b"/"
     for line in lines:
         place = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4])
-        if place.startswith(inside):
+        if f"{os.fsdecode(place)}/".startswith(os.fsdecode(inside)):
             return os.fsdecode(place)
     return None
 

@@ -20,6 +20,8 @@ _NAMED = re.compile(
     r"(?:.*_)?(?:TOKEN|PASSWORD|PASSWD|SECRET|SECRET_KEY|SECRET_ACCESS_KEY|API_?KEY)", re.IGNORECASE
 )
 """How environment variables are called that hold nothing but a secret."""
+_PROXY = re.compile(r"(?:.*_)?PROXY", re.IGNORECASE)
+"""How variables are called whose addresses may lack a scheme."""
 _ANSWERS = re.compile(r"(?:https?|socks\w*|ftp)://", re.IGNORECASE)
 """How an address in an environment variable begins that may hold a password."""
 _LEAST = 6
@@ -84,7 +86,7 @@ def _known() -> list[str]:
         if len(value) <= _MOST:
             if _NAMED.fullmatch(name):
                 found.add(value)
-            elif _ANSWERS.match(value) and "@" in value:
+            elif "@" in value and (_ANSWERS.match(value) or _PROXY.fullmatch(name)):
                 found |= _credentials(value)
     return sorted((one for one in found if len(one) >= _LEAST), key=len, reverse=True)
 
@@ -96,6 +98,7 @@ def _credentials(value: str) -> set[str]:
     """
     from urllib.parse import unquote
 
-    whole = value.partition("://")[2].rpartition("@")[0]
+    before, scheme, behind = value.partition("://")
+    whole = (behind if scheme else before).rpartition("@")[0]
     password = whole.partition(":")[2]
     return {whole, password, unquote(whole), unquote(password)}

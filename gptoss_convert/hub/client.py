@@ -6,6 +6,7 @@ Retries, redirects, tokens, the cache and the endpoint are the client's. Its err
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -208,6 +209,11 @@ def _http_error() -> type[Exception]:
     return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 
 
+def _invalid_address() -> type[Exception]:
+    """What that library raises for an address that is none; no HTTPError of it."""
+    return sys.modules[_http_error().__module__.partition(".")[0]].InvalidURL
+
+
 def _timeout() -> float:
     from huggingface_hub import constants
 
@@ -236,6 +242,9 @@ def translated(
             raise
         cause = error.__cause__ or error
         raise NetworkError(f"{where}: {_meaning(repository, cause)}") from None
+    except (ImportError, _invalid_address()) as error:
+        said = " ".join(str(error).split())
+        raise NetworkError(f"{where}: HF_ENDPOINT or a proxy's address: {said:.200}") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         # The client takes answers for what they should be: one that is no JSON, or lacks a key.
         said = " ".join(str(error).split())

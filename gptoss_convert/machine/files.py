@@ -6,9 +6,11 @@ descriptor opened with O_DIRECT and only ragged ends through a second, buffered 
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -97,16 +99,28 @@ class _OpenFiles(Generic[Key]):
 
 
 class SourceFiles(_OpenFiles[FileRef]):
-    """Files that are each opened once and read by position; safe to share between threads."""
+    """Files that are opened when they are needed and read by position; safe to share between
+    threads. Those that nobody reads are closed where descriptors are scarce.
+    """
 
     def __init__(self, places: Places | None = None) -> None:
         super().__init__()
         self._places = places or {}
         self._lock = threading.Lock()
+        self._readers: Counter[FileRef] = Counter()
+        self._found: dict[FileRef, Identity] = {}
+        """What each file was when it was opened first."""
 
     def read(self, file: FileRef, offset: int, nbytes: int, arena: Arena, position: int) -> None:
         """Fill the arena at `position`, which has the phase of `offset`; raises IntegrityError."""
-        self._read(self._opened(file), offset, nbytes, arena, position)
+        with self._lock:
+            opened = self._opened(file)
+            self._readers[file] += 1
+        try:
+            self._read(opened, offset, nbytes, arena, position)
+        finally:
+            with self._lock:
+                self._readers[file] -= 1
 
     def _read(self, file: _File, offset: int, nbytes: int, arena: Arena, position: int) -> None:
         if file.direct is not None:
@@ -143,18 +157,42 @@ class SourceFiles(_OpenFiles[FileRef]):
     def require_unchanged(self) -> None:
         """Refuse a source that changed since its header was read; raises IntegrityError."""
         require_unchanged(
-            replace(moved(ref, self._places), identity=file.identity)
-            for ref, file in self._open.items()
+            replace(moved(ref, self._places), identity=identity)
+            for ref, identity in self._found.items()
         )
 
     def _opened(self, file: FileRef) -> _File:
-        with self._lock:
-            if file not in self._open:
-                now = moved(file, self._places)
-                with open_file(now) as stream:
-                    descriptor = os.dup(stream.fileno())
-                self._open[file] = _File(now.path, descriptor, os.O_RDONLY)
-            return self._open[file]
+        if file not in self._open:
+            now = moved(file, self._places)
+            now = replace(now, identity=self._found.get(file, now.identity))
+            try:
+                descriptor = _descriptor(now)
+            except DiskError as error:
+                if not _is_lack_of_descriptors(error) or not self._close_idle():
+                    raise
+                descriptor = _descriptor(now)
+            opened = self._open[file] = _File(now.path, descriptor, os.O_RDONLY)
+            self._found.setdefault(file, opened.identity)
+        return self._open[file]
+
+    def _close_idle(self) -> bool:
+        """Whether there were any that nobody reads; they are opened again when they are needed."""
+        idle = [file for file in self._open if not self._readers[file]]
+        for file in idle:
+            self._open.pop(file).close()
+        return bool(idle)
+
+
+def _descriptor(file: FileRef) -> int:
+    with open_file(file) as stream:
+        try:
+            return os.dup(stream.fileno())
+        except OSError as error:
+            raise disk_error(file, error) from error
+
+
+def _is_lack_of_descriptors(error: DiskError) -> bool:
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EMFILE
 
 
 def _read_all(

@@ -11,6 +11,24 @@ Task = Callable[[int], tuple[Result, int]]
 """Does the step of a number; returns its result and the bytes it moved."""
 
 
+def require_threads(count: int) -> None:
+    """Raise RuntimeError, as Python does, unless so many more threads can be started.
+
+    Libraries do not ask: OpenMP ends the process with status 1 where one does not start.
+    """
+    leave = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=leave.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    finally:
+        leave.set()
+        for thread in started:
+            thread.join()
+
+
 def run_all(
     numbers: Iterable[int],
     new_worker: Callable[[], Task[Result]],

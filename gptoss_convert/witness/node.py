@@ -18,6 +18,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from gptoss_convert.errors import UsageError
 from gptoss_convert.machine.ranks import Ranks
+from gptoss_convert.machine.threads import require_threads
 from gptoss_convert.witness.fetch import ByteRange, Fetcher, length
 
 NewFetcher = Callable[[int], Fetcher]
@@ -33,8 +34,11 @@ _FOREVER = timedelta(days=30)
 def choose_device(wish: str, ranks: Ranks) -> torch.device:
     """The device of a wish, each rank of a machine its own: `auto` takes a GPU if there is one.
 
-    Raises UsageError where there is none, or fewer than ranks.
+    Raises UsageError where there is none, or fewer than ranks, and RuntimeError without threads.
     """
+    # What computes on a processor gets its threads now, while a lack of them can be told.
+    require_threads(torch.get_num_threads())
+    torch.zeros(1 << 20).add_(1)
     found = torch.cuda.device_count() if wish != "cpu" else 0
     if wish == "cuda" and not found:
         raise UsageError("--device cuda: no CUDA device found; choose cpu")

@@ -11,7 +11,7 @@ from gptoss_convert.errors import InputError
 _SIZES = {20: (24, 32), 120: (36, 128)}
 LARGEST = {"num_hidden_layers": 1 << 10, "num_local_experts": 1 << 12, "num_experts": 1 << 12}
 """Limits of what is counted out, so that no number makes a plan of endless length."""
-MOST_EXPERTS = 1 << 16
+MOST_EXPERTS = 1 << 14
 """Of all layers together, each of which may have tensors of its own; 120b has 4608."""
 
 
