@@ -845,6 +845,11 @@ def html_page_as_run_config(path: Path) -> None:
     _run_config(path, "<html><title>429</title></html>")
 
 
+@case(37, "megatron", 4, "DIR/iter_*/.metadata: no pickle: damaged, or another file")
+def metadata_of_zeros(path: Path) -> None:
+    (iteration(path) / ".metadata").write_bytes(bytes(4096))
+
+
 @case(3, "megatron", 4, "DIR/latest_checkpointed_iteration.txt: empty file")
 def empty_tracker(path: Path) -> None:
     (path / "latest_checkpointed_iteration.txt").write_text("")

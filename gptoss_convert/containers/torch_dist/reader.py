@@ -23,6 +23,8 @@ from gptoss_convert.containers.torch_dist.stand_ins import DTYPE_NAMES
 from gptoss_convert.errors import InputError, IntegrityError
 
 _SHOWN = 8
+_PICKLE = b"\x80"
+"""How a pickle begins, of any protocol that torch has ever written."""
 COMMON_STATE = "common_state/shard_0_1"
 """Object that holds the common state from core 0.19 on; before, it is the file `common.pt`."""
 
@@ -118,6 +120,8 @@ def _metadata_bytes(directory: Path) -> bytes:
         content = opened.read_at(0, opened.size)
     if found := disguise(content[:LOOKED_AT], len(content), "torch_dist"):
         raise IntegrityError(f"{directory / '.metadata'}: {found}")
+    if not content.startswith(_PICKLE):
+        raise IntegrityError(f"{directory / '.metadata'}: no pickle: damaged, or another file")
     return content
 
 
