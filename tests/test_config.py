@@ -154,6 +154,10 @@ BAD_HF: dict[str, tuple[dict[str, Any], str]] = {
         HF | {"is_causal": False},
         "is_causal is False: false lets tokens see what follows them",
     ),
+    "other weights": (
+        HF | {"transformers_weights": "other.safetensors"},
+        "transformers_weights is 'other.safetensors': transformers loads that file instead",
+    ),
     "a model within": (
         HF | {"text_config": {"a": 1}},
         "text_config is {'a': 1}: a model within a model",

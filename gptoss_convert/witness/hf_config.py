@@ -50,7 +50,10 @@ _ONE |= {"apply_yarn_scaling": True}
 _ELSEWHERE: dict[str, Any] = {"per_layer_config": {}, "is_encoder_decoder": False}
 _ELSEWHERE |= {"pruned_heads": {}, "is_causal": True}
 _ELSEWHERE |= dict.fromkeys(
-    ("text_config", "vision_config", "audio_config", "decoder", "encoder", "generator")
+    (
+        *("text_config", "vision_config", "audio_config", "decoder", "encoder", "generator"),
+        "transformers_weights",
+    )
 )
 """Keys that make another model of it, and the value besides null that does not."""
 

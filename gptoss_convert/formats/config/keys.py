@@ -76,6 +76,7 @@ KEYS: Mapping[str, Key] = {
     "is_causal": Key(Use.REFUSED, (None, True), "false lets tokens see what follows them"),
     "is_encoder_decoder": Key(Use.REFUSED, (None, False), "another architecture"),
     "pruned_heads": Key(Use.REFUSED, (None, {}), "heads that transformers 4 removes"),
+    "transformers_weights": Key(Use.REFUSED, (None,), "transformers loads that file instead"),
     "text_config": Key(Use.REFUSED, (None,), "a model within a model"),
     "vision_config": Key(Use.REFUSED, (None,), "a model within a model"),
     "audio_config": Key(Use.REFUSED, (None,), "a model within a model"),
