@@ -369,6 +369,17 @@ def test_pushing_needs_a_login_and_an_owner(hub: Hub, monkeypatch: pytest.Monkey
         destination("mine")
 
 
+@pytest.mark.parametrize("role", ["read", "write", "fineGrained", 5])
+def test_a_token_that_may_only_read_is_told_before_the_work(role: object, hub: Hub) -> None:
+    who = {"name": "someone", "auth": {"accessToken": {"role": role}}}
+    hub.faults.append(Fault("GET", "/api/whoami-v2", body=json.dumps(who).encode()))
+    if role == "read":
+        with pytest.raises(NetworkError, match="this token may only read; log in"):
+            destination("lab/mine")
+    else:
+        assert str(destination("lab/mine")) == "lab/mine"
+
+
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 def test_an_upload_that_fails_says_how_to_go_on(hub: Hub, published: Path, tmp_path: Path):
     hub.faults.append(Fault("POST", "/commit/", 403))

@@ -7,12 +7,12 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.containers.paths import open_inside
 from gptoss_convert.errors import NetworkError, UsageError
 from gptoss_convert.formats.repository import Repository
-from gptoss_convert.hub.client import translated
+from gptoss_convert.hub.client import LOGIN, translated
 from gptoss_convert.hub.names import repository, require_endpoint
 from gptoss_convert.hub.outline import is_weights
 from gptoss_convert.machine.private import own_folder
@@ -39,11 +39,15 @@ def destination(name: str) -> Repository:
     if found is None or found.revision:
         raise UsageError(f"--push-to {name}: expects owner/name")
     with translated(found):
-        HfApi().whoami()
+        who = HfApi().whoami()
         try:
             held = [file.rfilename for file in HfApi().model_info(found.name).siblings or ()]
         except RepositoryNotFoundError:
             held = []
+    if _role(who) == "read":
+        raise NetworkError(
+            f"--push-to {found}: this token may only read; {LOGIN} with one to write"
+        )
     if weights := sorted(filter(is_weights, held)):
         raise UsageError(
             f"--push-to {found}: holds weights already: {', '.join(weights[:3])}; name another "
@@ -56,6 +60,13 @@ def instead(target: Path, repository: Repository) -> str:
     """What to do where TARGET is there and could not be uploaded, or not be to its end."""
     again = shlex.join(["hf", "upload", repository.name, str(target)])
     return f"{target} is complete, upload it with: {again}"
+
+
+def _role(who: Any) -> Any:
+    """What the Hub says that a token may do: `read`, `write` or `fineGrained`; None if nothing."""
+    for key in ("auth", "accessToken", "role"):
+        who = who.get(key) if isinstance(who, dict) else None
+    return who
 
 
 def push(target: Path, names: Iterable[str], repository: Repository, public: bool) -> str:
