@@ -27,7 +27,7 @@ from gptoss_convert.layouts.model import Model, parse_model, read_hub, read_toml
 from gptoss_convert.layouts.table_files import parse_table
 from gptoss_convert.layouts.tables import Table
 from gptoss_convert.machine.arena import Arena
-from gptoss_convert.machine.files import TargetFiles
+from gptoss_convert.machine.target_files import TargetFiles
 
 if TYPE_CHECKING:
     from gptoss_convert.codecs.codec import Arrays, Values, Weights

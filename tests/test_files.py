@@ -13,7 +13,8 @@ import pytest
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.machine.arena import PAGE, Arena
-from gptoss_convert.machine.files import SourceFiles, TargetFiles
+from gptoss_convert.machine.files import SourceFiles
+from gptoss_convert.machine.target_files import TargetFiles
 
 
 def flags_of(address: int) -> list[str]:

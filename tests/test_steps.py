@@ -33,7 +33,7 @@ from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.table_files import load_table, parse_table
 from gptoss_convert.layouts.tables import Table
 from gptoss_convert.machine.arena import Arena
-from gptoss_convert.machine.files import TargetFiles
+from gptoss_convert.machine.target_files import TargetFiles
 from tests.tiny_models import (
     TinyShape,
     decode_mxfp4,

@@ -10,7 +10,8 @@ from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.errors import DiskError, IntegrityError
 from gptoss_convert.machine.arena import Arena
-from gptoss_convert.machine.files import SourceFiles, TargetFiles
+from gptoss_convert.machine.files import SourceFiles
+from gptoss_convert.machine.target_files import TargetFiles
 
 SAMPLE = 64 << 20
 """Bytes read from SOURCE and written beside TARGET."""

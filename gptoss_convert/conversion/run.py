@@ -42,9 +42,10 @@ from gptoss_convert.engine.records import Done, Effect
 from gptoss_convert.errors import UsageError
 from gptoss_convert.hub.stream import ShardStream
 from gptoss_convert.machine import resources
-from gptoss_convert.machine.files import ByteSource, SourceFiles, TargetFiles
+from gptoss_convert.machine.files import ByteSource, SourceFiles
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
+from gptoss_convert.machine.target_files import TargetFiles
 from gptoss_convert.quantise.report import Calibrated
 
 

@@ -11,8 +11,8 @@ from gptoss_convert.conversion.plan import Conversion
 from gptoss_convert.engine.execute import written_ranges
 from gptoss_convert.engine.records import Done
 from gptoss_convert.errors.secrets import nameable
-from gptoss_convert.machine.files import TargetFiles
 from gptoss_convert.machine.small_files import pieces, write_file
+from gptoss_convert.machine.target_files import TargetFiles
 
 
 def create(conversion: Conversion, files: TargetFiles) -> None:

@@ -17,7 +17,8 @@ from gptoss_convert.engine.records import Anomalies, Digest, Done, Effect, Regio
 from gptoss_convert.engine.steps import Plan, Step
 from gptoss_convert.engine.work import Work
 from gptoss_convert.layouts.extents import Extent
-from gptoss_convert.machine.files import ByteSource, TargetFiles
+from gptoss_convert.machine.files import ByteSource
+from gptoss_convert.machine.target_files import TargetFiles
 from gptoss_convert.machine.threads import run_all
 
 
