@@ -17,8 +17,8 @@ MAX_BYTES = 32 << 20
 """An update is cut into parts whose factors take no more, as float32."""
 AT_ONCE = 2
 """Files that merged weights are written to at the same time, however many workers there are."""
-CACHED = AT_ONCE + 1
-"""So many of the largest updates are kept in memory: one a file, one more as others follow."""
+CACHED = 2 * AT_ONCE
+"""So many of the largest updates are kept in memory: two a file, since one follows another."""
 Kind = Literal["module", "parameter", "embedding"]
 """What PEFT attaches an update to; its own merge rounds each kind in its own way."""
 
