@@ -17,7 +17,9 @@ import gptoss_convert
 from gptoss_convert import AdapterOptions, Options
 from gptoss_convert.cli.main import cli
 from gptoss_convert.conversion.run import run
+from gptoss_convert.engine.changes import Changes
 from gptoss_convert.errors import GptossError, UsageError
+from gptoss_convert.layouts import updates
 from gptoss_convert.verify.gate import verify_checkpoints
 from gptoss_convert.verify.result import VerifyOptions
 from tests.adapter_files import base_tensors, records, write_base, write_recorded
@@ -228,15 +230,22 @@ def test_the_scale_option_multiplies_what_is_added(models: Mapping[str, Path]):
         assert not torch.equal(some, full)
 
 
-def test_memory_does_not_grow_with_the_number_of_layers(models: Mapping[str, Path]):
-    conversion = gptoss_convert.plan(
-        models["hf-bf16"],
-        models["hf-bf16"].parent / "none",
-        options_for("hf-bf16", models, "experts"),
-    )
+def test_memory_does_not_grow_with_the_number_of_layers(
+    models: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    def changes() -> Changes:
+        target = models["hf-bf16"].parent / "none"
+        options = options_for("hf-bf16", models, "experts")
+        return gptoss_convert.plan(models["hf-bf16"], target, options).changes
+
     largest = 4 * 3 * 8 * (224 + 2 * 192)
-    assert conversion.changes.worker_bytes == 4 * largest // 8  # an expert at a time
-    assert conversion.changes.shared_bytes == 4 * largest
+    small = changes()
+    assert small.worker_bytes == 4 * largest // 8  # an expert at a time
+    assert small.shared_bytes > largest
+    assert small.files_at_once is None  # all updates are kept
+    monkeypatch.setattr(updates, "_SMALL", 0)
+    assert changes().shared_bytes == 6 * largest
+    assert changes().files_at_once == 3
 
 
 def test_a_copy_of_another_base_is_noted(tmp_path: Path):

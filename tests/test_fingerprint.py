@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from gptoss_convert.codecs.mxfp4.sums import scale_statistics
+from gptoss_convert.codecs.mxfp4.sums import count_bytes, scale_statistics
 from gptoss_convert.engine.fingerprint import axis_weights, examined, fingerprint
 from gptoss_convert.layouts.layout import Box
 
@@ -93,3 +93,13 @@ def test_blocks_are_counted_by_what_they_hold() -> None:
     found = scale_statistics(blocks, np.array([[9, 120, 121, 200]], np.uint8))
     assert (found.blocks, found.zero_blocks, found.low_blocks) == (4, 1, 1)
     assert (found.min_scale, found.max_scale) == (9, 200)
+
+
+@pytest.mark.parametrize("kernels", ["numpy", ""])
+def test_bytes_are_counted_one_by_one(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTOSS_CONVERT_KERNELS", kernels)
+    held = np.random.default_rng(0).integers(0, 256, (3, 1001), dtype=np.uint8)
+    held[0] = 7
+    for view in (held, held[:, ::3], held[:, :5], held[:0]):
+        expected = [int((view == byte).sum()) for byte in range(256)]
+        assert count_bytes(view).tolist() == expected

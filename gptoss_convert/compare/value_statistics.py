@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gptoss_convert.codecs.mxfp4.sums import count_bytes
 from gptoss_convert.compare.arrays import Bits, Distance, distance, sum_of
 from gptoss_convert.engine.buffers import Parts
 from gptoss_convert.engine.steps import Step
@@ -53,7 +54,7 @@ def _scales(step: Step, held: Parts) -> tuple[int, ...]:
     parts = [part for part in hints if part.array.itemsize == 1]
     if not parts:
         return ()
-    counts = sum(np.bincount(part.array.reshape(-1), minlength=256) for part in parts)
+    counts = sum(count_bytes(part.array) for part in parts)
     return tuple(np.asarray(counts).tolist())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gptoss_convert.engine.derivations import Change
-from gptoss_convert.layouts.updates import AT_ONCE, CACHED, Update, cut, largest_bytes
+from gptoss_convert.layouts.updates import AT_ONCE, Update, cut, kept_bytes
 
 
 @dataclass(frozen=True)
@@ -31,4 +31,5 @@ def merges_of(updates: Sequence[Update], arithmetic: str) -> Changes:
     parts = tuple(cut(updates))
     # A worker arranges both halves of a matrix, pads one, and takes its lengths in float64.
     each = 4 * max(one.matrix_bytes for one in parts)
-    return Changes(merges(parts, arithmetic), each, CACHED * largest_bytes(parts), AT_ONCE)
+    kept, all_of_them = kept_bytes(parts)
+    return Changes(merges(parts, arithmetic), each, kept, None if all_of_them else AT_ONCE)

@@ -10,7 +10,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gptoss_convert.containers.paths import open_file
 from gptoss_convert.errors import IntegrityError
 from gptoss_convert.layouts.extents import Extent
-from gptoss_convert.layouts.updates import CACHED, Factor, Update, largest_bytes
+from gptoss_convert.layouts.updates import Factor, Update, kept_bytes
 from gptoss_convert.machine.arena import Arena
 
 F32 = NDArray[np.float32]
@@ -38,11 +38,11 @@ class _Held:
 class Factors:
     """Factors as float32 arrays in the order of their axes; safe to share between threads.
 
-    The factors that were used last are kept, up to a multiple of the largest update's bytes.
+    All are kept if they are few, else those that were used last.
     """
 
-    def __init__(self, updates: Iterable[Update]) -> None:
-        self._most = CACHED * largest_bytes(updates)
+    def __init__(self, updates: Sequence[Update]) -> None:
+        self._most, _ = kept_bytes(updates)
         self._held: OrderedDict[Factor, _Held] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
@@ -15,10 +15,10 @@ RANK = "rank"
 """The axis along which the two halves of an update are multiplied and summed."""
 MAX_BYTES = 32 << 20
 """An update is cut into parts whose factors take no more, as float32."""
-AT_ONCE = 2
+AT_ONCE = 3
 """Files that merged weights are written to at the same time, however many workers there are."""
-CACHED = 2 * AT_ONCE
-"""So many of the largest updates are kept in memory: two a file, since one follows another."""
+_SMALL = 64 << 20
+"""Bytes of updates that are kept all."""
 Kind = Literal["module", "parameter", "embedding"]
 """What PEFT attaches an update to; its own merge rounds each kind in its own way."""
 
@@ -141,6 +141,13 @@ def _narrowed(factor: Factor, axis: str, span: tuple[int, int]) -> Factor:
     return replace(factor, lengths=lengths, extents=tuple(found))
 
 
-def largest_bytes(updates: Iterable[Update]) -> int:
-    """Bytes of the factors of the largest of these updates."""
-    return max((one.nbytes for one in updates), default=0)
+def kept_bytes(updates: Sequence[Update]) -> tuple[int, bool]:
+    """Bytes of factors that are kept in memory, and whether they are all there are.
+
+    Of many, two of the largest for each file that is written: one follows another while workers
+    are still at the first.
+    """
+    every = sum({id(factor): factor.nbytes for one in updates for factor in one.factors}.values())
+    if every <= _SMALL:
+        return every, True
+    return 2 * AT_ONCE * max(one.nbytes for one in updates), False

@@ -32,6 +32,7 @@ _SIGNATURES = {
     "weighted_sum": "u pppiipip",
     "packed_sum": "u pppppippi",
     "count_blocks": "- pip",
+    "count_bytes": "- pip",
     "compare": "- ppip",
     "add_exact": "i ppiippiidppp",
     "add_as_peft": "- ppiippiifi",

@@ -59,3 +59,13 @@ def scale_statistics(blocks: U8, scales: U8) -> ScaleStatistics:
         zero = int(np.count_nonzero(~nonzero))
         low = int(np.count_nonzero(nonzero & (high == 0).all(axis=1)))
     return ScaleStatistics(scales.size, zero, low, int(scales.min()), int(scales.max()))
+
+
+def count_bytes(held: U8) -> npt.NDArray[np.int64]:
+    """How often each of the 256 bytes occurs in an array, which may be a view, of below 2^32."""
+    held = np.ascontiguousarray(held)
+    if kernels := library.load():
+        counts = np.empty(256, np.int64)
+        kernels.count_bytes(address(held), held.size, address(counts))
+        return counts
+    return np.bincount(held.reshape(-1), minlength=256)
