@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import filecmp
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +27,11 @@ from gptoss_convert.formats.checkpoint import Choices
 from gptoss_convert.formats.repository import Repository
 from gptoss_convert.hub.push import destination, push
 from gptoss_convert.hub.sources import opening
+from gptoss_convert.machine.progress import Advance, Lines
+from gptoss_convert.machine.ranks import Ranks
 from gptoss_convert.verify.result import VerifyOptions
 from tests.hub_server import Fault, Hub, serving
+from tests.rank_processes import run_ranks
 from tests.stopping import At, HaltError, halt
 from tests.test_golden import inventory, published_config, write_header_only
 from tests.tiny_adapters import ATTENTION, write_peft
@@ -508,3 +514,74 @@ def test_what_fails_while_a_repository_is_open_names_it_and_keeps_its_status(hub
     ):
         raise RankError(f"rank 1: {opened.root}: gone", 5)
     assert (str(failed.value), failed.value.exit_code) == (f"rank 1: {NAME}: gone", 5)
+
+
+class Watching(Lines):
+    """Progress that says when the first step is done."""
+
+    def __init__(self) -> None:
+        super().__init__(io.StringIO())
+        self.converted = threading.Event()
+
+    @contextmanager
+    def phase(self, what: str, nbytes: int, steps: int) -> Iterator[Advance]:
+        with super().phase(what, nbytes, steps) as advance:
+
+            def told(done: int) -> None:
+                self.converted.set()
+                advance(done)
+
+            yield told if what == "converting" else advance
+
+
+def test_steps_are_done_while_other_shards_are_on_their_way(
+    hub: Hub, published: Path, tmp_path: Path
+):
+    progress, found = Watching(), []
+    shards = sorted(path.name for path in published.glob("model-*.safetensors"))
+
+    def watch(path: str) -> None:
+        if "/cdn/" in path and shards[-1] in path:
+            found.append(progress.converted.wait(30))
+
+    planned = plan(NAME, tmp_path / "out", BF16)
+    hub.watch = watch
+    run(planned, progress)
+    assert found == [True]
+    assert {path.name for path in (tmp_path / "cache").rglob("model-*.safetensors")} == {*shards}
+    asked = len(hub.asked("GET", "/cdn/"))
+    hub.watch = lambda path: None
+    convert(NAME, tmp_path / "again", BF16)
+    assert len(hub.asked("GET", "/cdn/")) == asked  # all of it is in the cache
+    convert(published, tmp_path / "local", replace(BF16, format="hf"))
+    assert weights(tmp_path / "out") == weights(tmp_path / "again") == weights(tmp_path / "local")
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_ranks_download_what_their_own_steps_need(hub: Hub, published: Path, tmp_path: Path):
+    planned = plan(NAME, tmp_path / "out", BF16)
+
+    def own_cache(ranks: Ranks) -> None:
+        constants.HF_HUB_CACHE = str(tmp_path / f"cache-{ranks.rank}")
+
+    ended = run_ranks(planned, 2, in_child=own_cache)
+    assert [one.status for one in ended] == [0, 0], ended
+    convert(published, tmp_path / "local", replace(BF16, format="hf"))
+    assert weights(tmp_path / "out") == weights(tmp_path / "local")
+    every = {path.name for path in published.glob("model-*.safetensors")}
+    held = [
+        {path.name for path in (tmp_path / f"cache-{rank}").rglob("model-*.safetensors")}
+        for rank in range(2)
+    ]
+    assert held[0] | held[1] == every
+    assert len(held[0]) + len(held[1]) < 2 * len(every)
+
+
+def test_a_stream_is_for_one_process(hub: Hub, tmp_path: Path):
+    planned = plan(NAME, tmp_path / "out", Options(to="hf", dtype="bf16", stream=True))
+    with pytest.raises(UsageError, match="--stream: for one process"):
+        run(planned, ranks=Ranks(1, 2, 1, 2))

@@ -115,13 +115,10 @@ def run(
     is stated, by weight, in its message.
     """
     if source is None and conversion.source.repository is not None:
-        if ranks.size > 1:
-            raise UsageError(
-                f"{conversion.source.place}: several ranks need SOURCE in a directory: download it "
-                "first, or convert with one process"
-            )
         from gptoss_convert.hub.fetch import fetched
 
+        if conversion.options.stream and ranks.size > 1:
+            raise UsageError("--stream: for one process; of several ranks each has its cache")
         folder = shards_path(conversion.target) if conversion.options.stream else None
         with fetched(conversion.source, conversion.reads, folder, progress) as (places, stream):
             return _run(_Job(replace(conversion, places=places), progress, stream, ranks))

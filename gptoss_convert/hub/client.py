@@ -186,15 +186,6 @@ def _drop(file: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def cached(listing: Listing, path: str) -> Path | None:
-    """The file in the cache, if it lies there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    repository = listing.repository
-    found = try_to_load_from_cache(repository.name, path, revision=repository.commit)
-    return Path(found) if isinstance(found, str) else None
-
-
 def endpoint() -> str:
     """The Hub's address, or that of HF_ENDPOINT."""
     from huggingface_hub import constants

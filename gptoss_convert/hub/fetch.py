@@ -12,15 +12,13 @@ from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.hub.bars import PIECE, bar_type
-from gptoss_convert.hub.client import cached, download, resolve
+from gptoss_convert.hub.cache import cache_folder, cached, remember, require_room
+from gptoss_convert.hub.client import download, resolve
 from gptoss_convert.hub.listing import Listing, require_same_beginning
 from gptoss_convert.hub.outline import files_of, is_weights
-from gptoss_convert.hub.stream import ShardStream
-from gptoss_convert.machine import resources
+from gptoss_convert.hub.stream import AT_ONCE, ShardStream
 from gptoss_convert.machine.files import Places
 from gptoss_convert.machine.progress import Advance, Progress
-
-_AT_ONCE = 4
 
 
 @contextmanager
@@ -29,13 +27,16 @@ def fetched(
 ) -> Iterator[tuple[Places, ShardStream | None]]:
     """Where these files of a repository's checkpoint lie: all of them, or all but its shards.
 
-    Those come one by one into `folder`, if there is one, through the stream.
+    Shards that the cache has not come through the stream: one by one into `folder`, if there is
+    one, else into the cache.
     """
     if source.repository is None or source.outline is None:
         raise UsageError(f"{source.place}: not a repository on the Hub")
     listing, outline = resolve(source.repository), source.outline
     weights = weight_files(source)
-    root = snapshot(listing, source, frozenset() if folder else weights, progress)
+    missing = [name for name in weights if cached(listing, name) is None]
+    streamed = bool(folder or missing)
+    root = snapshot(listing, source, frozenset() if streamed else weights, progress)
     mine = {file.root for file in files if file.root.is_relative_to(outline)}
     places = {place: root / place.relative_to(outline) for place in mine}
     shards = {
@@ -43,7 +44,9 @@ def fetched(
         for file in files
         if file.root in mine and (name := file.path.relative_to(outline).as_posix()) in weights
     }
-    yield places, ShardStream(listing, shards, places, folder) if folder else None
+    yield places, ShardStream(listing, shards, places, folder) if streamed else None
+    if not folder and all(cached(listing, name) for name in missing):
+        remember(listing)
 
 
 def snapshot(listing: Listing, source: Checkpoint, weights: Set[str], progress: Progress) -> Path:
@@ -56,36 +59,17 @@ def snapshot(listing: Listing, source: Checkpoint, weights: Set[str], progress: 
 def in_cache(listing: Listing, names: Sequence[str], progress: Progress) -> Path:
     """The cache's directory of the pinned commit, with these files in it."""
     missing = [name for name in names if cached(listing, name) is None]
-    folder = _cache_folder(listing)
+    folder = cache_folder(listing)
     if missing:
-        total = sum(listing.files[name] for name in missing)
-        resources.check_disk(next(place for place in folder.parents if place.exists()), total)
+        total = require_room(listing, missing)
         pieces = sum(-(-listing.files[name] // PIECE) for name in missing)
         with progress.phase("downloading", total, pieces) as advance:
             _download_all(listing, missing, advance)
-        _remember(listing, folder)
+        remember(listing)
     root = folder / "snapshots" / str(listing.repository.commit)
     for name in names:
         require_same_beginning(listing, name, root / name)
     return root
-
-
-def _cache_folder(listing: Listing) -> Path:
-    """Where the client's cache keeps a repository."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    name = repo_folder_name(repo_id=listing.repository.name, repo_type="model")
-    return Path(constants.HF_HUB_CACHE, name)
-
-
-def _remember(listing: Listing, folder: Path) -> None:
-    """Note which commit the revision named, as the client does: it is found offline by that."""
-    repository = listing.repository
-    if repository.revision != repository.commit:
-        path = folder / "refs" / (repository.revision or "main")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(str(repository.commit), encoding="ascii")
 
 
 def weight_files(source: Checkpoint) -> frozenset[str]:
@@ -115,7 +99,7 @@ def _download_all(listing: Listing, names: list[str], advance: Advance) -> None:
             stop.set()
 
     # Daemons: a download that does not notice the stop must not keep the program from leaving.
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(_AT_ONCE)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(AT_ONCE)]
     try:
         for thread in threads:
             thread.start()

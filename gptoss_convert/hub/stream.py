@@ -1,9 +1,13 @@
-"""Shards on demand: each is downloaded when its steps are due, and dropped when they are done."""
+"""Shards on demand: steps are done while other shards are still on their way.
+
+They come into the client's cache and stay there, or one by one into a folder, to be dropped when
+their steps are done.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -13,11 +17,15 @@ from gptoss_convert.engine.steps import Plan
 from gptoss_convert.errors import NetworkError
 from gptoss_convert.formats import sidecar
 from gptoss_convert.hub.bars import bar_type
-from gptoss_convert.hub.client import cached, download
+from gptoss_convert.hub.cache import cached, require_room
+from gptoss_convert.hub.client import download
 from gptoss_convert.hub.listing import Listing, require_same_beginning
 from gptoss_convert.machine.arena import Arena
 from gptoss_convert.machine.files import Places, SourceFiles
 from gptoss_convert.machine.private import make_marked, remove_marked
+
+AT_ONCE = 4
+"""Files that are downloaded into the cache side by side."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +79,13 @@ def schedule(plan: Plan, steps: Iterable[int], streamed: Iterable[FileRef]) -> S
 
 
 class ShardStream:
-    """A byte source whose shards come one by one; at most two of adjacent ones lie on the disk."""
+    """A byte source whose shards are on their way; a folder holds at most two adjacent ones."""
 
     def __init__(
-        self, listing: Listing, shards: Mapping[FileRef, str], places: Places, folder: Path
+        self, listing: Listing, shards: Mapping[FileRef, str], places: Places, folder: Path | None
     ) -> None:
         """Nothing is downloaded before `begin`; the shards, by name in the repository, come into
-        `folder`, and all other files lie in `places`."""
+        `folder` or else into the cache, and all other files lie in `places`."""
         self._listing = listing
         self._folder = folder
         self._paths = shards
@@ -97,14 +105,22 @@ class ShardStream:
         self._others.__exit__(*failure)
         for file in [*self._files]:
             self._drop(file)
-        remove_marked(self._folder)
+        if self._folder:
+            remove_marked(self._folder)
 
     def begin(self, plan: Plan, steps: Sequence[int]) -> Sequence[int]:
         """Start downloading what these steps need; returns the order to do them in."""
-        make_marked(self._folder)
+        if self._folder:
+            make_marked(self._folder)
         self._schedule = schedule(plan, steps, self._paths)
         self._left = set(steps)
-        threading.Thread(target=self._arrive, name="download", daemon=True).start()
+        if not self._folder:
+            paths = (self._paths[file] for file in self._schedule.shards)
+            missing = [path for path in paths if cached(self._listing, path) is None]
+            require_room(self._listing, missing)
+        due = iter(enumerate(self._schedule.shards))
+        for _ in range(1 if self._folder else AT_ONCE):
+            threading.Thread(target=self._arrive, args=(due,), name="download", daemon=True).start()
         return self._schedule.order
 
     def read(self, file: FileRef, offset: int, nbytes: int, arena: Arena, position: int) -> None:
@@ -130,6 +146,7 @@ class ShardStream:
             needed = {place for step in self._left for place in spans[step]}
             for place, file in enumerate(self._schedule.shards):
                 if place not in needed and file in self._files:
+                    self._files[file].require_unchanged()
                     self._drop(file)
             self._changed.notify_all()
 
@@ -139,23 +156,16 @@ class ShardStream:
         with self._changed:
             self._changed.notify_all()
 
-    def _arrive(self) -> None:
-        """Download the shards in order, each when it may come."""
+    def _arrive(self, due: Iterator[tuple[int, FileRef]]) -> None:
+        """Download the shards that are due, in order, each when it may come."""
         bar = bar_type(lambda nbytes: None, self._stop)
         try:
-            for place, file in enumerate(self._schedule.shards):
-                with self._changed:
-                    while not self._schedule.may_arrive(place, self._left):
-                        if self._stop.is_set():
-                            return
-                        self._changed.wait()
+            while (file := self._next(due)) is not None:
                 path = self._paths[file]
-                known = cached(self._listing, path)
-                if known is None:
-                    download(self._listing, path, bar, self._folder)
-                place_of = Path(str(known)) if known else self._folder / path
-                require_same_beginning(self._listing, path, place_of)
-                root = place_of.parents[file.name.count("/")]
+                lies = cached(self._listing, path)
+                lies = lies or download(self._listing, path, bar, self._folder)
+                require_same_beginning(self._listing, path, lies)
+                root = lies.parents[file.name.count("/")]
                 with self._changed:
                     self._files[file] = SourceFiles({file.root: root})
                     self._changed.notify_all()
@@ -164,7 +174,18 @@ class ShardStream:
                 self._error = error
                 self._changed.notify_all()
 
+    def _next(self, due: Iterator[tuple[int, FileRef]]) -> FileRef | None:
+        """The next shard that is due, once it may come."""
+        with self._changed:
+            place, file = next(due, (0, None))
+            while file and self._folder and not self._schedule.may_arrive(place, self._left):
+                if self._stop.is_set():
+                    break
+                self._changed.wait()
+            return None if self._stop.is_set() or self._error else file
+
     def _drop(self, file: FileRef) -> None:
-        """Close a shard and free its place; what the cache holds stays there."""
+        """Close a shard, and free its place in the folder."""
         self._files.pop(file).__exit__(None, None, None)
-        (self._folder / self._paths[file]).unlink(missing_ok=True)
+        if self._folder:
+            (self._folder / self._paths[file]).unlink(missing_ok=True)
