@@ -20,7 +20,7 @@ from gptoss_convert.codecs.mxfp4 import CODEC, codec, sums
 from gptoss_convert.compare.arrays import distance
 from gptoss_convert.compare.diagnosis import expert_digests, looks
 from gptoss_convert.compare.value_statistics import distances_of
-from gptoss_convert.compare.values import _first_and_worst
+from gptoss_convert.compare.values import _apart
 from gptoss_convert.engine import anomalies
 from gptoss_convert.engine.fingerprint import axis_weights, examined, packed_fingerprint
 from gptoss_convert.engine.steps import Step
@@ -108,7 +108,7 @@ def test_looking_at_values_takes_no_memory(bits: Bits) -> None:
         "anomalies": lambda: anomalies.examine(held(bits), False),
         "distance": lambda: distance(bits, other),
         "distances": lambda: distances_of(step(), bits, other),
-        "first and worst": lambda: _first_and_worst(step(), bits.reshape(-1), other.reshape(-1)),
+        "first and worst": lambda: _apart(step(), bits.reshape(-1), other.reshape(-1)),
         "looks": lambda: looks(step(), bits, other),
         "looks at equal": lambda: looks(step(), bits, bits.copy()),
         "digests": lambda: expert_digests(step(), bits, other),

@@ -197,11 +197,11 @@ def test_what_a_rank_compared_arrives_whole() -> None:
     element = Element((3, 1), 0.1, -float("inf"), 7)
     piece = ExpertDigests(2, 5, ((0, 4), (1, 3)), b"\x00" * 16, b"\xff" * 16)
     distances = {-1: Distance(9, 1, 0, 0.1, 1e300), 3: Distance(2, 0, 2, 1 / 3)}
-    statistics = StepStatistics(distances, (0, 7), ())
+    statistics = StepStatistics(3, (0, 7), ())
     for one in (
         Compared(4, 9, element, element, 2**64 - 1, 1, statistics),
         Compared(5, 0, None, None, 0, 0),
-        Explained(7, "down.weight", 2, "transposed", (piece,)),
+        Explained(7, "down.weight", 2, "transposed", (piece,), distances),
         Explained(8, "norm.weight", None, None, ()),
     ):
         assert from_json(type(one), json.loads(json.dumps(to_json(one)))) == one

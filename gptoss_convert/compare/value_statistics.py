@@ -20,9 +20,10 @@ _NO_SIGNAL = -100.0
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """Of one step: the distance by expert (-1 for weights that are never MXFP4), and its scales."""
+    """Of one step: what is no number in it, and its scales."""
 
-    distances: Mapping[int, Distance]
+    nonfinite: int
+    """Elements that are no finite number on either side."""
     source_scales: tuple[int, ...]
     """How often each of the 256 scales occurs; empty where the side holds BF16."""
     target_scales: tuple[int, ...]
@@ -41,12 +42,10 @@ class ValueStatistics:
     target_scales: dict[str, list[int]] = field(default_factory=dict)
 
 
-def step_statistics(
-    step: Step, distances: Mapping[int, Distance], held: Sequence[Parts]
-) -> StepStatistics:
-    """The statistics of one step, from how far its sides lie apart and what the files hold."""
+def step_statistics(step: Step, nonfinite: int, held: Sequence[Parts]) -> StepStatistics:
+    """The statistics of one step, from what is no number and what the files of both sides hold."""
     source, target = (_scales(step, parts) for parts in held)
-    return StepStatistics(distances, source, target)
+    return StepStatistics(nonfinite, source, target)
 
 
 def _scales(step: Step, held: Parts) -> tuple[int, ...]:
@@ -75,18 +74,26 @@ def sqnr(distances: Iterable[Distance]) -> float | None:
     return max(_NO_SIGNAL, 10 * math.log10(max(whole.squares / whole.squared_change, 1e-300)))
 
 
-def gathered(found: Iterable[tuple[Step, StepStatistics]]) -> ValueStatistics:
-    """The statistics of all steps."""
+def gathered(
+    found: Iterable[tuple[Step, StepStatistics]],
+    apart: Iterable[tuple[str, int | None, Mapping[int, Distance]]],
+) -> ValueStatistics:
+    """The statistics of all steps; `apart` are weight, layer and distances of experts that differ,
+    each complete."""
     whole = ValueStatistics()
-    held: dict[str, dict[tuple[int, int], list[Distance]]] = defaultdict(lambda: defaultdict(list))
+    held: dict[str, dict[tuple[int, int], list[Distance]]] = defaultdict(dict)
     for step, one in found:
         weight = step.family.weight
-        for expert, apart in one.distances.items():
-            whole.nonfinite += apart.nonfinite
-            if expert >= 0:
-                held[weight][step.layer, expert].append(apart)
+        whole.nonfinite += one.nonfinite
+        if step.family.encodings:
+            experts = range(*step.box[step.family.axes.index("expert")])
+            held[weight] |= {(step.layer, expert): [] for expert in experts}
         _count(whole.source_scales, weight, one.source_scales)
         _count(whole.target_scales, weight, one.target_scales)
+    for weight, layer, distances in apart:
+        for expert, one in distances.items():
+            if layer is not None and expert >= 0:
+                held[weight][layer, expert].append(one)
     for weight, cells in held.items():
         layers, experts = (sorted(set(axis)) for axis in zip(*cells, strict=True))
         whole.sqnr[weight] = [[sqnr(cells[n, m]) for m in experts] for n in layers]

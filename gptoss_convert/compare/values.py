@@ -6,7 +6,6 @@ table: the logits level can. Memory is bounded as in a conversion, and each byte
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
@@ -14,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from gptoss_convert.compare.arrays import Distance
+from gptoss_convert.compare.arrays import distance, equal
 from gptoss_convert.compare.diagnosis import Bits, expert_digests, looks
 from gptoss_convert.compare.merge_diagnosis import UNMERGED, looks_merged
 from gptoss_convert.compare.pairs import Judge, Side, judge_steps
@@ -29,13 +28,12 @@ from gptoss_convert.compare.values_report import (
 )
 from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.engine.changes import Changes, merges_of
-from gptoss_convert.engine.fingerprint import fingerprint
+from gptoss_convert.engine.fingerprint import examined, fingerprint
 from gptoss_convert.engine.steps import TILE_BYTES, Plan, Step, make_plan
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats.adapters.opening import other_readings
 from gptoss_convert.formats.checkpoint import Checkpoint
-from gptoss_convert.layouts.extents import Extent, overlap, volume
-from gptoss_convert.layouts.layout import Box
+from gptoss_convert.layouts.extents import Extent, volume
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.machine.partition import balanced
 from gptoss_convert.machine.progress import SILENT, Progress
@@ -77,13 +75,21 @@ def compare_values(
 
     def judge(number: int, step: Step, ours: Side, theirs: Side) -> Compared:
         ranks.check()
-        same = ours.values is theirs.values and not statistics
-        distances = {} if same else distances_of(step, ours.values, theirs.values)
-        found = _compare(number, step, ours.values, theirs.values, distances.values())
+        found, odd = _compare(number, step, ours.values, theirs.values)
         if not statistics:
             return found
+        # What is no number is rare: only then is it worth a pass of its own.
+        numberless = odd or found.differing
+        nonfinite = distance(ours.values, theirs.values).nonfinite if numberless else 0
         held = [ours.parts, theirs.parts]
-        return replace(found, statistics=step_statistics(step, distances, held))
+        return replace(found, statistics=step_statistics(step, nonfinite, held))
+
+    def explain(number: int, step: Step, ours: Side, theirs: Side) -> Explained:
+        ranks.check()
+        found = _explain(number, step, ours, theirs)
+        if not statistics:
+            return found
+        return replace(found, distances=distances_of(step, ours.values, theirs.values))
 
     def judged(plan: Plan, numbers: list[int], judge: Judge[T], kind: type[T]) -> list[T]:
         dealt = balanced([volume(plan.steps[n].box) for n in numbers], ranks.size)
@@ -113,20 +119,24 @@ def compare_values(
     if apart:
         # Known mistakes are mistakes of whole experts; that nothing differs, parts of them show.
         whole = planned(TILE_BYTES)
-        explained = judged(whole, _reached(whole, apart), _explain, Explained)
+        explained = judged(whole, _reached(whole, apart), explain, Explained)
     return summed_up(plan, compared, sorted(explained, key=lambda one: one.step))
 
 
 def _reached(plan: Plan, steps: Iterable[Step]) -> list[int]:
-    """The numbers of a plan's steps that hold a part of what some other plan's steps hold."""
-    boxes: dict[tuple[str, int | None], list[Box]] = defaultdict(list)
-    for step in steps:
-        boxes[place_of(step)].append(step.box)
+    """The numbers of a plan's steps that hold experts, or whole weights of a layer where there are
+    none, of which some other plan's steps hold a part."""
+    reached = {(*place_of(step), expert) for step in steps for expert in _experts(step)}
     return [
         number
         for number, step in enumerate(plan.steps)
-        if any(overlap(box, step.box) for box in boxes.get(place_of(step), ()))
+        if any((*place_of(step), expert) in reached for expert in _experts(step))
     ]
+
+
+def _experts(step: Step) -> range:
+    axes = step.family.axes
+    return range(*step.box[axes.index("expert")]) if "expert" in axes else range(1)
 
 
 def _stored(checkpoint: Checkpoint) -> list[Extent]:
@@ -155,16 +165,14 @@ def _readings(source: Checkpoint) -> dict[str, Changes]:
     }
 
 
-def _compare(
-    number: int, step: Step, ours: Bits, theirs: Bits, distances: Iterable[Distance]
-) -> Compared:
-    share = fingerprint(ours, step.box, step.lengths, step.layer_axis)
-    differing = sum(one.changed for one in distances)
-    if not differing:
-        return Compared(number, 0, None, None, share, share)
-    first, worst = _first_and_worst(step, ours.reshape(-1), theirs.reshape(-1))
+def _compare(number: int, step: Step, ours: Bits, theirs: Bits) -> tuple[Compared, bool]:
+    """What differs, and whether the first side holds infinities or NaN."""
+    share, odd = examined(ours, step.box, step.lengths, step.layer_axis)
+    if ours is theirs or equal(ours, theirs):
+        return Compared(number, 0, None, None, share, share), odd
+    differing, first, worst = _apart(step, ours.reshape(-1), theirs.reshape(-1))
     other = fingerprint(theirs, step.box, step.lengths, step.layer_axis)
-    return Compared(number, differing, first, worst, share, other)
+    return Compared(number, differing, first, worst, share, other), odd
 
 
 def _explain(number: int, step: Step, ours: Side, theirs: Side) -> Explained:
@@ -176,7 +184,9 @@ def _explain(number: int, step: Step, ours: Side, theirs: Side) -> Explained:
     return Explained(number, *place_of(step), explained, found)
 
 
-def _first_and_worst(step: Step, a: Bits, b: Bits) -> tuple[Element | None, Element | None]:
+def _apart(step: Step, a: Bits, b: Bits) -> tuple[int, Element | None, Element | None]:
+    """How many elements differ, the first of them, and the one that is furthest off."""
+    count = 0
     first: Element | None = None
     worst: Element | None = None
     for start in range(0, len(a), _AT_ONCE):
@@ -184,13 +194,14 @@ def _first_and_worst(step: Step, a: Bits, b: Bits) -> tuple[Element | None, Elem
         places = np.flatnonzero(x != y)
         if not places.size:
             continue
+        count += places.size
         distance = np.abs(_ordered(x[places]) - _ordered(y[places]))
         furthest = int(distance.argmax())
         if first is None:
             first = _element(step, start + int(places[0]), a, b, int(distance[0]))
         if worst is None or int(distance[furthest]) > worst.ulps:
             worst = _element(step, start + int(places[furthest]), a, b, int(distance[furthest]))
-    return first, worst
+    return count, first, worst
 
 
 def _ordered(bits: Bits) -> npt.NDArray[np.int32]:

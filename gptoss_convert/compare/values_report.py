@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from gptoss_convert.compare.arrays import Distance
 from gptoss_convert.compare.diagnosis import ExpertDigests, Homes, homes, misplaced
 from gptoss_convert.compare.value_statistics import (
     StepStatistics,
@@ -93,6 +94,8 @@ class Explained:
     layer: int | None
     looks: str | None
     experts: tuple[ExpertDigests, ...]
+    distances: Mapping[int, Distance] = field(default_factory=dict)
+    """By expert, -1 for weights that are never MXFP4, where statistics are wanted."""
 
 
 def summed_up(
@@ -108,14 +111,15 @@ def summed_up(
     report.parameters = {weight: listing(layers) for weight, layers in ours.items()}
     report.target_parameters = {weight: listing(layers) for weight, layers in theirs.items()}
     told = [(plan.steps[one.step], one.statistics) for one in compared if one.statistics]
-    report.statistics = gathered(told) if told else None
+    apart = ((one.weight, one.layer, one.distances) for one in explained)
+    report.statistics = gathered(told, apart) if told else None
     known = {weight: homes(_digests(explained, weight)) for weight in report.parameters}
     for (weight, layer), results in groups.items():
         steps = [plan.steps[result.step] for result in results]
         report.elements += sum(volume(step.box) for step in steps)
         if any(result.differing for result in results):
             why = [one for one in explained if (one.weight, one.layer) == (weight, layer)]
-            found = _difference(weight, layer, steps, results)
+            found = _difference(weight, layer, steps, results, why)
             report.differences.append(replace(found, looks=_looks(why, known[weight])))
     report.differing = sum(difference.differing for difference in report.differences)
     return report
@@ -142,6 +146,7 @@ def _difference(
     layer: int | None,
     steps: Sequence[Step],
     results: Sequence[Compared],
+    explained: Sequence[Explained],
 ) -> Difference:
     firsts = [result.first for result in results if result.first]
     worsts = [result.worst for result in results if result.worst]
@@ -155,10 +160,5 @@ def _difference(
         min(firsts, key=lambda element: element.index),
         max(worsts, key=lambda element: element.ulps),
         looks=None,
-        sqnr=sqnr(
-            one
-            for result in results
-            if result.statistics
-            for one in result.statistics.distances.values()
-        ),
+        sqnr=sqnr(one for each in explained for one in each.distances.values()),
     )
