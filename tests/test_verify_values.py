@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gptoss_convert import convert
+from gptoss_convert.compare import values
 from gptoss_convert.compare.pairs import judge_steps
 from gptoss_convert.compare.values import compare_values
 from gptoss_convert.compare.values_report import Difference, ValuesReport
@@ -249,7 +250,12 @@ def test_memory_is_bounded_and_too_little_is_said(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "a")
 
 
-def test_sqnr_of_each_expert_equals_its_definition(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tiles", [(8 << 20, 32 << 20), (500, 2_000)])
+def test_sqnr_of_each_expert_equals_its_definition(
+    tiles: tuple[int, int], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(values, "_TILE_BYTES", tiles[0])
+    monkeypatch.setattr(values, "TILE_BYTES", tiles[1])
     kept: dict[str, NDArray[np.uint16]] = {}
 
     def coarser(bits: NDArray[np.uint16]) -> NDArray[np.uint16]:

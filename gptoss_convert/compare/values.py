@@ -119,24 +119,22 @@ def compare_values(
     if apart:
         # Known mistakes are mistakes of whole experts; that nothing differs, parts of them show.
         whole = planned(TILE_BYTES)
-        explained = judged(whole, _reached(whole, apart), explain, Explained)
+        explained = judged(whole, _reached(whole, apart, statistics), explain, Explained)
     return summed_up(plan, compared, sorted(explained, key=lambda one: one.step))
 
 
-def _reached(plan: Plan, steps: Iterable[Step]) -> list[int]:
-    """The numbers of a plan's steps that hold experts, or whole weights of a layer where there are
-    none, of which some other plan's steps hold a part."""
-    reached = {(*place_of(step), expert) for step in steps for expert in _experts(step)}
-    return [
-        number
-        for number, step in enumerate(plan.steps)
-        if any((*place_of(step), expert) in reached for expert in _experts(step))
-    ]
+def _reached(plan: Plan, steps: Iterable[Step], whole_layers: bool) -> list[int]:
+    """The numbers of a plan's steps that hold experts of which some other plan's steps hold a part;
+    of weights without experts, or with `whole_layers` of all, whatever the layer has."""
 
+    def experts(step: Step) -> Iterable[tuple[str, int | None, int]]:
+        axes = step.family.axes
+        apart = "expert" in axes and not whole_layers
+        numbers = range(*step.box[axes.index("expert")]) if apart else (0,)
+        return ((*place_of(step), number) for number in numbers)
 
-def _experts(step: Step) -> range:
-    axes = step.family.axes
-    return range(*step.box[axes.index("expert")]) if "expert" in axes else range(1)
+    reached = {one for step in steps for one in experts(step)}
+    return [n for n, step in enumerate(plan.steps) if not reached.isdisjoint(experts(step))]
 
 
 def _stored(checkpoint: Checkpoint) -> list[Extent]:
