@@ -81,8 +81,13 @@ def everywhere(holds: Callable[..., npt.NDArray[np.bool_]], *arrays: npt.NDArray
 
 
 def equal(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
-    """Whether two arrays have one shape and the same elements."""
-    return a.shape == b.shape and everywhere(np.equal, a, b)
+    """Whether two arrays of integers have one shape and the same elements."""
+    if a.shape != b.shape:
+        return False
+    kernels = library.load()
+    if kernels and a.dtype == b.dtype and a.flags.c_contiguous and b.flags.c_contiguous:
+        return bool(kernels.same_bytes(address(a), address(b), a.nbytes))
+    return everywhere(np.equal, a, b)
 
 
 def sum_of(changes: Iterable[Distance]) -> Distance:

@@ -600,6 +600,13 @@ INLINE void count_bytes(const u8 *bytes, i64 count, i64 *found)
 }
 KERNEL(void, count_bytes, (const u8 *bytes, i64 count, i64 *found), (bytes, count, found))
 
+/* Whether two runs of bytes are equal. */
+INLINE i64 same_bytes(const u8 *ours, const u8 *theirs, i64 count)
+{
+    return !memcmp(ours, theirs, count);
+}
+KERNEL(i64, same_bytes, (const u8 *ours, const u8 *theirs, i64 count), (ours, theirs, count))
+
 /* How two arrays of values differ; arrays.py reads it. */
 struct change {
     i64 changed, nonfinite;

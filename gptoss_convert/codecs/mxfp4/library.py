@@ -33,6 +33,7 @@ _SIGNATURES = {
     "packed_sum": "u pppppippi",
     "count_blocks": "- pip",
     "count_bytes": "- pip",
+    "same_bytes": "i ppi",
     "compare": "- ppip",
     "add_exact": "i ppiippiidppp",
     "add_as_peft": "- ppiippiifi",
