@@ -243,6 +243,7 @@ def test_threads_that_openmp_cannot_start_are_status_7(place: Path) -> None:
     def spoil() -> None:
         torch.set_num_threads(4)
         level = logits_level.logits_level
+        fetch._threads.cache_clear()  # those of the process that was forked are not here
         # The threads that read are there already.
         wait([fetch._threads().submit(time.sleep, 0.1) for _ in range(16)])
 

@@ -25,6 +25,7 @@ from gptoss_convert.verify.result import VerifyOptions
 from gptoss_convert.verify.sides import FewerLayers
 from gptoss_convert.witness.adapted import AdaptedReader
 from gptoss_convert.witness.configs import Section, megatron_config
+from gptoss_convert.witness.fetch import Fetcher
 from gptoss_convert.witness.forward import Numerics
 from gptoss_convert.witness.fp4 import Packed, checked
 from gptoss_convert.witness.hf import HfReader
@@ -33,7 +34,9 @@ from gptoss_convert.witness.mistakes import Mistake, MistakenReader
 from gptoss_convert.witness.model import ModelConfig
 from gptoss_convert.witness.openai import OpenAiReader
 from gptoss_convert.witness.readers import ChangedReader, Reader
+from gptoss_convert.witness.torchtitan import TorchtitanReader
 from gptoss_convert.witness.walk import Prompts, all_logits
+from gptoss_convert.witness.witness import Given
 from tests.test_forward import CPU, sequences
 from tests.tiny_files import write_hf_bf16, write_hf_mxfp4, write_megatron, write_openai
 from tests.tiny_models import (
@@ -41,9 +44,11 @@ from tests.tiny_models import (
     SQUARE,
     TinyShape,
     decode_mxfp4,
+    hf_bf16_tensors,
     megatron_tensors,
     random_weights,
 )
+from tests.trainer_names import torchtitan
 
 
 def megatron_reader(iteration: Path, config: ModelConfig) -> MegatronReader:
@@ -129,7 +134,11 @@ def every_reader(folder: Path, shape: TinyShape) -> list[Reader]:
     (folder / "wide").mkdir()
     chunks = flat_chunks(folder / "wide", wide, halves=False)
     readers.append(MegatronReader(folder / "wide", chunks, packed.config, CPU))
-    return readers
+    (folder / "torchtitan").mkdir()
+    chunks = flat_chunks(folder / "torchtitan", torchtitan(hf_bf16_tensors(weights)), halves=False)
+    config = json.loads((folder / "bf16" / "config.json").read_text())
+    given = Given(folder / "torchtitan", shape.layers, tuple(chunks), config)
+    return [*readers, TorchtitanReader(given, Fetcher(CPU))]
 
 
 def own_subclasses(kind: type) -> set[type]:

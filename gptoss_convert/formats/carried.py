@@ -155,7 +155,7 @@ def _wrong(name: str, start: bytes, end: bytes, size: int) -> str | None:
         return found
     if name.endswith(".json"):
         return _not_json(start, end, size)
-    if name.endswith(".jinja") and start.lstrip().startswith(b'{"'):
+    if name.endswith(".jinja") and _is_error(start):
         return "an error's answer; download it again"
     return "not text" if b"\0" in start and not name.endswith(".model") else None
 
@@ -166,12 +166,21 @@ def _not_json(start: bytes, end: bytes, size: int) -> str | None:
         return f"no JSON object in {size} bytes: truncated, or another kind of file"
     if size <= _PARSED:
         try:
-            keys = set(json.loads(start))
+            json.loads(start)
         except (ValueError, RecursionError) as error:
             return f"not JSON: {error}"
-        if "error" in keys and keys <= _ERROR:
+        if _is_error(start):
             return "an error's answer; download it again"
     return None
+
+
+def _is_error(content: bytes) -> bool:
+    """Whether this is the JSON object with which a server answers what it cannot serve."""
+    try:
+        keys = set(json.loads(content))
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return "error" in keys and keys <= _ERROR
 
 
 def sidecar_image(source: Checkpoint, variant: str, options: ImageOptions) -> Image:
