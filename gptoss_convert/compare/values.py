@@ -1,7 +1,8 @@
 """Exact values: every parameter of two checkpoints, decoded and compared bit by bit.
 
 Both sides are streamed at once, through the mapping tables, so this level cannot see a wrong
-table: the logits level can. Memory is bounded as in a conversion, and each byte is read once.
+table: the logits level can. Memory is bounded as in a conversion. Each byte is read once, and what
+differs once more, expert by expert, to say what it looks like.
 """
 
 from __future__ import annotations
