@@ -7,6 +7,7 @@ their steps are done.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from gptoss_convert.machine.private import make_marked, remove_marked
 
 AT_ONCE = 4
 """Files that are downloaded into the cache side by side."""
+_PATIENCE = 2.0
+"""Seconds in which downloads may notice that nobody waits for them any more."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,16 @@ class ShardStream:
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._error: BaseException | None = None
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *failure: object) -> None:
         self.interrupt()
+        until = time.monotonic() + _PATIENCE
+        for thread in self._threads:
+            thread.join(max(until - time.monotonic(), 0))
         self._others.__exit__(*failure)
         for file in [*self._files]:
             self._drop(file)
@@ -119,8 +126,13 @@ class ShardStream:
             missing = [path for path in paths if cached(self._listing, path) is None]
             require_room(self._listing, missing)
         due = iter(enumerate(self._schedule.shards))
-        for _ in range(1 if self._folder else AT_ONCE):
-            threading.Thread(target=self._arrive, args=(due,), name="download", daemon=True).start()
+        # Daemons: a download that does not notice the stop must not keep the program from leaving.
+        self._threads = [
+            threading.Thread(target=self._arrive, args=(due,), name="download", daemon=True)
+            for _ in range(1 if self._folder else AT_ONCE)
+        ]
+        for thread in self._threads:
+            thread.start()
         return self._schedule.order
 
     def read(self, file: FileRef, offset: int, nbytes: int, arena: Arena, position: int) -> None:
