@@ -21,7 +21,7 @@ lint: $(DEV)
 	.venv/bin/pyright
 
 test: lint
-	.venv/bin/pytest -n auto --dist loadfile
+	.venv/bin/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # make format   rewrite the sources as ruff formats them
 format: $(DEV)
