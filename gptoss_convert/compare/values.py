@@ -29,7 +29,7 @@ from gptoss_convert.compare.values_report import (
 )
 from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.engine.changes import Changes, merges_of
-from gptoss_convert.engine.fingerprint import examined, fingerprint
+from gptoss_convert.engine.fingerprint import examined
 from gptoss_convert.engine.steps import TILE_BYTES, Plan, Step, make_plan
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats.adapters.opening import other_readings
@@ -80,8 +80,7 @@ def compare_values(
         if not statistics:
             return found
         # What is no number is rare: only then is it worth a pass of its own.
-        numberless = odd or found.differing
-        nonfinite = distance(ours.values, theirs.values).nonfinite if numberless else 0
+        nonfinite = distance(ours.values, theirs.values).nonfinite if odd else 0
         held = [ours.parts, theirs.parts]
         return replace(found, statistics=step_statistics(step, nonfinite, held))
 
@@ -121,7 +120,7 @@ def compare_values(
     explained: list[Explained] = []
     if apart:
         # Known mistakes are mistakes of whole experts; that nothing differs, parts of them show.
-        whole = planned(TILE_BYTES)
+        whole = planned(TILE_BYTES) if small else plan
         explained = judged(whole, _reached(whole, apart, statistics), explain, Explained)
     return summed_up(plan, compared, sorted(explained, key=lambda one: one.step))
 
@@ -175,13 +174,13 @@ def _readings(source: Checkpoint) -> dict[str, Changes]:
 
 
 def _compare(number: int, step: Step, ours: Bits, theirs: Bits) -> tuple[Compared, bool]:
-    """What differs, and whether the first side holds infinities or NaN."""
+    """What differs, and whether either side holds infinities or NaN."""
     share, odd = examined(ours, step.box, step.lengths, step.layer_axis)
     if ours is theirs or equal(ours, theirs):
         return Compared(number, 0, None, None, share, share), odd
     differing, first, worst = _apart(step, ours.reshape(-1), theirs.reshape(-1))
-    other = fingerprint(theirs, step.box, step.lengths, step.layer_axis)
-    return Compared(number, differing, first, worst, share, other), odd
+    other, more = examined(theirs, step.box, step.lengths, step.layer_axis)
+    return Compared(number, differing, first, worst, share, other), odd or more
 
 
 def _explain(number: int, step: Step, ours: Side, theirs: Side) -> Explained:

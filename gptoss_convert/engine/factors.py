@@ -44,15 +44,18 @@ class Factors:
     def __init__(self, updates: Sequence[Update]) -> None:
         self._most, _ = kept_bytes(updates)
         self._held: OrderedDict[Factor, _Held] = OrderedDict()
+        self._bytes = 0
         self._lock = threading.Lock()
 
     def __getitem__(self, factor: Factor) -> F32:
         """The values of a factor; raises IntegrityError for a file that has become shorter."""
         with self._lock:
-            held = self._held.setdefault(factor, _Held())
-            self._held.move_to_end(factor)
-            while sum(one.nbytes for one in self._held) > self._most:
-                self._held.popitem(last=False)
+            if factor not in self._held:
+                self._bytes += factor.nbytes
+            held = self._held[factor] = self._held.pop(factor, None) or _Held()
+            while self._bytes > self._most:
+                oldest, _ = self._held.popitem(last=False)
+                self._bytes -= oldest.nbytes
         with held.lock:
             if held.values is None:
                 held.values = read_factor(factor)

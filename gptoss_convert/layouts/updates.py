@@ -147,7 +147,7 @@ def kept_bytes(updates: Sequence[Update]) -> tuple[int, bool]:
     Of many, two of the largest for each file that is written: one follows another while workers
     are still at the first.
     """
-    every = sum({id(factor): factor.nbytes for one in updates for factor in one.factors}.values())
+    every = sum(one.nbytes for one in {factor for update in updates for factor in update.factors})
     if every <= _SMALL:
         return every, True
     return 2 * AT_ONCE * max(one.nbytes for one in updates), False
