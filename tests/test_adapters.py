@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,8 +17,11 @@ from safetensors.torch import load_file, save_file
 import gptoss_convert
 from gptoss_convert import AdapterOptions, Options
 from gptoss_convert.cli.main import cli
+from gptoss_convert.conversion import run as run_module
+from gptoss_convert.conversion.partition import spread
 from gptoss_convert.conversion.run import run
 from gptoss_convert.engine.changes import Changes
+from gptoss_convert.engine.factors import read_factor
 from gptoss_convert.errors import GptossError, UsageError
 from gptoss_convert.layouts import updates
 from gptoss_convert.verify.gate import verify_checkpoints
@@ -246,6 +250,44 @@ def test_memory_does_not_grow_with_the_number_of_layers(
     monkeypatch.setattr(updates, "_SMALL", 0)
     assert changes().shared_bytes == 6 * largest
     assert changes().files_at_once == 3
+
+
+def test_of_many_halves_those_used_last_are_kept_and_few_files_are_written_at_once(
+    models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = options_for("hf-bf16", models, "experts")
+    whole = gptoss_convert.plan(models["hf-bf16"], tmp_path / "whole", options)
+    halves = {
+        half
+        for changes in whole.changes.by_weight.values()
+        for found in changes[0].updates.values()  # pyright: ignore[reportAttributeAccessIssue]
+        for update in found
+        for half in update.factors
+    }
+    run(whole)
+    monkeypatch.setattr(updates, "_SMALL", 0)
+    asked: list[int | None] = []
+    monkeypatch.setattr(
+        run_module,
+        "spread",
+        lambda plan, mine, most: asked.append(most) or spread(plan, mine, most),
+    )
+    some = gptoss_convert.plan(models["hf-bf16"], tmp_path / "some", options)
+    run(some)
+    assert asked == [3]
+    assert contents(tmp_path / "some") == contents(tmp_path / "whole")
+    (merge,) = some.changes.by_weight["down.weight"]
+    kept = merge.factors  # pyright: ignore[reportAttributeAccessIssue]
+    most = sum(half.nbytes for half in halves) // 2
+    monkeypatch.setattr(kept, "_most", most)
+    for half in sorted(halves, key=lambda half: half.tensor):
+        assert np.array_equal(kept[half], read_factor(half))
+        assert sum(one.nbytes for one in kept._held) == kept._bytes <= most
+        assert next(reversed(kept._held)) == half
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def test_a_copy_of_another_base_is_noted(tmp_path: Path):

@@ -22,9 +22,17 @@ from huggingface_hub import close_session, constants
 from gptoss_convert import Options, convert, inspect, plan, verify_checkpoints
 from gptoss_convert.cli.main import cli
 from gptoss_convert.conversion.run import run
-from gptoss_convert.errors import InputError, IntegrityError, NetworkError, RankError, UsageError
+from gptoss_convert.errors import (
+    DiskError,
+    InputError,
+    IntegrityError,
+    NetworkError,
+    RankError,
+    UsageError,
+)
 from gptoss_convert.formats.checkpoint import Choices
 from gptoss_convert.formats.repository import Repository
+from gptoss_convert.hub import cache
 from gptoss_convert.hub.push import destination, push
 from gptoss_convert.hub.sources import opening
 from gptoss_convert.machine.progress import Advance, Lines
@@ -579,6 +587,28 @@ def test_ranks_download_what_their_own_steps_need(hub: Hub, published: Path, tmp
     ]
     assert held[0] | held[1] == every
     assert len(held[0]) + len(held[1]) < 2 * len(every)
+
+
+def test_shards_that_change_or_find_no_room_in_the_cache_end_the_run(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def touch() -> None:
+        for path in (tmp_path / "cache").rglob("model-*.safetensors"):
+            os.utime(path, (1, 1))
+
+    with pytest.raises(IntegrityError, match="changed while it was being read"):
+        convert(NAME, tmp_path / "out", replace(BF16, workers=1), At(10, touch))
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(cache.resources, "check_disk", no_room)
+    with pytest.raises(DiskError, match="no room"):
+        convert(NAME, tmp_path / "other", BF16)
+    assert not list((tmp_path / "cache").rglob("model-*.safetensors"))
+
+
+def no_room(folder: Path, needed: int) -> None:
+    """Room for a target and for small files, not for the shards."""
+    if "cache" in folder.parts and needed > 1_000_000:
+        raise DiskError("no room")
 
 
 def test_a_stream_is_for_one_process(hub: Hub, tmp_path: Path):

@@ -30,7 +30,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def operands(kind: str, seed: int) -> Iterator[tuple[sums.U16, sums.F32, sums.F32]]:
     """Weights and halves of a few sizes."""
     rng = np.random.default_rng(seed)
-    for rows, columns, rank in ((1, 1, 1), (3, 300, 5), (7, 9, 4), (2, 257, 1)):
+    for rows, columns, rank in ((1, 1, 1), (3, 300, 5), (7, 9, 4), (2, 257, 1), (35, 3, 2)):
         p, q = rng.standard_normal((rows, rank)), rng.standard_normal((rank, columns))
         weights = rng.standard_normal((rows, columns))
         if kind == "many ties":

@@ -250,6 +250,22 @@ def test_memory_is_bounded_and_too_little_is_said(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "a")
 
 
+def test_experts_that_lie_across_are_read_whole(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of them would be read in thousands of short runs."""
+    tiles: list[int] = []
+
+    def noted(*what: Any, tile_bytes: int) -> Any:
+        tiles.append(tile_bytes)
+        return make_plan(*what, tile_bytes=tile_bytes)
+
+    monkeypatch.setattr(values, "make_plan", noted)
+    for source, target in (("mxfp4", "mxfp4"), ("mxfp4", "bf16"), ("bf16", "mxfp4")):
+        assert compared(tiny / source, tiny / target).same
+    assert tiles == [8 << 20, 32 << 20, 32 << 20]
+
+
 @pytest.mark.parametrize("tiles", [(8 << 20, 32 << 20), (500, 2_000)])
 def test_sqnr_of_each_expert_equals_its_definition(
     tiles: tuple[int, int], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
