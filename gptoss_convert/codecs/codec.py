@@ -70,6 +70,11 @@ class Codec(Protocol):
         """Fill all members from `values`; hints decide between encodings of the same values."""
         ...
 
+    def same(self, parts: Arrays, values: Values) -> bool:
+        """Whether all members together stand for exactly these values, without a place for what
+        they stand for; raises CodecError as `decode` does."""
+        ...
+
     def statistics(self, parts: Arrays) -> ScaleStatistics:
         """What the blocks and their scales look like."""
         ...

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptoss_convert.codecs.mxfp4 import library
+from gptoss_convert.codecs.mxfp4 import library, relayout
 from gptoss_convert.codecs.mxfp4.axes import pieces
 from gptoss_convert.codecs.mxfp4.library import address
 
@@ -87,7 +87,8 @@ def equal(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
     kernels = library.load()
     if kernels and a.dtype == b.dtype and a.flags.c_contiguous and b.flags.c_contiguous:
         return bool(kernels.same_bytes(address(a), address(b), a.nbytes))
-    return everywhere(np.equal, a, b)
+    found = relayout.same_across(a, b) if a.dtype == b.dtype else None
+    return everywhere(np.equal, a, b) if found is None else found
 
 
 def sum_of(changes: Iterable[Distance]) -> Distance:

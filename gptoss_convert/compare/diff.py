@@ -19,8 +19,8 @@ from gptoss_convert.compare.inventory import (
     encoding_of,
     in_words,
 )
-from gptoss_convert.compare.pairs import Side, judge_steps
-from gptoss_convert.engine.steps import Plan, Step, make_plan
+from gptoss_convert.compare.pairs import StepPair, judge_steps
+from gptoss_convert.engine.steps import Plan, make_plan
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.formats.config import Config
 from gptoss_convert.layouts.extents import Extent, overlap
@@ -154,8 +154,8 @@ def diff(
     )
 
 
-def _judge(number: int, step: Step, ours: Side, theirs: Side) -> tuple[int, Distance]:
-    return number, distance(ours.values, theirs.values)
+def _judge(number: int, pair: StepPair) -> tuple[int, Distance]:
+    return number, sum_of(distance(*pair.values(piece)) for piece in pair.pieces())
 
 
 def _shapes(a: Config, b: Config) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -14,10 +14,10 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from gptoss_convert.compare.arrays import distance, equal
+from gptoss_convert.compare.arrays import distance
 from gptoss_convert.compare.diagnosis import Bits, expert_digests, looks
 from gptoss_convert.compare.merge_diagnosis import UNMERGED, looks_merged
-from gptoss_convert.compare.pairs import Judge, Side, judge_steps
+from gptoss_convert.compare.pairs import Judge, StepPair, judge_steps
 from gptoss_convert.compare.value_statistics import distances_of, step_statistics
 from gptoss_convert.compare.values_report import (
     Compared,
@@ -29,7 +29,7 @@ from gptoss_convert.compare.values_report import (
 )
 from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.engine.changes import Changes, merges_of
-from gptoss_convert.engine.fingerprint import examined
+from gptoss_convert.engine.fingerprint import MASK, examined
 from gptoss_convert.engine.steps import TILE_BYTES, Plan, Step, make_plan
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats.adapters.opening import other_readings
@@ -74,24 +74,26 @@ def compare_values(
     def planned(tile_bytes: int) -> Plan:
         return make_plan(model, model.sizes(ours), *stored, tile_bytes=tile_bytes)
 
-    def judge(number: int, step: Step, ours: Side, theirs: Side) -> Compared:
+    def judge(number: int, pair: StepPair) -> Compared:
         ranks.check()
-        found, odd = _compare(number, step, ours.values, theirs.values)
+        found, finite = _compare(number, pair)
         if not statistics:
             return found
         # What is no number is rare: only then is it worth a pass of its own.
-        nonfinite = distance(ours.values, theirs.values).nonfinite if odd else 0
-        held = [ours.parts, theirs.parts]
-        return replace(found, statistics=step_statistics(step, nonfinite, held))
+        pieces = () if finite else pair.pieces()
+        nonfinite = sum(distance(*pair.values(piece)).nonfinite for piece in pieces)
+        return replace(found, statistics=step_statistics(pair.step, nonfinite, pair.parts))
 
-    def explain(number: int, step: Step, ours: Side, theirs: Side) -> Explained:
+    def explain(number: int, pair: StepPair) -> Explained:
         ranks.check()
-        found = _explain(number, step, ours, theirs)
+        found = _explain(number, pair)
         if not statistics:
             return found
-        return replace(found, distances=distances_of(step, ours.values, theirs.values))
+        return replace(found, distances=distances_of(pair.step, *pair.whole()))
 
-    def judged(plan: Plan, numbers: list[int], judge: Judge[T], kind: type[T]) -> list[T]:
+    def judged(
+        plan: Plan, numbers: list[int], judge: Judge[T], kind: type[T], whole: bool
+    ) -> list[T]:
         dealt = balanced([volume(plan.steps[n].box) for n in numbers], ranks.size)
         found = judge_steps(
             plan,
@@ -100,6 +102,7 @@ def compare_values(
             workers=workers,
             max_memory=max_memory,
             progress=progress,
+            whole=whole,
             processes=ranks.local_size,
             changes=merges_of(*source.updates),
             readings=_readings(source),
@@ -114,14 +117,14 @@ def compare_values(
     small = not source.adapter and not any(_lies_across(one) for side in stored for one in side)
     plan = planned(_TILE_BYTES if small else TILE_BYTES)
     numbers = [n for n, step in enumerate(plan.steps) if layers is None or step.layer < layers]
-    compared = judged(plan, numbers, judge, Compared)
+    compared = judged(plan, numbers, judge, Compared, False)
     compared.sort(key=lambda result: result.step)
     apart = [plan.steps[one.step] for one in compared if one.differing]
     explained: list[Explained] = []
     if apart:
         # Known mistakes are mistakes of whole experts; that nothing differs, parts of them show.
         whole = planned(TILE_BYTES) if small else plan
-        explained = judged(whole, _reached(whole, apart, statistics), explain, Explained)
+        explained = judged(whole, _reached(whole, apart, statistics), explain, Explained, True)
     return summed_up(plan, compared, sorted(explained, key=lambda one: one.step))
 
 
@@ -173,23 +176,32 @@ def _readings(source: Checkpoint) -> dict[str, Changes]:
     }
 
 
-def _compare(number: int, step: Step, ours: Bits, theirs: Bits) -> tuple[Compared, bool]:
-    """What differs, and whether either side holds infinities or NaN."""
-    share, odd = examined(ours, step.box, step.lengths, step.layer_axis)
-    if ours is theirs or equal(ours, theirs):
-        return Compared(number, 0, None, None, share, share), odd
-    differing, first, worst = _apart(step, ours.reshape(-1), theirs.reshape(-1))
-    other, more = examined(theirs, step.box, step.lengths, step.layer_axis)
-    return Compared(number, differing, first, worst, share, other), odd or more
+def _compare(number: int, pair: StepPair) -> tuple[Compared, bool]:
+    """What differs, and whether neither side holds infinities or NaN."""
+    mark = pair.fingerprint()
+    share = mark.fingerprint or 0
+    if pair.same():
+        return Compared(number, 0, None, None, share, share), mark.finite
+    differing, theirs, finite = 0, 0, mark.finite
+    first: Element | None = None
+    worst: Element | None = None
+    for piece in pair.pieces():
+        ours, other = pair.values(piece)
+        count, begin, far = _apart(piece, ours.reshape(-1), other.reshape(-1))
+        differing, first = differing + count, first or begin
+        worst = max(filter(None, (worst, far)), key=lambda one: one.ulps, default=None)
+        more, odd = examined(other, piece.box, piece.lengths, piece.layer_axis)
+        theirs, finite = theirs + more & MASK, finite and not odd
+    return Compared(number, differing, first, worst, share, theirs), finite
 
 
-def _explain(number: int, step: Step, ours: Side, theirs: Side) -> Explained:
+def _explain(number: int, pair: StepPair) -> Explained:
     """Which known mistake makes one side of the other."""
-    explained = looks(step, ours.values, theirs.values)
-    if explained is None and ours.readings:
-        explained = looks_merged(step, ours.values, theirs.values, ours.readings)
-    found = expert_digests(step, ours.values, theirs.values)
-    return Explained(number, *place_of(step), explained, found)
+    step, (ours, theirs) = pair.step, pair.whole()
+    explained = looks(step, ours, theirs)
+    if explained is None and (readings := pair.readings()):
+        explained = looks_merged(step, ours, theirs, readings)
+    return Explained(number, *place_of(step), explained, expert_digests(step, ours, theirs))
 
 
 def _apart(step: Step, a: Bits, b: Bits) -> tuple[int, Element | None, Element | None]:

@@ -103,15 +103,22 @@ class Work:
             raise self._refused(weight, self.step.box, what)
         return stats
 
-    def digest(self, encoded: EncodeStats) -> Digest:
-        """Sum up the values that the target stores, from BF16 where that has them too; raises
+    def stands_for(self, encoding: Encoding, values: Part) -> bool:
+        """Whether what is held of an encoding decodes to exactly these values, which begin and end
+        between its blocks; raises IntegrityError for blocks that are not finite."""
+        step = self.step.part(values.box)
+        try:
+            return encoding.codec.same(self._members(step, encoding), values.array)
+        except CodecError as error:
+            param = encoding.params[-1]
+            raise self._refused(param, step.box_of(param), error) from None
+
+    def summed(self, encoding: Encoding | None) -> Digest:
+        """Sum up what is held of the weight: as values, else of this encoding; raises
         IntegrityError for blocks that are not finite."""
-        recipe, step = self.step.recipe, self.step
-        weight, encoding = step.family.weight, recipe.encoding
-        if weight in recipe.makes or (recipe.has_values and not encoded.inexact_blocks):
-            return _digest(step, self.held[weight])
+        step = self.step
         if encoding is None:
-            return Digest(None, True)
+            return _digest(step, self.held[step.family.weight])
         members = self._members(step, encoding)
         try:
             total = packed_fingerprint(
@@ -120,6 +127,15 @@ class Work:
         except CodecError as error:
             raise self._refused(encoding.params[-1], step.box, error) from None
         return Digest(total, True)
+
+    def digest(self, encoded: EncodeStats) -> Digest:
+        """Sum up the values that the target stores, from BF16 where that has them too; raises
+        IntegrityError for blocks that are not finite."""
+        recipe = self.step.recipe
+        weight, encoding = recipe.family.weight, recipe.encoding
+        if weight in recipe.makes or (recipe.has_values and not encoded.inexact_blocks):
+            return self.summed(None)
+        return Digest(None, True) if encoding is None else self.summed(encoding)
 
     def statistics(self) -> ScaleStatistics:
         """What the encoded blocks look like that the source or the target stores."""

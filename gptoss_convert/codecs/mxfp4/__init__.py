@@ -43,6 +43,9 @@ class Mxfp4:
         former = hints.get("scales")
         return _module("codec").encode(values, parts["blocks"], parts["scales"], former)
 
+    def same(self, parts: Arrays, values: Values) -> bool:
+        return _module("codec").same(parts["blocks"], parts["scales"], values)
+
     def statistics(self, parts: Arrays) -> ScaleStatistics:
         return _module("sums").scale_statistics(parts["blocks"], parts["scales"])
 

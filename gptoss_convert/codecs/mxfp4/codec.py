@@ -55,6 +55,28 @@ def decode(blocks: U8, scales: U8, values: U16) -> None:
         kernels.decode(*views, *loops, grouped.strides[-1])
 
 
+def same(blocks: U8, scales: U8, values: U16) -> bool:
+    """Whether blocks and scales stand for exactly these BF16 bits, shaped and refused as in
+    `decode`; what they stand for takes no memory."""
+    grouped = _grouped(blocks, scales, values)
+    if scales.size == 0:
+        return True
+    refuse_overflow(blocks, scales)
+    kernels = library.load()
+    if kernels is None or blocks.strides[-1] != 1:
+        pieces = axes.pieces(scales.shape, _BATCH)
+        found = (
+            reference.decode_blocks(blocks[one], scales[one]) == grouped[one] for one in pieces
+        )
+        return all(one.all() for one in found)
+    loops = _runs(scales.shape, grouped.strides, blocks.strides, scales.strides)
+    views = grouped, blocks, scales
+    return all(
+        kernels.same_decoded(*map(address, views, starts), *steps, grouped.strides[-1])
+        for starts, *steps in loops
+    )
+
+
 def encode(values: U16, blocks: U8, scales: U8, hints: U8 | None = None) -> EncodeStats:
     """Quantise BF16 bits (*rows, groups*32) to blocks (*rows, groups, 16), scales (*rows, groups).
 

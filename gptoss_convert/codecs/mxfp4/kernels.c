@@ -507,10 +507,17 @@ KERNEL(void, transpose, (const u8 *source, u8 *target, i64 rows, i64 columns, co
 
 /* --- Sums ------------------------------------------------------------------------------------ */
 
-INLINE u64 weighted(const bf16 *values, const u64 *weights, i64 count)
+/* Sums modulo 2^64 in several parts, so that vectors need not be added across. */
+INLINE void add_weighted(u64 *sums, const bf16 *values, const u64 *weights)
+{
+    for (int k = 0; k < GROUP; k += PARTS)
+        for (int i = 0; i < PARTS; i++) sums[i] += values[k + i] * weights[k + i];
+}
+
+INLINE u64 total_of(const u64 *sums)
 {
     u64 sum = 0;
-    for (i64 k = 0; k < count; k++) sum += values[k] * weights[k];
+    for (int i = 0; i < PARTS; i++) sum += sums[i];
     return sum;
 }
 
@@ -520,30 +527,39 @@ INLINE u64 weighted_sum(const u8 *values, const i64 *offsets, const u64 *rows, i
                         i64 step, const u64 *columns, i64 column_count, u8 *odd)
 {
     u64 sum = 0;
-    u16 carries = 0; /* 1 more than an exponent of all ones carries into the place of the sign */
+    u16 carries[GROUP] = {0}; /* 1 more than an exponent of all ones carries to the sign's place */
     for (i64 r = 0; r < row_count; r++) {
-        u64 line = 0;
+        u64 line[PARTS] = {0};
         i64 k = 0;
         for (; k + GROUP <= column_count; k += GROUP) {
             bf16 tile[GROUP];
             const bf16 *bits = gather(values + offsets[r] + k * step, step, tile);
             prefetch((const u8 *)bits, AHEAD);
-            line += weighted(bits, columns + k, GROUP);
-            for (int i = 0; i < GROUP; i++) carries |= (bits[i] & INFINITE) + 0x80;
+            add_weighted(line, bits, columns + k);
+            for (int i = 0; i < GROUP; i++) carries[i] |= (bits[i] & INFINITE) + 0x80;
         }
         for (; k < column_count; k++) {
             u16 bits = *(const bf16 *)(values + offsets[r] + k * step);
-            line += bits * columns[k];
-            carries |= (bits & INFINITE) + 0x80;
+            line[0] += bits * columns[k];
+            carries[0] |= (bits & INFINITE) + 0x80;
         }
-        sum += line * rows[r];
+        sum += total_of(line) * rows[r];
     }
-    *odd = carries >> 15;
+    for (int i = 1; i < GROUP; i++) carries[0] |= carries[i];
+    *odd = carries[0] >> 15;
     return sum;
 }
 KERNEL(u64, weighted_sum, (const u8 *v, const i64 *offsets, const u64 *rows, i64 row_count,
                            i64 step, const u64 *columns, i64 column_count, u8 *odd),
        (v, offsets, rows, row_count, step, columns, column_count, odd))
+
+/* One long loop, which keeps its sum in a vector until the end. */
+INLINE u64 weighted(const bf16 *values, const u64 *weights, i64 count)
+{
+    u64 sum = 0;
+    for (i64 k = 0; k < count; k++) sum += values[k] * weights[k];
+    return sum;
+}
 
 /* The same sum over the values of blocks; `group` has the steps of blocks and scales in a row. */
 INLINE u64 packed_sum(const u8 *blocks, const u8 *scales, const i64 *block_rows,
@@ -600,12 +616,101 @@ INLINE void count_bytes(const u8 *bytes, i64 count, i64 *found)
 }
 KERNEL(void, count_bytes, (const u8 *bytes, i64 count, i64 *found), (bytes, count, found))
 
+/* --- Comparisons ----------------------------------------------------------------------------- */
+
 /* Whether two runs of bytes are equal. */
 INLINE i64 same_bytes(const u8 *ours, const u8 *theirs, i64 count)
 {
     return !memcmp(ours, theirs, count);
 }
 KERNEL(i64, same_bytes, (const u8 *ours, const u8 *theirs, i64 count), (ours, theirs, count))
+
+/* Whether a group's values are these, which lie `step` apart. */
+INLINE u16 differ(const bf16 *group, const u8 *values, i64 step)
+{
+    bf16 tile[GROUP];
+    const bf16 *bits = gather(values, step, tile);
+    u16 found = 0;
+    for (int k = 0; k < GROUP; k++) found |= group[k] ^ bits[k];
+    return found;
+}
+
+/* Whether the values of blocks are these; the arguments are those of `decode`. In strips of rows
+   whose values lie side by side, a strip's part of a group is decoded, then compared. */
+INLINE i64 same_decoded(const u8 *values, const u8 *blocks, const u8 *scales, i64 rows, i64 groups,
+                        const i64 *row, const i64 *group, i64 step)
+{
+    if (row[0] != NEAR) {
+        for (i64 r = 0; r < rows; r++) {
+            u16 found = 0;
+            for (i64 g = 0; g < groups; g++) {
+                bf16 tile[GROUP];
+                const u8 *block = blocks + r * row[1] + g * group[1];
+                const u8 *other = values + r * row[0] + g * group[0];
+                prefetch(block, row[1]), prefetch(other, AHEAD);
+                decode_block(block, scales[r * row[2] + g * group[2]], tile);
+                found |= differ(tile, other, step);
+            }
+            if (found) return 0;
+        }
+        return 1;
+    }
+    for (i64 first = 0; first < rows; first += STRIP)
+        for (i64 g = 0; g < groups; g++) {
+            bf16 strip[GROUP * STRIP];
+            const u8 *other = values + first * row[0] + g * group[0];
+            i64 width = least(STRIP, rows - first), apart = 0;
+            for (i64 i = 0; i < width; i += LANES) {
+                for (int k = 0; k < GROUP; k++) prefetch(other + NEAR * i, (GROUP + k) * step);
+                decode_batch((u8 *)(strip + i), NEAR * STRIP,
+                             blocks + (first + i) * row[1] + g * group[1],
+                             scales + (first + i) * row[2] + g * group[2], row,
+                             least(LANES, width - i), group[1]);
+            }
+            for (int k = 0; k < GROUP; k++)
+                apart |= memcmp(strip + k * STRIP, other + k * step, NEAR * width);
+            if (apart) return 0;
+        }
+    return 1;
+}
+KERNEL(i64, same_decoded, (const u8 *v, const u8 *b, const u8 *s, i64 rows, i64 groups,
+                           const i64 *row, const i64 *group, i64 step),
+       (v, b, s, rows, groups, row, group, step))
+
+/* Whether target[q][p] == source[p][q]; the arguments are those of `transpose`. */
+INLINE i64 same_transposed(const u8 *source, const u8 *target, i64 rows, i64 columns,
+                           const i64 *from, const i64 *to)
+{
+    for (i64 p0 = 0; p0 < rows; p0 += TILE)
+        for (i64 q0 = 0; q0 < columns; q0 += TILE) {
+            u16 found[64] = {0};
+            for (i64 p = p0; p < least(p0 + TILE, rows); p += 8)
+                for (i64 q = q0; q < least(q0 + TILE, columns); q += 8) {
+                    i64 height = least(8, rows - p), width = least(8, columns - q);
+                    u16 a[64], b[64], c[64];
+                    if (height < 8 || width < 8) {
+                        memset(a, 0, sizeof a), memset(c, 0, sizeof c);
+                        for (int i = 0; i < height; i++)
+                            memcpy(a + 8 * i, source + at(p + i, from) + NEAR * q, NEAR * width);
+                        for (int j = 0; j < width; j++)
+                            memcpy(c + 8 * j, target + at(q + j, to) + NEAR * p, NEAR * height);
+                    } else {
+                        for (int i = 0; i < 8; i++)
+                            memcpy(a + 8 * i, source + at(p + i, from) + NEAR * q, 8 * NEAR);
+                        for (int j = 0; j < 8; j++)
+                            memcpy(c + 8 * j, target + at(q + j, to) + NEAR * p, 8 * NEAR);
+                    }
+                    unzip(a, b, 32), unzip(b, a, 32), unzip(a, b, 32);
+                    for (int k = 0; k < 64; k++) found[k] |= b[k] ^ c[k];
+                }
+            for (int k = 1; k < 64; k++) found[0] |= found[k];
+            if (found[0]) return 0;
+        }
+    return 1;
+}
+KERNEL(i64, same_transposed, (const u8 *source, const u8 *target, i64 rows, i64 columns,
+                              const i64 *from, const i64 *to),
+       (source, target, rows, columns, from, to))
 
 /* How two arrays of values differ; arrays.py reads it. */
 struct change {

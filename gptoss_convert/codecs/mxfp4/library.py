@@ -34,6 +34,8 @@ _SIGNATURES = {
     "count_blocks": "- pip",
     "count_bytes": "- pip",
     "same_bytes": "i ppi",
+    "same_decoded": "i pppiippi",
+    "same_transposed": "i ppiipp",
     "compare": "- ppip",
     "add_exact": "i ppiippiidppp",
     "add_as_peft": "- ppiippiifi",

@@ -1,15 +1,15 @@
-"""Copies of strided views that keep every element: relayout, and casts to BF16."""
+"""Copies of strided views that keep every element, or compare them: relayout, casts to BF16."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptoss_convert.codecs.mxfp4 import axes, library
-from gptoss_convert.codecs.mxfp4.library import address, numbers
+from gptoss_convert.codecs.mxfp4.library import Kernels, address, numbers
 from gptoss_convert.codecs.mxfp4.reference import U8, U16, bf16_bits
 
 Array = U8 | U16
@@ -30,27 +30,44 @@ def copy(source: Array, target: Array) -> None:
         raise ValueError(
             f"target: expected {source.dtype} {source.shape}, found {target.dtype} {target.shape}"
         )
-    if source.dtype != np.uint16 or source.size < _LARGE or not _transposed(source, target):
+    crossing = _crossing(source, target)
+    if crossing is None:
         np.copyto(target, source)
+        return
+    for kernels, arguments in crossing:
+        kernels.transpose(*arguments)
 
 
-def _transposed(source: Array, target: Array) -> bool:
-    """Copy by kernel if the views run on along different axes; False if numpy should do it."""
+def same_across(ours: Array, theirs: Array) -> bool | None:
+    """Whether views of one shape and dtype have the same elements, where they run on along
+    different axes; None where they do not, or without kernels."""
+    crossing = _crossing(ours, theirs)
+    if crossing is None:
+        return None
+    return all(kernels.same_transposed(*arguments) for kernels, arguments in crossing)
+
+
+def _crossing(source: Array, target: Array) -> Iterator[tuple[Kernels, tuple]] | None:
+    """The kernels and what they take, call by call, to pass over two views that run on along
+    different axes; None if numpy should do it."""
     kernels = library.load()
+    if kernels is None or source.dtype != np.uint16 or source.size < _LARGE:
+        return None
     loops = zip(target.strides, source.strides, source.shape, strict=True)
     write, read, shape = zip(*sorted(loops, reverse=True), strict=True)
     outer = axes.merged(shape, read, write)
     columns, rows = _run(outer, 0), _run(outer, 1)
-    if kernels is None or not columns or not rows or set(columns) & set(rows):
-        return False
+    if not columns or not rows or set(columns) & set(rows):
+        return None
     outer = [axis for axis in outer if axis not in columns and axis not in rows]
     size = math.prod(axis.length for axis in rows), math.prod(axis.length for axis in columns)
     if min(size) < _SIDE:
-        return False
+        return None
     steps = numbers(_steps(rows, 0)), numbers(_steps(columns, 1))
-    for start in axes.offsets(outer, 2):
-        kernels.transpose(*map(address, (source, target), start), *size, *steps)
-    return True
+    views = source, target
+    return (
+        (kernels, (*map(address, views, start), *size, *steps)) for start in axes.offsets(outer, 2)
+    )
 
 
 def _run(candidates: Sequence[axes.Axis], view: int) -> list[axes.Axis]:
