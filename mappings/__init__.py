@@ -1,1 +1,1 @@
-"""The mapping tables, shipped as package data; read them with importlib.resources."""
+"""The mapping tables, shipped as package data; `layouts/model.py` reads them."""

@@ -32,7 +32,7 @@ from gptoss_convert.cli.served import (
 )
 from gptoss_convert.compare.options import DiffOptions
 from gptoss_convert.errors import IntegrityError
-from gptoss_convert.formats.checkpoint import Choices
+from gptoss_convert.formats.choices import Choices
 from gptoss_convert.machine import progress
 from gptoss_convert.show import report
 from gptoss_convert.show.diff_page import diff_page

@@ -25,7 +25,7 @@ from gptoss_convert.cli.options import (
 from gptoss_convert.cli.output import say, show
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.errors import UsageError
-from gptoss_convert.formats.checkpoint import Choices
+from gptoss_convert.formats.choices import Choices
 from gptoss_convert.machine import progress
 from gptoss_convert.show import report
 from gptoss_convert.show.pages import Page, render

@@ -12,13 +12,10 @@ from typing import Any, TypeVar
 import click
 
 from gptoss_convert.errors import EXIT_CODES
-from gptoss_convert.formats import registry
 from gptoss_convert.formats.option import Option
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
-FORMATS = [*registry.FORMATS]
-WRITTEN = [one.name for one in registry.FORMATS.values() if one.written]
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 EPILOG = "\b\nExit status:\n" + "\n".join(f"  {code:<4}{why}" for code, why in EXIT_CODES.items())
@@ -67,6 +64,21 @@ class Choice(click.Choice[str]):
         return f"{message} Did you mean {near[0]!r}?" if near else message
 
 
+class FormatName(Choice):
+    """The name of a format. Which there are is asked when it matters: that loads all of them."""
+
+    def __init__(self, *, written: bool = False) -> None:
+        self._written = written
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The names of all formats, or of those that are written."""
+        from gptoss_convert.formats.registry import FORMATS
+
+        return tuple(one.name for one in FORMATS.values() if one.written or not self._written)
+
+
 PATH = click.Path(path_type=Path)
 SOURCE = click.Path()
 """A directory or a repository on the Hub, as it was written; shells complete it as a path."""
@@ -79,8 +91,8 @@ rank_log_option = click.option(
 )
 _KINDS = {
     "size": Size,
-    "format": lambda: Choice(FORMATS),
-    "target": lambda: Choice(WRITTEN),
+    "format": FormatName,
+    "target": lambda: FormatName(written=True),
     "place": lambda: SOURCE,
 }
 

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from gptoss_convert.cli.options import options_of, side_of
 from gptoss_convert.errors import UsageError
-from gptoss_convert.formats.checkpoint import Choices
+from gptoss_convert.formats.choices import Choices
 from gptoss_convert.verify.result import ServedOptions, VerifyOptions
 
 served_option = click.option(

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from gptoss_convert.formats.checkpoint import Checkpoint, casts
 from gptoss_convert.layouts.extents import Extent, extents
-from gptoss_convert.layouts.folding import ranges
 from gptoss_convert.layouts.model import load_model
+from gptoss_convert.layouts.ranges import ranges
 
 WeightLayer = tuple[str, int | None]
 """A weight, and its layer if it has layers."""

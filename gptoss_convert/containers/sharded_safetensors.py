@@ -16,8 +16,6 @@ from typing import Any
 from gptoss_convert.containers import Chunk
 from gptoss_convert.containers.safetensors import MAX_HEADER, SHARDING, Left, read_header
 from gptoss_convert.containers.strict_json import parse_object
-from gptoss_convert.containers.torch_dist.coverage import require_tiling
-from gptoss_convert.containers.torch_dist.metadata import ChunkBox
 from gptoss_convert.errors import IntegrityError
 
 _PATTERN = "shard-*-model-*-of-*.safetensors"
@@ -87,6 +85,10 @@ def _placed(where: Path, chunk: Chunk, said: Any) -> Chunk:
 
 def _whole(root: Path, tensor: str, boxes: Sequence[Chunk]) -> list[Chunk]:
     """The boxes of one tensor with the shape that they make up; those of no row are left out."""
+    # Whether a directory is of this kind is asked of all; few are.
+    from gptoss_convert.containers.torch_dist.coverage import require_tiling
+    from gptoss_convert.containers.torch_dist.metadata import ChunkBox
+
     first = boxes[0]
     if any((c.dtype, len(c.start)) != (first.dtype, len(first.start)) for c in boxes):
         raise IntegrityError(f"{root}: {tensor}: its shards differ in dtype or number of axes")

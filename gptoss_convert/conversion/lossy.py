@@ -15,11 +15,10 @@ from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.layouts.extents import Extent
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.machine.failures import absent
-from gptoss_convert.quantise import rounding
-from gptoss_convert.quantise.layers import RoundedLayers
 
 if TYPE_CHECKING:
     from gptoss_convert.machine.progress import Progress
+    from gptoss_convert.quantise.layers import RoundedLayers
     from gptoss_convert.quantise.report import Calibrated
     from gptoss_convert.quantise.rules import Rule
 
@@ -55,6 +54,8 @@ def with_rounding(changes: Changes, held: Sequence[Extent], rule: str | None) ->
     """
     if rule is None:
         return changes
+    from gptoss_convert.quantise import rounding
+
     model = load_model()
     if rule == CALIBRATED:
         families = model.families.values()
@@ -70,6 +71,8 @@ def rounded_layers(
     source: Checkpoint, target: Path, encodes: bool, sizes: Mapping[str, int]
 ) -> RoundedLayers:
     """Where a calibration puts what it rounds; UsageError if that is impossible or needless."""
+    from gptoss_convert.quantise.layers import RoundedLayers
+
     tuned = source.adapter is not None and source.adapter.changes_experts
     if source.encoding == "mxfp4" and not tuned:
         raise UsageError(f"--lossy calibrated: {source.place} is MXFP4, nothing is to be rounded")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.formats.adapters.adapter_options import AdapterOptions
-from gptoss_convert.formats.checkpoint import Choices
+from gptoss_convert.formats.choices import Choices
 from gptoss_convert.formats.image_options import ImageOptions
 from gptoss_convert.formats.option import memory_option, option, workers_option
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.containers import Image, content_size
 from gptoss_convert.containers.refs import Copied, FileRef
@@ -32,8 +32,10 @@ from gptoss_convert.layouts.tables import Table
 from gptoss_convert.machine import resources
 from gptoss_convert.machine.files import Places
 from gptoss_convert.machine.small_files import pieces
-from gptoss_convert.quantise.layers import RoundedLayers
 from gptoss_convert.version import VERSION
+
+if TYPE_CHECKING:
+    from gptoss_convert.quantise.layers import RoundedLayers
 
 
 @dataclass(frozen=True)

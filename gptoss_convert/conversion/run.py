@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.containers.paths import require_unchanged
 from gptoss_convert.conversion import lossy, work_files
@@ -40,13 +40,15 @@ from gptoss_convert.conversion.workspace import workspace
 from gptoss_convert.engine.execute import execute
 from gptoss_convert.engine.records import Done, Effect
 from gptoss_convert.errors import UsageError
-from gptoss_convert.hub.stream import ShardStream
 from gptoss_convert.machine import resources
 from gptoss_convert.machine.files import ByteSource, SourceFiles
 from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
 from gptoss_convert.machine.target_files import TargetFiles
-from gptoss_convert.quantise.report import Calibrated
+
+if TYPE_CHECKING:
+    from gptoss_convert.hub.stream import ShardStream
+    from gptoss_convert.quantise.report import Calibrated
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class _Job:
     progress: Progress
     source: ByteSource | None
     ranks: Ranks
+    stream: ShardStream | None = None
+    """The shards that come while steps are done; it is read instead of `source`."""
 
     @property
     def target_files(self) -> TargetFiles:
@@ -121,7 +125,7 @@ def run(
             raise UsageError("--stream: for one process; of several ranks each has its cache")
         folder = shards_path(conversion.target) if conversion.options.stream else None
         with fetched(conversion.source, conversion.reads, folder, progress) as (places, stream):
-            return _run(_Job(replace(conversion, places=places), progress, stream, ranks))
+            return _run(_Job(replace(conversion, places=places), progress, None, ranks, stream))
     return _run(_Job(conversion, progress, source, ranks))
 
 
@@ -228,6 +232,7 @@ def _execute(
 ) -> dict[int, Done]:
     """Run this rank's share of the steps that are not done yet; returns those done before."""
     conversion, ranks, plan = job.conversion, job.ranks, job.conversion.plan
+    stream = job.stream
     before = intact(conversion, known, job.progress, ranks)
     left = [number for number in range(len(plan.steps)) if number not in before]
     shares = shares_of(plan, left, ranks.size)
@@ -236,10 +241,9 @@ def _execute(
         work_files.open_for(conversion, files, mine)
     total = sum(plan.steps[number].moved_bytes() for number in mine)
     with (
-        _reading(conversion, job.source) as sources,
+        _reading(job) as sources,
         job.progress.phase("converting", total, len(mine)) as advance,
     ):
-        stream = sources if isinstance(sources, ShardStream) else None
         at_once = conversion.changes.files_at_once
 
         def finished(batch: list[Done]) -> None:
@@ -271,10 +275,8 @@ def _execute(
     return before
 
 
-def _reading(
-    conversion: Conversion, source: ByteSource | None
-) -> AbstractContextManager[ByteSource]:
+def _reading(job: _Job) -> AbstractContextManager[ByteSource]:
     """What the workers read from, for as long as they do."""
-    if source is None:
-        return SourceFiles(conversion.places)
-    return source if isinstance(source, ShardStream) else nullcontext(source)
+    if job.source is not None:
+        return nullcontext(job.source)
+    return job.stream or SourceFiles(job.conversion.places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.containers import Chunk, Image, safetensors
 from gptoss_convert.containers.budget import TEXT
@@ -14,17 +14,19 @@ from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats import sidecar
-from gptoss_convert.formats.adapters.adapter import Adapter
+from gptoss_convert.formats.choices import Choices
 from gptoss_convert.formats.config import Config
 from gptoss_convert.formats.image_options import ImageOptions
-from gptoss_convert.formats.option import option
 from gptoss_convert.formats.repository import Repository
 from gptoss_convert.formats.sidecar import Origin
 from gptoss_convert.layouts.extents import Extent, extents
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.layouts.table_files import load_table
 from gptoss_convert.layouts.tables import Table
-from gptoss_convert.layouts.updates import Update
+
+if TYPE_CHECKING:
+    from gptoss_convert.formats.adapters.adapter import Adapter
+    from gptoss_convert.layouts.updates import Update
 
 CONFIG = "config.json"
 MANIFEST = "gptoss-convert.json"
@@ -149,55 +151,6 @@ class Checkpoint:
             safetensors.index_text(self.root),
             self.hf_config,
         )
-
-
-@dataclass(frozen=True)
-class Choices:
-    """How a checkpoint is read: what opening it cannot decide by itself."""
-
-    format: str | None = option(
-        None, "Format to read, where SOURCE holds several.", flag="--from", kind="format"
-    )
-    repair: bool = option(
-        False, "Read what transformers 5.21 to 5.23, or torchtitan's export, mis-saved."
-    )
-    iteration: int | None = option(
-        None, "Megatron SOURCE: the iteration to read.", least=0, shown="the latest"
-    )
-    config: Path | None = option(
-        None, "A Hugging Face config.json, where SOURCE (Megatron's, a trainer's) carries none."
-    )
-    drop: tuple[str, ...] = option(
-        (), "Leave out tensors of SOURCE whose names match, such as 'v_head.*'; may be repeated."
-    )
-    vocab_size: int | None = option(
-        None,
-        "Rows of SOURCE's vocabulary: without Megatron's padding where nothing says so, or as "
-        "training resized it where config.json is older.",
-        least=1,
-    )
-    glu_interleave: int | None = option(
-        None,
-        "Megatron SOURCE: by how many rows gate and up alternate in expert fc1, 0 if they do not; "
-        "needed where only Megatron-Bridge's run_config.yaml tells.",
-        least=0,
-    )
-    gate_proj: str | None = option(
-        None,
-        "What a gate_proj of each expert holds, where names (experts.0.gate_proj) leave it open: "
-        "its gate, or half of the rows in which gate and up alternate.",
-        among=("gate", "half"),
-    )
-    from_main_params: bool = option(
-        False,
-        "Megatron SOURCE: read the float32 parameters of its optimizer instead of the weights; "
-        "needs --cast.",
-    )
-    strict: bool = option(
-        False, "Refuse what otherwise is only noted, as files that nothing names."
-    )
-    cast: bool = option(False, "Round a float32 or float16 SOURCE to BF16.")
-    follow_links: bool = option(False, "Follow links out of SOURCE, as those of a shared store.")
 
 
 DEFAULT = Choices()

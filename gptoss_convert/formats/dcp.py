@@ -1,6 +1,7 @@
 """PyTorch's distributed checkpoint (DCP) as trainers write it: `.metadata` and `.distcp` files.
 
 Sources: torch.distributed.checkpoint; accelerate's FSDP utilities, NeMo-RL, torchtitan.
+The container's code is loaded where there is such a file: few checkpoints are of this form.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from gptoss_convert.containers import torch_dist
 from gptoss_convert.containers.paths import lies
 from gptoss_convert.errors import GptossError
 from gptoss_convert.formats.checkpoint import Checkpoint, Choices, read_only
@@ -26,6 +26,8 @@ def is_nested(folder: Path) -> bool:
     """Whether `.metadata` is a state dict's of torch, and not of Megatron's model."""
     if not lies(folder, ".metadata") or lies(folder, "metadata.json"):
         return False
+    from gptoss_convert.containers import torch_dist
+
     try:
         names = torch_dist.tensor_names(folder)
     except GptossError:
@@ -47,6 +49,8 @@ FORM = Form(
 
 
 def _open(folder: Path, choices: Choices) -> Checkpoint:
+    from gptoss_convert.containers import torch_dist
+
     stored_names = torch_dist.tensor_names(folder)
     names = read_names(str(folder), stored_names, trainer_tables(), choices.drop)
     stored = torch_dist.read(folder, lambda name: kind_of(name, choices.drop) or "weight")

@@ -1,6 +1,7 @@
 """Whole models in files of `torch.save`: `pytorch_model.bin`, its shards, `model.pt`.
 
-No pickle is executed: tensors are located in the files and read in place.
+No pickle is executed: tensors are located in the files and read in place. The container's code is
+loaded where there is such a file: few checkpoints are of this form.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gptoss_convert.containers import torch_saves
 from gptoss_convert.containers.paths import lies, read_text, safe_name
 from gptoss_convert.containers.strict_json import parse_object
 from gptoss_convert.errors import InputError, IntegrityError
@@ -19,6 +20,9 @@ from gptoss_convert.formats.checkpoint import Checkpoint, Choices, Format, read_
 from gptoss_convert.formats.names import kind_of, read_names
 from gptoss_convert.formats.trained import Form, Place, open_trained, trainer_tables
 from gptoss_convert.layouts.table_files import load_table
+
+if TYPE_CHECKING:
+    from gptoss_convert.containers.torch_saves import Merged
 
 _INDEX = "pytorch_model.bin.index.json"
 _SINGLE = (
@@ -67,9 +71,7 @@ def _files(folder: Path, index: Mapping[str, str] | None) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _require_one_home(
-    folder: Path, stored: torch_saves.Merged, index: Mapping[str, str] | None
-) -> None:
+def _require_one_home(folder: Path, stored: Merged, index: Mapping[str, str] | None) -> None:
     """Each tensor lies in one file, in that which the index names."""
     for tensor, files in stored.homes.items():
         if len(files) > 1:
@@ -109,6 +111,8 @@ def open_files(
 ) -> Checkpoint:
     """The checkpoint that these files hold together; `beside` counts what lies there and is none of
     its weights. Raises as `open_trained` does."""
+    from gptoss_convert.containers import torch_saves
+
     stored = torch_saves.read(folder, files, lambda name: kind_of(name, choices.drop))
     if form is FORM:
         # Ranks hold parts of one tensor; whole models hold each of theirs once.

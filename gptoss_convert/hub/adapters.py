@@ -1,4 +1,7 @@
-"""An adapter's directory, wherever it is: on disk, or in a repository on the Hub."""
+"""An adapter's directory, wherever it is: on disk, or in a repository on the Hub.
+
+What reads adapters is loaded where one is named: most runs have none.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,6 @@ from typing import TYPE_CHECKING
 from gptoss_convert.containers.paths import Followed
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats.adapters.adapter_options import AdapterOptions
-from gptoss_convert.formats.adapters.evidence import base_remarks
-from gptoss_convert.formats.adapters.opening import open_adapter
-from gptoss_convert.formats.adapters.settings import CONFIG
-from gptoss_convert.formats.adapters.stored import PICKLE, WEIGHTS, is_adapter
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.hub.names import repository
 from gptoss_convert.machine.progress import SILENT, Progress
@@ -37,6 +36,7 @@ def adapter_directory(name: str | Path, progress: Progress = SILENT) -> Path:
 
 
 def _downloaded(listing: Listing, progress: Progress) -> Path:
+    from gptoss_convert.formats.adapters.stored import CONFIG, PICKLE, WEIGHTS
     from gptoss_convert.hub.fetch import in_cache
 
     found = listing.repository
@@ -49,6 +49,8 @@ def _downloaded(listing: Listing, progress: Progress) -> Path:
 
 def adapter_at(name: str, revision: str | None = None, follow_links: bool = False) -> Path | None:
     """The directory of the adapter that a name stands for, None if it stands for anything else."""
+    from gptoss_convert.formats.adapters.stored import CONFIG, is_adapter
+
     found = repository(name, revision)
     if found is None:
         root = Followed(name) if follow_links else Path(name)
@@ -70,6 +72,9 @@ def with_adapter(
     options.check_adapter_options()
     if options.adapter is None:
         return base
+    from gptoss_convert.formats.adapters.evidence import base_remarks
+    from gptoss_convert.formats.adapters.opening import open_adapter
+
     root = adapter_directory(options.adapter, progress)
     root = Followed(root) if follow_links else root
     adapter = open_adapter(root, base.config.numbers, options)

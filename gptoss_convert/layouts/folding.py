@@ -11,23 +11,11 @@ from itertools import zip_longest
 from typing import Any
 
 from gptoss_convert.containers import DTYPE_BYTES, Chunk
+from gptoss_convert.layouts.ranges import ranges
 
 _NUMBER = re.compile(r"(?<=[._])(0|[1-9][0-9]{0,8})(?=\.)")
 
 Numbers = tuple[int, ...]
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """`0..3,7` for {0, 1, 2, 3, 7}."""
-    parts: list[str] = []
-    ordered = sorted(set(numbers))
-    start = 0
-    for i, number in enumerate(ordered):
-        if i + 1 == len(ordered) or ordered[i + 1] != number + 1:
-            first = ordered[start]
-            parts.append(str(first) if first == number else f"{first}..{number}")
-            start = i + 1
-    return ",".join(parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ import tomllib
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from importlib import resources
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from gptoss_convert.codecs.codec import Codec, load_codec
@@ -241,14 +242,17 @@ def _axes(name: str, text: str, axes: Mapping[str, object]) -> tuple[str, ...]:
 
 def read_toml(name: str) -> dict[str, Any]:
     """The content of an installed table."""
-    text = resources.files("gptoss_convert.mappings").joinpath(name).read_text(encoding="utf-8")
-    return tomllib.loads(text)
+    return tomllib.loads((_folder() / name).read_text(encoding="utf-8"))
 
 
 def tables_in(folder: str) -> list[str]:
     """The names of the installed tables in a folder."""
-    places = resources.files("gptoss_convert.mappings").joinpath(folder).iterdir()
-    return sorted(place.name for place in places if place.name.endswith(".toml"))
+    return sorted(place.name for place in (_folder() / folder).glob("*.toml"))
+
+
+def _folder() -> Path:
+    """Where the tables are installed."""
+    return Path(str(import_module("gptoss_convert.mappings").__file__)).parent
 
 
 def only_keys(where: str, content: Mapping[str, object], known: set[str]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gptoss_convert.layouts.extents import Extent
 from gptoss_convert.layouts.layout import Box
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 RANK = "rank"
 """The axis along which the two halves of an update are multiplied and summed."""

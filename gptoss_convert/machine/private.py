@@ -6,7 +6,6 @@ Where others may write, somebody may have made the name first: a link, a directo
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import stat
 from contextlib import suppress
@@ -64,7 +63,7 @@ def require_own(path: Path, state: os.stat_result) -> None:
 
 
 def _fresh(parent: Path) -> os.stat_result:
-    name = f"{MARK}-{secrets.token_hex(8)}"
+    name = f"{MARK}-{os.urandom(8).hex()}"
     try:
         with folder(parent) as place:
             os.mkdir(name, 0o700, dir_fd=place)

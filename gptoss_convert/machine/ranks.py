@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import sys
 import threading
 import time
@@ -19,12 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from gptoss_convert.errors import EXIT_LOST, NetworkError, RankError, UsageError
 from gptoss_convert.errors.secrets import scrub
-from gptoss_convert.machine.introduction import accepted, connected
 from gptoss_convert.machine.terminal import printable
+
+if TYPE_CHECKING:
+    import socket
 
 _SILENCE = 10
 """Seconds without an answer after which a machine counts as gone."""
@@ -45,7 +46,7 @@ class Ranks:
         self.local_rank = local_rank
         """This rank's number among those of its machine: which GPU is its own."""
         self.local_size = local_size
-        self.host = socket.gethostname()
+        self.host = os.uname().nodename
         self._peers: dict[int, _Peer] = {}
         self._told = threading.Condition()
         self._values: dict[int, deque[Any]] = {}
@@ -185,6 +186,8 @@ class _Peer:
     """A connection to another rank: one JSON value a line, both ways."""
 
     def __init__(self, connection: socket.socket) -> None:
+        import socket
+
         self._connection = connection
         self._lines = connection.makefile("rb")
         self._lock = threading.Lock()
@@ -255,6 +258,9 @@ def _stated(name: str, least: int, most: int = 1 << 20) -> int:
 
 def _met(ranks: Ranks) -> Ranks:
     """The same, connected with the others."""
+    # A process that is alone needs neither sockets nor subprocesses.
+    from gptoss_convert.machine.introduction import accepted, connected
+
     try:
         ranks.connect(accepted(ranks.size) if ranks.rank == 0 else {0: connected(ranks.rank)})
     except (OSError, ValueError) as error:

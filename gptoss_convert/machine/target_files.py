@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gptoss_convert.containers.paths import create_inside
@@ -94,6 +93,8 @@ class TargetFiles(OpenFiles[str]):
             for file in files:
                 file.sync()
             return
+        from concurrent.futures import ThreadPoolExecutor
+
         # A file system writes its own journal once for all that wait for it.
         with ThreadPoolExecutor(_AT_ONCE, "sync") as pool:
             for done in [pool.submit(file.sync) for file in files]:

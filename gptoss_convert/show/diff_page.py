@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from gptoss_convert.layouts.folding import ranges
+from gptoss_convert.layouts.ranges import ranges
 from gptoss_convert.show.pages import Facts, Grid, Page
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -99,6 +98,8 @@ def _aligned(rows: Sequence[Row], right: Sequence[bool]) -> list[str]:
 
 def styled(page: Page) -> str:
     """Text with colours, as wide as the terminal; NO_COLOR leaves bold and dim."""
+    import shutil
+
     from rich.console import Console
 
     width = min(shutil.get_terminal_size().columns, _WIDEST)

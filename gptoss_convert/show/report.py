@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gptoss_convert.layouts.folding import ranges
+from gptoss_convert.layouts.ranges import ranges
 from gptoss_convert.show.pages import Facts, Grid, Page
 from gptoss_convert.show.texts import in_xml
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.formats.adapters.adapter_options import AdapterOptions
-from gptoss_convert.formats.checkpoint import DEFAULT, Choices
+from gptoss_convert.formats.choices import Choices
 from gptoss_convert.formats.option import memory_option, option, workers_option
 
 LEVELS = ("header", "values", "logits", "oracle")
@@ -24,8 +24,8 @@ class VerifyOptions(AdapterOptions):
     level: str = option(
         "logits", "How deep to look; each level includes those before it.", among=LEVELS
     )
-    source: Choices = DEFAULT
-    target: Choices = DEFAULT
+    source: Choices = field(default_factory=Choices)
+    target: Choices = field(default_factory=Choices)
     revision: str | None = option(
         None, "SOURCE on the Hub: a branch, tag or commit.", shown="its main branch"
     )
@@ -90,7 +90,7 @@ class ServedOptions:
     every_mistake: bool = option(
         False, "Look for known mistakes of engines within the limits, too: finds small ones."
     )
-    source: Choices = DEFAULT
+    source: Choices = field(default_factory=Choices)
     revision: str | None = None
     device: str = "auto"
     tokens: Path | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptoss_convert.containers.torch_dist.iterations import RELEASE, find_iteration
+from gptoss_convert.containers.iterations import RELEASE, find_iteration
 from gptoss_convert.containers.torch_dist.reader import (
     TorchDist,
     kind_of,

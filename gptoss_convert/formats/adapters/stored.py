@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.containers import Chunk, budget, safetensors, torch_dist
+from gptoss_convert.containers import Chunk, budget, safetensors
+from gptoss_convert.containers.iterations import find_iteration
 from gptoss_convert.containers.paths import lies, open_inside, read_text, settled
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.containers.strict_json import parse_object
@@ -129,14 +130,15 @@ def _bridge_directory(root: Path) -> Path | None:
     names = ("latest_checkpointed_iteration.txt", ".metadata", "metadata.json")
     if not any((root / name).exists() for name in names) and not any(root.glob("iter_*")):
         return None
-    directory = torch_dist.find_iteration(root, None)
+    directory = find_iteration(root, None)
     with open_inside(directory, ".metadata") as file:
         # A look at the bytes of a pickle, which is read in earnest only if this is one.
         return directory if _MARKER in file.read(budget.PICKLE.nbytes) else None
 
 
 def _read_bridge(root: Path) -> Stored:
-    # yaml is read only where there is some: it takes a while to import.
+    # Loaded only where there is such an adapter: both take a while to import.
+    from gptoss_convert.containers import torch_dist
     from gptoss_convert.containers.plain_yaml import parse_yaml
 
     stored = torch_dist.read(root)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.containers.budget import YAML
+from gptoss_convert.containers.iterations import RELEASE
 from gptoss_convert.containers.paths import folder_inside, lies, read_text
-from gptoss_convert.containers.torch_dist import RELEASE
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats.carried import carried_files
 from gptoss_convert.formats.checkpoint import CONFIG
@@ -16,6 +16,8 @@ RUN_CONFIG = "run_config.yaml"
 ITERATION = 1
 """Megatron-LM and Megatron-Bridge refuse iteration 0."""
 TRACKER = "latest_checkpointed_iteration.txt"
+LEGACY = "model_optim_rng.pt"
+"""In a folder for each rank: the format before torch_dist."""
 NEMO_WEIGHTS = "weights"
 """Where NeMo 2 puts its torch_dist, beside `context/`."""
 HF_FOLDER = "hf"
@@ -24,6 +26,11 @@ HF_FOLDER = "hf"
 In the root it is ours; in an iteration it is Megatron-Bridge's, with also_save_hf_checkpoint."""
 TOKENIZER_FOLDER = "tokenizer"
 """Where Megatron-Bridge saves the tokenizer, in an iteration."""
+
+
+def is_legacy(directory: Path) -> bool:
+    """Whether an iteration's directory is of the format before torch_dist."""
+    return directory.is_dir() and any(directory.glob(f"mp_rank_*/{LEGACY}"))
 
 
 def root_of(iteration: Path) -> Path:

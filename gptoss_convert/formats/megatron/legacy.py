@@ -19,8 +19,8 @@ from gptoss_convert.containers.torch_dist import TorchDist
 from gptoss_convert.containers.torch_dist.common import plain
 from gptoss_convert.containers.torch_saves import SavedFile
 from gptoss_convert.errors import InputError, IntegrityError
+from gptoss_convert.formats.megatron.files import LEGACY
 
-FILE = "model_optim_rng.pt"
 _FOLDER = re.compile(r"mp_rank_(\d{2,6})(?:_(\d{3,6}))?(?:_(\d{3,6}))?")
 _MODEL = re.compile(r"model(\d{1,4})?")
 _LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
@@ -51,11 +51,6 @@ _SKIPPED = {
     "rerun_state_machine": "rng",
 }
 """What lies beside the model, by kind; all else is the common state."""
-
-
-def is_legacy(directory: Path) -> bool:
-    """Whether an iteration's directory is of this format."""
-    return directory.is_dir() and any(directory.glob(f"mp_rank_*/{FILE}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +88,14 @@ def read(directory: Path) -> TorchDist:
     contradict each other.
     """
     folders = sorted(path.name for path in directory.glob("mp_rank_*") if path.is_dir())
-    state = _common(torch_saves.open_saved(directory, f"{folders[0]}/{FILE}"))
+    state = _common(torch_saves.open_saved(directory, f"{folders[0]}/{LEGACY}"))
     parallel = _parallel(directory, state)
     ranks = [_rank(directory, folder, parallel) for folder in folders]
     _require_all(directory, ranks, parallel)
     parts: dict[str, list[Chunk]] = defaultdict(list)
     skipped: Counter[str] = Counter()
     count = 0
-    files = torch_saves.open_all(directory, (f"{rank.folder}/{FILE}" for rank in ranks))
+    files = torch_saves.open_all(directory, (f"{rank.folder}/{LEGACY}" for rank in ranks))
     for rank, file in zip(ranks, files, strict=True):
         for virtual, name, value in _entries(file, parallel, skipped):
             for chunk in _placed(file, parallel, rank, virtual, name, value):

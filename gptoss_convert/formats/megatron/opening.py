@@ -87,7 +87,7 @@ def open_megatron(kind: Format, root: Path, choices: Choices) -> Checkpoint:
 
 def _stored(directory: Path, choices: Choices) -> TorchDist:
     """What an iteration holds, in whichever of Megatron's forms."""
-    if not legacy.is_legacy(directory):
+    if not files.is_legacy(directory):
         return nested.read(directory, choices.from_main_params)
     if choices.from_main_params:
         raise UsageError(

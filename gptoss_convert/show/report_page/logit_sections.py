@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from gptoss_convert.layouts.folding import ranges
+from gptoss_convert.layouts.ranges import ranges
 from gptoss_convert.show.report_page import figures
 from gptoss_convert.show.report_page.document import (
     NONE,
