@@ -118,28 +118,68 @@ def test_folders_form_few_layers_and_no_circle():
     assert sum(map(len, uses.values())) <= 110
 
 
-HEAVY = ("torch", "transformers", "megatron", "safetensors", "huggingface_hub")
+PACKAGES = {
+    *("click", "huggingface_hub", "isal", "numpy", "rich", "yaml"),
+    *("torch", "transformers", "megatron", "safetensors", "tokenizers", "jinja2", "matplotlib"),
+}
+"""What other people wrote, and some command imports."""
+RARE = (
+    *("containers.torch_dist", "containers.torch_saves", "formats.megatron.opening"),
+    *("formats.adapters.opening", "formats.adapters.dialects", "hub.client", "hub.stream"),
+    *("quantise", "witness", "machine.introduction"),
+)
+"""Parts of this package that only some checkpoints or options need."""
+SLOW = ("concurrent.futures", "importlib.resources", "logging", "socket", "subprocess", "tempfile")
+"""Modules of Python that take milliseconds each, and that nothing usual needs."""
 
 
-def heavy_after(*arguments: str) -> tuple[str, list[str]]:
-    """What a command prints, and the heavy packages it imported."""
+def loaded_by(*arguments: object) -> tuple[str, set[str]]:
+    """What a command prints, and all modules that are loaded when it ends."""
     code = (
         "import sys\n"
         "from gptoss_convert.cli.main import cli\n"
         "try:\n"
-        f"    cli.main({[*arguments]!r}, standalone_mode=False)\n"
+        f"    cli.main({[*map(str, arguments)]!r}, standalone_mode=False)\n"
         "finally:\n"
-        f"    print(*(n for n in {HEAVY!r} if n in sys.modules), file=sys.stderr)\n"
+        "    print(*sys.modules, file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr.splitlines()[-1].split()
+    return done.stdout, set(done.stderr.splitlines()[-1].split())
 
 
-def test_help_imports_nothing_heavy():
-    text, heavy = heavy_after("convert", "--help")
+def needless(modules: set[str]) -> set[str]:
+    """Those of some loaded modules that no command needs for a plain checkpoint on disk."""
+    return modules & {*SLOW, *(f"gptoss_convert.{name}" for name in RARE)}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+def test_help_imports_no_format_and_click_alone(arguments: list[str]):
+    _, modules = loaded_by(*arguments)
+    assert modules & PACKAGES == {"click"}
+    assert not needless(modules)
+    assert not [name for name in modules if name.startswith("gptoss_convert.containers")]
+
+
+def test_help_of_a_command_knows_the_formats():
+    text, modules = loaded_by("convert", "--help")
     assert "SOURCE TARGET" in text
-    assert heavy == []
+    assert "[hf|openai|megatron]" in text
+    assert modules & PACKAGES == {"click"}
+    assert not needless(modules)
+
+
+def test_a_small_conversion_loads_what_it_needs(tmp_path: Path):
+    source = tmp_path / "source"
+    synth(source, layers=1, workers=1)
+    for number, to in enumerate(("hf", "openai")):
+        target = tmp_path / str(number)
+        _, modules = loaded_by("convert", source, target, "--to", to, "--dtype", "mxfp4")
+        assert (target / "gptoss-convert.json").exists()
+        assert modules & PACKAGES == {"click", "isal", "numpy"}
+        assert not needless(modules)
+    _, modules = loaded_by("verify", source, tmp_path / "0", "--level", "values", "--quiet")
+    assert modules & PACKAGES == {"click", "isal", "numpy"}
 
 
 def test_plans_and_inspections_of_120b_import_nothing_heavy(tmp_path: Path):
@@ -148,14 +188,15 @@ def test_plans_and_inspections_of_120b_import_nothing_heavy(tmp_path: Path):
     write_header_only(source / "model.safetensors", inventory("120b", "hf-mxfp4"))
     (source / "config.json").write_text(json.dumps(published_config("120b")))
     for to, dtype in (("hf", "bf16"), ("openai", "mxfp4"), ("hf", "keep"), ("megatron", "keep")):
-        text, heavy = heavy_after(
-            *("convert", str(source), str(tmp_path / "out"), "--to", to, "--dtype", dtype),
+        text, modules = loaded_by(
+            *("convert", source, tmp_path / "out", "--to", to, "--dtype", dtype),
             *("--dry-run", "--json"),
         )
-        assert heavy == []
+        assert modules & PACKAGES <= {"click", "isal", "numpy", "yaml"}
         assert json.loads(text)["read_bytes"] == COUNTS["120b", "hf-mxfp4"][1]
-    text, heavy = heavy_after("inspect", str(source), "--json")
-    assert heavy == []
+    text, modules = loaded_by("inspect", source, "--json")
+    assert modules & PACKAGES == {"click"}
+    assert not needless(modules)
     assert json.loads(text)["parameters"] == 116_829_156_672
     assert [path.name for path in tmp_path.iterdir()] == ["gpt-oss-120b"]
 

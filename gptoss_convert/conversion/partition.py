@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -88,7 +87,7 @@ def require_shared(target: Path, ranks: Ranks) -> None:
     """Refuse a TARGET beside which some rank does not see what rank 0 writes."""
     if ranks.size == 1:
         return
-    token = secrets.token_hex(16)
+    token = os.urandom(16).hex()
     if ranks.rank == 0:
         for rank in range(1, ranks.size):
             with locked_journal(target, rank) as descriptor:
