@@ -54,13 +54,19 @@ def convert(source: str, target: str, to: str, dtype: str, leave_out: str = "not
 
 def verify(source: str, target: str, leave_out: str = "nothing") -> Result:
     """Compare all values of two checkpoints; `leave_out` the comparison to read both alone."""
-    from gptoss_convert.compare import pairs, values
+    from gptoss_convert.compare import values
+    from gptoss_convert.compare.pairs import StepPair
+    from gptoss_convert.compare.values_report import Compared
     from gptoss_convert.formats.registry import open_checkpoint
 
     if leave_out == "kernels":
-        compared = values.Compared
-        pairs._Worker._values = lambda *_: None  # pyright: ignore
-        values._compare = lambda number, *_: (compared(number, 0, None, None, 0, 0), False)  # pyright: ignore
+
+        def read(number: int, pair: StepPair, _: bool) -> Compared:
+            for _piece in pair.pieces():
+                pass
+            return Compared(number, 0, None, None, 0, 0)
+
+        values._compare = read  # pyright: ignore
     began = time.monotonic()
     ours, theirs = open_checkpoint(Path(source)), open_checkpoint(Path(target))
     values.compare_values(ours, theirs)

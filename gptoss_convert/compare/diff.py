@@ -155,7 +155,8 @@ def diff(
 
 
 def _judge(number: int, pair: StepPair) -> tuple[int, Distance]:
-    return number, sum_of(distance(*pair.values(piece)) for piece in pair.pieces())
+    found = (one for piece in pair.pieces() for one in piece.values())
+    return number, sum_of(distance(a, b) for _, a, b in found)
 
 
 def _shapes(a: Config, b: Config) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

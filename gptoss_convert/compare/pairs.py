@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Literal, TypeVar
 
@@ -20,7 +21,6 @@ from gptoss_convert.compare.merge_diagnosis import Readings
 from gptoss_convert.engine.buffers import Part, Parts, StepReader, joined, scratch
 from gptoss_convert.engine.changes import Changes
 from gptoss_convert.engine.derivations import Change, Recipe, choose
-from gptoss_convert.engine.fingerprint import examined
 from gptoss_convert.engine.records import Digest
 from gptoss_convert.engine.steps import Plan, Step
 from gptoss_convert.engine.work import Work
@@ -36,127 +36,98 @@ from gptoss_convert.machine.threads import run_all
 T = TypeVar("T")
 Recipes = Mapping[str, Recipe]
 """By weight, how its values come of what one side stores."""
-_PIECE = 1 << 20
-"""Values that are decoded at once where two sides differ."""
+_AT_ONCE = 1 << 20
+"""Values that are decoded to memory at once, where two sides differ."""
 
 
 class _Side:
-    """What one side holds of a step."""
+    """What one side holds of a step: blocks and scales, or values."""
 
-    def __init__(self, step: Step, held: Parts, recipe: Recipe) -> None:
+    def __init__(self, step: Step, held: Parts, recipe: Recipe, arena: Arena) -> None:
         self.parts = held
-        self.recipe = recipe
-        self.changed = len(recipe.by_piece) > 1
-        """Whether the weight is more than copied or decoded."""
-        self.work = Work(step, held, {})
-        self.work.run(recipe.first)
         self.encoding = recipe.family.stored(held)
         """Of which blocks and scales are held, None where values are."""
+        self._recipe = recipe
+        self._work = Work(step, held, {})
+        self._work.run(recipe.first)
+        if is_changed(recipe):
+            weight = step.family.weight
+            self._work.held[weight] = [_made(step, self._work.held, recipe, arena)]
+            self.encoding = None
 
-    def values(self, piece: Step, arena: Arena) -> Bits:
+    @property
+    def values(self) -> Sequence[Part]:
+        """The weight's values, if it is them that are held."""
+        return self._work.held[self._recipe.family.weight]
+
+    def summed(self) -> Digest:
+        """The fingerprint of all that is held."""
+        return self._work.summed(self.encoding)
+
+    def stands_for(self, values: Part) -> bool:
+        """Whether the blocks that are held decode to exactly these values."""
+        assert self.encoding is not None
+        return self._work.stands_for(self.encoding, values)
+
+    def of(self, piece: Step, arena: Arena) -> Bits:
         """A piece as BF16 bits, contiguous, in the order of the weight's axes."""
-        weight = piece.family.weight
-        for part in () if self.changed else self.work.held.get(weight, ()):
+        for part in () if self.encoding else self.values:
             if overlap(part.box, piece.box) == piece.box:
                 found = part.view(piece.box)
                 if found.flags.c_contiguous:
                     return found
-        room = scratch(next(iter(self.parts.values()))[0], piece.box, arena)
-        Work(piece, self.work.held, {weight: [room]}).run(self.recipe.by_piece)
-        return room.array
+        return _made(piece, self._work.held, self._recipe, arena).array
 
 
-class StepPair:
-    """Both sides of one step, as they were read; what else is asked for is made then."""
+def _made(step: Step, held: Parts, recipe: Recipe, arena: Arena) -> Part:
+    """The weight's values, in memory of their own."""
+    room = scratch(next(iter(held.values()))[0], step.box, arena)
+    Work(step, held, {step.family.weight: [room]}).run(recipe.by_piece)
+    return room
 
-    def __init__(
-        self,
-        step: Step,
-        ours: _Side,
-        theirs: _Side,
-        arena: Arena,
-        limit: int | None,
-        others: Mapping[str, Recipe],
-    ) -> None:
-        self.step = step
-        self.parts = ours.parts, theirs.parts
-        self._ours, self._theirs = ours, theirs
-        self._arena = arena
-        self._mark = arena.mark()
-        self._limit = limit
-        self._others = others
-        self._made: tuple[Box, Bits, Bits] | None = None
 
-    def pieces(self) -> Iterator[Step]:
-        """The step in pieces of which there is room for both sides' values, in order."""
-        step = self.step
-        shape = [hi - lo for lo, hi in step.box]
-        for cut in cuts(shape, self._limit or max(math.prod(shape), 1)):
-            spans = itertools.zip_longest(cut, step.box)
-            box = [(lo + one.start, lo + one.stop) if one else (lo, hi) for one, (lo, hi) in spans]
-            yield step.part(tuple(box))
+@dataclass(frozen=True)
+class Piece:
+    """Both sides of a step, or of a part of it, as they were read."""
 
-    def values(self, piece: Step) -> tuple[Bits, Bits]:
-        """Both sides of a piece as BF16 bits, contiguous, in the order of the weight's axes, until
-        those of another piece are asked for; one array where they hold the same blocks."""
-        if self._made is None or self._made[0] != piece.box:
-            self._arena.rewind(self._mark)
-            ours = self._ours.values(piece, self._arena)
-            theirs = ours if self._same_blocks else self._theirs.values(piece, self._arena)
-            self._made = piece.box, ours, theirs
-        return self._made[1:]
-
-    def whole(self) -> tuple[Bits, Bits]:
-        """The values of the whole step, where there is room for them."""
-        return self.values(self.step)
+    step: Step
+    ours: _Side
+    theirs: _Side
+    arena: Arena
+    whole: bool
+    """Whether there is room for all values of both sides at once."""
 
     def same(self) -> bool:
-        """Whether both sides hold the same values, bit by bit; for that, nothing is decoded to
-        memory unless one side's values are changed on the way."""
-        ours, theirs = self._ours, self._theirs
-        if not ours.changed:
-            if self._same_blocks:
-                return True
-            if ours.encoding is None and theirs.encoding is None:
-                return _same_parts(*(side.work.held[self._weight] for side in (ours, theirs)))
-            if ours.encoding is None:
-                ours, theirs = theirs, ours
-            if ours.encoding and not theirs.encoding:
-                held = joined(theirs.work.held[self._weight])
-                if all(_whole_blocks(part.box[-1], self.step) for part in held):
-                    return all(ours.work.stands_for(ours.encoding, part) for part in held)
-        return all(equal(*self.values(piece)) for piece in self.pieces())
+        """Whether both sides hold the same values, bit by bit; if so, none went to memory."""
+        ours, theirs = self.ours, self.theirs
+        if ours.encoding and theirs.encoding:
+            return self._same_blocks or all(equal(a, b) for _, a, b in self.values())
+        if not (ours.encoding or theirs.encoding):
+            return _same_parts(self.step.box, ours.values, theirs.values)
+        packed, other = (ours, theirs) if ours.encoding else (theirs, ours)
+        held = [_within(part, self.step.box) for part in joined(other.values)]
+        if all(_whole_blocks(part.box[-1], self.step) for part in held):
+            return all(packed.stands_for(part) for part in held)
+        return all(equal(a, b) for _, a, b in self.values())
 
-    def fingerprint(self) -> Digest:
-        """Of the first side's values, those of an adapter's merge included."""
-        if not self._ours.changed:
-            return self._ours.work.summed(self._ours.encoding)
-        step = self.step
-        found = examined(self.whole()[0], step.box, step.lengths, step.layer_axis)
-        return Digest(found[0], not found[1])
-
-    def readings(self) -> Readings:
-        """What the weight would be if what changes it did otherwise; computed when asked for."""
-        if not self._ours.changed:
-            return {}
-        return {name: partial(self._otherwise, recipe) for name, recipe in self._others.items()}
-
-    def _otherwise(self, recipe: Recipe) -> Bits:
-        """The step's weight by another recipe, which takes room for no longer than it is made."""
-        mark = self._arena.mark()
-        values = _Side(self.step, self._ours.parts, recipe).values(self.step, self._arena).copy()
-        self._arena.rewind(mark)
-        return values
-
-    @property
-    def _weight(self) -> str:
-        return self.step.family.weight
+    def values(self) -> Iterator[tuple[Step, Bits, Bits]]:
+        """(what, both sides as BF16 bits, contiguous, in the order of the weight's axes), one part
+        after the other in the same memory; one array where both hold the same blocks."""
+        mark = self.arena.mark()
+        shape = [hi - lo for lo, hi in self.step.box]
+        for cut in cuts(shape, math.prod(shape) if self.whole else _AT_ONCE):
+            self.arena.rewind(mark)
+            spans = itertools.zip_longest(cut, self.step.box)
+            box = [(lo + one.start, lo + one.stop) if one else (lo, hi) for one, (lo, hi) in spans]
+            part = self.step.part(tuple(box))
+            ours = self.ours.of(part, self.arena)
+            yield part, ours, ours if self._same_blocks else self.theirs.of(part, self.arena)
 
     @cached_property
     def _same_blocks(self) -> bool:
         """Whether both sides hold the weight encoded, in the same boxes, byte by byte the same."""
-        ours, theirs = self.parts
-        if self._ours.changed or self._weight in ours or ours.keys() != theirs.keys():
+        ours, theirs = self.ours.parts, self.theirs.parts
+        if not (self.ours.encoding and self.theirs.encoding) or ours.keys() != theirs.keys():
             return False
         return all(
             [part.box for part in parts] == [part.box for part in theirs[name]]
@@ -165,9 +136,67 @@ class StepPair:
         )
 
 
-def _same_parts(ours: Sequence[Part], theirs: Sequence[Part]) -> bool:
-    common = ((a, b, overlap(a.box, b.box)) for a in joined(ours) for b in joined(theirs))
-    return all(equal(a.view(box), b.view(box)) for a, b, box in common if box)
+class StepPair:
+    """One step: what the first side holds of it, and both sides piece by piece."""
+
+    def __init__(
+        self,
+        step: Step,
+        reader: StepReader,
+        recipes: Sequence[Recipe],
+        others: Mapping[str, Recipe],
+        whole: bool,
+    ) -> None:
+        self.step = step
+        self._reader = reader
+        self._whole = whole
+        self._others = others
+        self._recipe, self._other_recipe = recipes
+        reader.begin()
+        held, _ = reader.read(step, step.sources)
+        self.ours = _Side(step, held, self._recipe, reader.arena)
+        self._mark = reader.arena.mark()
+
+    def pieces(self) -> Iterator[Piece]:
+        """The step in pieces that follow one another in the second side's files, which are read
+        one after the other into the same memory; or the whole step, if there is room for it."""
+        arena = self._reader.arena
+        for part in (self.step,) if self._whole else self.step.pieces():
+            arena.rewind(self._mark)
+            held, _ = self._reader.read(part, self.step.targets)
+            theirs = _Side(part, held, self._other_recipe, arena)
+            yield Piece(part, self.ours, theirs, arena, self._whole)
+
+    def readings(self) -> Readings:
+        """What the weight would be if what changes it did otherwise; computed when asked for."""
+        if not is_changed(self._recipe):
+            return {}
+        return {name: partial(self._otherwise, recipe) for name, recipe in self._others.items()}
+
+    def _otherwise(self, recipe: Recipe) -> Bits:
+        """The step's weight by another recipe, which takes room for no longer than it is made."""
+        arena = self._reader.arena
+        mark = arena.mark()
+        values = _Side(self.step, self.ours.parts, recipe, arena).of(self.step, arena).copy()
+        arena.rewind(mark)
+        return values
+
+
+def is_changed(recipe: Recipe) -> bool:
+    """Whether a weight is more than copied or decoded."""
+    return len(recipe.by_piece) > 1
+
+
+def _within(part: Part, box: Box) -> Part:
+    """What a part holds of a box that it reaches into."""
+    common = overlap(part.box, box) or part.box
+    return part if common == part.box else Part(part.extent, common, -1, part.view(common))
+
+
+def _same_parts(box: Box, ours: Sequence[Part], theirs: Sequence[Part]) -> bool:
+    sides = [[_within(part, box) for part in joined(side)] for side in (ours, theirs)]
+    common = ((a, b, overlap(a.box, b.box)) for a in sides[0] for b in sides[1])
+    return all(equal(a.view(held), b.view(held)) for a, b, held in common if held)
 
 
 def _whole_blocks(span: tuple[int, int], step: Step) -> bool:
@@ -194,14 +223,13 @@ def judge_steps(
     """What `judge` says of the steps of these numbers, in any order; the plan leads to the
     second side.
 
-    With `whole`, or with changes, there is room for the values of whole steps. The first side's
+    With `whole` there is room for all values of a step, which then is one piece. The first side's
     values are those after the `changes`; `readings` are other changes of it, by name, which the
-    judge may ask for. So many `processes` compare on this machine. Raises ResourceError where
-    memory is too small for one step.
+    judge of whole steps may ask for. So many `processes` compare on this machine. Raises
+    ResourceError where memory is too small for one step.
     """
     changes = changes or Changes()
-    limit = None if whole or changes.by_weight else _PIECE
-    room = max((_room(step, changes, limit) for step in plan.steps), default=0)
+    room = max((_room(step, changes, whole) for step in plan.steps), default=0)
     each = room + changes.worker_bytes
     count = resources.choose_workers(each, max_memory, workers, processes, changes.shared_bytes)
     ours = _recipes(plan.steps, "sources", changes.by_weight)
@@ -217,14 +245,13 @@ def judge_steps(
         def run(number: int) -> tuple[T, int]:
             step = plan.steps[number]
             weight = step.family.weight
-            reader.begin()
-            held, read = reader.read(step, step.sources)
-            other, more = reader.read(step, step.targets)
-            sides = _Side(step, held, ours[weight]), _Side(step, other, theirs[weight])
-            otherwise = {name: recipes[weight] for name, recipes in others.items()}
-            return judge(
-                number, StepPair(step, *sides, reader.arena, limit, otherwise)
-            ), read + more
+            otherwise = {
+                name: recipes[weight]
+                for name, recipes in others.items()
+                if is_changed(ours[weight])
+            }
+            pair = StepPair(step, reader, (ours[weight], theirs[weight]), otherwise, whole)
+            return judge(number, pair), step.moved_bytes()
 
         return run
 
@@ -256,9 +283,12 @@ def _recipes(
     }
 
 
-def _room(step: Step, changes: Changes, limit: int | None) -> int:
-    """Bytes of buffer for both sides of a step as they are read, for a piece of either as values,
-    and for what a weight that is changed would be otherwise."""
-    count = 3 if changes.by_weight.get(step.family.weight) else 2
-    piece = min(volume(step.box), limit or volume(step.box))
-    return step.source_bytes() + step.target_bytes() + count * (2 * piece + PAGE)
+def _room(step: Step, changes: Changes, whole: bool) -> int:
+    """Bytes of buffer for what is read of a step, for values of both sides, and for those of a
+    weight that is changed, as it is and, of whole steps, as it would be otherwise."""
+    changed = bool(changes.by_weight.get(step.family.weight))
+    values = 2 * volume(step.box) + PAGE
+    if whole:
+        return step.source_bytes() + step.target_bytes() + (2 + changed) * values
+    read = step.source_bytes() + next(step.pieces()).target_bytes()
+    return read + changed * values + 2 * min(values, 2 * _AT_ONCE + PAGE)

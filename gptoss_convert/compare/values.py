@@ -30,7 +30,7 @@ from gptoss_convert.compare.values_report import (
 from gptoss_convert.containers.json_records import from_json, to_json
 from gptoss_convert.engine.changes import Changes, merges_of
 from gptoss_convert.engine.fingerprint import MASK, examined
-from gptoss_convert.engine.steps import TILE_BYTES, Plan, Step, make_plan
+from gptoss_convert.engine.steps import Plan, Step, make_plan
 from gptoss_convert.errors import InputError
 from gptoss_convert.formats.adapters.opening import other_readings
 from gptoss_convert.formats.checkpoint import Checkpoint
@@ -41,8 +41,6 @@ from gptoss_convert.machine.progress import SILENT, Progress
 from gptoss_convert.machine.ranks import ALONE, Ranks
 
 T = TypeVar("T")
-_TILE_BYTES = 8 << 20
-"""Values compared at once: little memory, and much of it in the processor's caches."""
 _AT_ONCE = 1 << 16
 """Elements compared at once: both sides stay in the cache."""
 
@@ -71,29 +69,17 @@ def compare_values(
     model = load_model()
     stored = _stored(source), _stored(target)
 
-    def planned(tile_bytes: int) -> Plan:
-        return make_plan(model, model.sizes(ours), *stored, tile_bytes=tile_bytes)
+    plan = make_plan(model, model.sizes(ours), *stored)
 
     def judge(number: int, pair: StepPair) -> Compared:
         ranks.check()
-        found, finite = _compare(number, pair)
-        if not statistics:
-            return found
-        # What is no number is rare: only then is it worth a pass of its own.
-        pieces = () if finite else pair.pieces()
-        nonfinite = sum(distance(*pair.values(piece)).nonfinite for piece in pieces)
-        return replace(found, statistics=step_statistics(pair.step, nonfinite, pair.parts))
+        return _compare(number, pair, statistics)
 
     def explain(number: int, pair: StepPair) -> Explained:
         ranks.check()
-        found = _explain(number, pair)
-        if not statistics:
-            return found
-        return replace(found, distances=distances_of(pair.step, *pair.whole()))
+        return _explain(number, pair, statistics)
 
-    def judged(
-        plan: Plan, numbers: list[int], judge: Judge[T], kind: type[T], whole: bool
-    ) -> list[T]:
+    def judged(numbers: list[int], judge: Judge[T], kind: type[T], whole: bool) -> list[T]:
         dealt = balanced([volume(plan.steps[n].box) for n in numbers], ranks.size)
         found = judge_steps(
             plan,
@@ -112,28 +98,15 @@ def compare_values(
         told = ranks.gather([to_json(one) for one in found])
         return [from_json(kind, one) for part in told for one in part]
 
-    # An adapter's update may have a norm along a whole row, and parts of experts that lie across
-    # would be read in thousands of short runs.
-    small = not source.adapter and not any(_lies_across(one) for side in stored for one in side)
-    plan = planned(_TILE_BYTES if small else TILE_BYTES)
     numbers = [n for n, step in enumerate(plan.steps) if layers is None or step.layer < layers]
-    compared = judged(plan, numbers, judge, Compared, False)
+    compared = judged(numbers, judge, Compared, False)
     compared.sort(key=lambda result: result.step)
     apart = [plan.steps[one.step] for one in compared if one.differing]
     explained: list[Explained] = []
     if apart:
-        # Known mistakes are mistakes of whole experts; that nothing differs, parts of them show.
-        whole = planned(TILE_BYTES) if small else plan
-        explained = judged(whole, _reached(whole, apart, statistics), explain, Explained, True)
+        # Known mistakes are mistakes of whole experts; that nothing differs, pieces of them show.
+        explained = judged(_reached(plan, apart, statistics), explain, Explained, True)
     return summed_up(plan, compared, sorted(explained, key=lambda one: one.step))
-
-
-def _lies_across(extent: Extent) -> bool:
-    """Whether it holds experts as values whose last axis is not the closest, as HF's BF16 does."""
-    family = load_model().families.get(extent.param)
-    if family is None or not family.encodings:
-        return False
-    return extent.strides[-1] > min(stride for stride in extent.strides if stride)
 
 
 def _reached(plan: Plan, steps: Iterable[Step], whole_layers: bool) -> list[int]:
@@ -176,32 +149,52 @@ def _readings(source: Checkpoint) -> dict[str, Changes]:
     }
 
 
-def _compare(number: int, pair: StepPair) -> tuple[Compared, bool]:
-    """What differs, and whether neither side holds infinities or NaN."""
-    mark = pair.fingerprint()
+def _compare(number: int, pair: StepPair, statistics: bool) -> Compared:
+    """What differs in a step; what does is read once more, to say where."""
+    mark = pair.ours.summed()
     share = mark.fingerprint or 0
-    if pair.same():
-        return Compared(number, 0, None, None, share, share), mark.finite
-    differing, theirs, finite = 0, 0, mark.finite
-    first: Element | None = None
-    worst: Element | None = None
+    found, finite = Compared(number, 0, None, None, share, share), mark.finite
+    held = [pair.ours.parts]
     for piece in pair.pieces():
-        ours, other = pair.values(piece)
-        count, begin, far = _apart(piece, ours.reshape(-1), other.reshape(-1))
-        differing, first = differing + count, first or begin
-        worst = max(filter(None, (worst, far)), key=lambda one: one.ulps, default=None)
-        more, odd = examined(other, piece.box, piece.lengths, piece.layer_axis)
-        theirs, finite = theirs + more & MASK, finite and not odd
+        held[1:] = [piece.theirs.parts]
+        if not piece.same():
+            found, more = _differing(number, pair, share)
+            finite = finite and more
+            break
+    if not statistics:
+        return found
+    # What is no number is rare: only then is it worth a pass of its own.
+    parts = () if finite else (one for piece in pair.pieces() for one in piece.values())
+    nonfinite = sum(distance(a, b).nonfinite for _, a, b in parts)
+    return replace(found, statistics=step_statistics(pair.step, nonfinite, held))
+
+
+def _differing(number: int, pair: StepPair, share: int) -> tuple[Compared, bool]:
+    """What differs in a step in which something does, and whether all of TARGET's is finite."""
+    differing, theirs, finite = 0, 0, True
+    elements: list[Element] = []
+    for piece in pair.pieces():
+        for part, a, b in piece.values():
+            count, first, worst = _apart(part, a.reshape(-1), b.reshape(-1))
+            differing += count
+            elements += filter(None, (first, worst))
+            more, odd = examined(b, part.box, part.lengths, part.layer_axis)
+            theirs, finite = theirs + more & MASK, finite and not odd
+    first = min(elements, key=lambda one: one.index)
+    worst = min(elements, key=lambda one: (-one.ulps, one.index))
     return Compared(number, differing, first, worst, share, theirs), finite
 
 
-def _explain(number: int, pair: StepPair) -> Explained:
-    """Which known mistake makes one side of the other."""
-    step, (ours, theirs) = pair.step, pair.whole()
+def _explain(number: int, pair: StepPair, statistics: bool) -> Explained:
+    """Which known mistake makes one side of the other, and how far they lie apart."""
+    step = pair.step
+    ((_, ours, theirs),) = (one for piece in pair.pieces() for one in piece.values())
     explained = looks(step, ours, theirs)
     if explained is None and (readings := pair.readings()):
         explained = looks_merged(step, ours, theirs, readings)
-    return Explained(number, *place_of(step), explained, expert_digests(step, ours, theirs))
+    digests = expert_digests(step, ours, theirs)
+    found = Explained(number, *place_of(step), explained, digests)
+    return replace(found, distances=distances_of(step, ours, theirs)) if statistics else found
 
 
 def _apart(step: Step, a: Bits, b: Bits) -> tuple[int, Element | None, Element | None]:
