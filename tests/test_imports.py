@@ -180,6 +180,7 @@ def test_a_small_conversion_loads_what_it_needs(tmp_path: Path):
         assert not needless(modules)
     _, modules = loaded_by("verify", source, tmp_path / "0", "--level", "values", "--quiet")
     assert modules & PACKAGES == {"click", "isal", "numpy"}
+    assert not needless(modules)
 
 
 def test_plans_and_inspections_of_120b_import_nothing_heavy(tmp_path: Path):

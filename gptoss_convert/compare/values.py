@@ -32,7 +32,6 @@ from gptoss_convert.engine.changes import Changes, merges_of
 from gptoss_convert.engine.fingerprint import MASK, examined
 from gptoss_convert.engine.steps import Plan, Step, make_plan
 from gptoss_convert.errors import InputError
-from gptoss_convert.formats.adapters.opening import other_readings
 from gptoss_convert.formats.checkpoint import Checkpoint
 from gptoss_convert.layouts.extents import Extent, volume
 from gptoss_convert.layouts.model import load_model
@@ -141,6 +140,9 @@ def _readings(source: Checkpoint) -> dict[str, Changes]:
     """What would be of the source's adapter otherwise: nothing, or another reading of its file."""
     if source.adapter is None:
         return {}
+    # Loaded where there is an adapter, as by whoever opened it.
+    from gptoss_convert.formats.adapters.opening import other_readings
+
     read = other_readings(source.adapter, source.config.numbers)
     arithmetic = source.updates[1]
     return {
