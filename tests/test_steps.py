@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import cache
 from importlib import resources
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptoss_convert import convert
 from gptoss_convert.containers import Chunk
 from gptoss_convert.containers.refs import FileRef
+from gptoss_convert.conversion.options import Options
 from gptoss_convert.engine.execute import execute, written_ranges
 from gptoss_convert.engine.records import Done
 from gptoss_convert.engine.steps import Plan, make_plan
@@ -34,7 +37,10 @@ from gptoss_convert.layouts.table_files import load_table, parse_table
 from gptoss_convert.layouts.tables import Table
 from gptoss_convert.machine.arena import Arena
 from gptoss_convert.machine.target_files import TargetFiles
+from gptoss_convert.synth.synth import synth
+from tests.tiny_files import write_hf_bf16
 from tests.tiny_models import (
+    SQUARE,
     TinyShape,
     decode_mxfp4,
     hf_bf16_tensors,
@@ -372,6 +378,28 @@ def test_every_element_arrives_however_small_the_pieces(
         # The smallest take long: of the numbers, their lowest digit.
         runs = (0, 5) if piece_bytes > 1 else (0,)
         assert misplaced(source, target, seed=seed, runs=runs) == []
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("to", ["hf", "openai"])
+def test_what_is_encoded_row_by_row_is_summed_up_once(
+    to: str, exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = tmp_path / "source"
+    if exact:
+        synth(tmp_path / "packed")
+        convert(tmp_path / "packed", source, Options(to="hf", dtype="bf16"))
+    else:
+        write_hf_bf16(source, SQUARE, random_weights(SQUARE, seed=9))
+    lossy = None if exact else "nearest"
+    made: list[dict[str, bytes]] = []
+    for at_once in (1 << 21, 20_000 if exact else 64):
+        monkeypatch.setattr("gptoss_convert.engine.execute._AT_ONCE", at_once)
+        target = tmp_path / str(at_once)
+        convert(source, target, Options(to=to, dtype="mxfp4", lossy=lossy))
+        made.append({file.name: file.read_bytes() for file in target.rglob("*.*")})
+    assert "gptoss-convert.json" in made[0]
+    assert made[0] == made[1]
 
 
 def test_pieces_follow_one_another_in_the_target(monkeypatch: pytest.MonkeyPatch):

@@ -5,20 +5,18 @@ Memory is bounded as in a conversion, and each byte is read once.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from typing import Literal, TypeVar
 
-from gptoss_convert.codecs.mxfp4.axes import pieces as cuts
 from gptoss_convert.compare.arrays import equal
 from gptoss_convert.compare.diagnosis import Bits
 from gptoss_convert.compare.merge_diagnosis import Readings
-from gptoss_convert.engine.buffers import Part, Parts, StepReader, joined, scratch
+from gptoss_convert.engine.buffers import Part, Parts, StepReader, cuts, joined, scratch
 from gptoss_convert.engine.changes import Changes
 from gptoss_convert.engine.derivations import Change, Recipe, choose
 from gptoss_convert.engine.records import Digest
@@ -105,7 +103,7 @@ class Piece:
         if not (ours.encoding or theirs.encoding):
             return _same_parts(self.step.box, ours.values, theirs.values)
         packed, other = (ours, theirs) if ours.encoding else (theirs, ours)
-        held = [_within(part, self.step.box) for part in joined(other.values)]
+        held = _within(other.values, self.step.box)
         if all(_whole_blocks(part.box[-1], self.step) for part in held):
             return all(packed.stands_for(part) for part in held)
         return all(equal(a, b) for _, a, b in self.values())
@@ -114,12 +112,8 @@ class Piece:
         """(what, both sides as BF16 bits, contiguous, in the order of the weight's axes), one part
         after the other in the same memory; one array where both hold the same blocks."""
         mark = self.arena.mark()
-        shape = [hi - lo for lo, hi in self.step.box]
-        for cut in cuts(shape, math.prod(shape) if self.whole else _AT_ONCE):
+        for part in cuts(self.step, volume(self.step.box) if self.whole else _AT_ONCE):
             self.arena.rewind(mark)
-            spans = itertools.zip_longest(cut, self.step.box)
-            box = [(lo + one.start, lo + one.stop) if one else (lo, hi) for one, (lo, hi) in spans]
-            part = self.step.part(tuple(box))
             ours = self.ours.of(part, self.arena)
             yield part, ours, ours if self._same_blocks else self.theirs.of(part, self.arena)
 
@@ -187,15 +181,14 @@ def is_changed(recipe: Recipe) -> bool:
     return len(recipe.by_piece) > 1
 
 
-def _within(part: Part, box: Box) -> Part:
-    """What a part holds of a box that it reaches into."""
-    common = overlap(part.box, box) or part.box
-    return part if common == part.box else Part(part.extent, common, -1, part.view(common))
+def _within(parts: Sequence[Part], box: Box) -> list[Part]:
+    """What parts hold of a box, those that follow one another as one."""
+    return [part.within(box) for part in joined(parts) if part.reaches(box)]
 
 
 def _same_parts(box: Box, ours: Sequence[Part], theirs: Sequence[Part]) -> bool:
-    sides = [[_within(part, box) for part in joined(side)] for side in (ours, theirs)]
-    common = ((a, b, overlap(a.box, b.box)) for a in sides[0] for b in sides[1])
+    sides = product(_within(ours, box), _within(theirs, box))
+    common = ((a, b, overlap(a.box, b.box)) for a, b in sides)
     return all(equal(a.view(held), b.view(held)) for a, b, held in common if held)
 
 

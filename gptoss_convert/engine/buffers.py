@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptoss_convert.codecs.mxfp4 import relayout
+from gptoss_convert.codecs.mxfp4 import axes, relayout
 from gptoss_convert.containers import DTYPE_BYTES
 from gptoss_convert.engine.steps import Step
 from gptoss_convert.engine.unpacking import Unpacker, array_type
@@ -40,6 +40,19 @@ class Part:
                 slice(lo - low, hi - low) for (lo, hi), (low, _) in zip(box, self.box, strict=True)
             )
         ]
+
+    def reaches(self, box: Box) -> bool:
+        """Whether it holds anything of a box."""
+        return overlap(self.box, box) is not None
+
+    def within(self, box: Box) -> Part:
+        """What this part holds of a box that it reaches into."""
+        common = overlap(self.box, box)
+        if common is None or common == self.box:
+            return self
+        skip = self.extent.at(common) - self.extent.at(self.box)
+        position = -1 if self.position < 0 else self.position + skip
+        return Part(self.extent, common, position, self.view(common))
 
     def fill(self, sources: Iterable[Part]) -> None:
         """Copy the elements that the sources hold of this part."""
@@ -90,6 +103,14 @@ class StepReader:
         if self._unpacker is None:
             self._unpacker = Unpacker(self._files)
         return self._unpacker.of(extent)
+
+
+def cuts(step: Step, limit: int) -> Iterator[Step]:
+    """The step in parts of at most so many values, in the order of the weight's elements."""
+    for cut in axes.pieces([hi - lo for lo, hi in step.box], limit):
+        spans = itertools.zip_longest(cut, step.box)
+        box = [(lo + one.start, lo + one.stop) if one else (lo, hi) for one, (lo, hi) in spans]
+        yield step.part(tuple(box))
 
 
 def lay_out(step: Step, extents: Sequence[Extent], arena: Arena) -> dict[str, list[Part]]:
@@ -180,12 +201,12 @@ def byte_ranges(extent: Extent, box: Box, gap: int = 0) -> Iterator[tuple[int, i
     """
     length = DTYPE_BYTES[extent.dtype]
     outer: list[range] = []
-    axes = sorted(
+    loops = sorted(
         (stride, hi - lo)
         for (lo, hi), stride in zip(box, extent.strides, strict=True)
         if hi - lo > 1
     )
-    for stride, count in axes:
+    for stride, count in loops:
         if stride <= length + gap and not outer:
             length += stride * (count - 1)
         else:

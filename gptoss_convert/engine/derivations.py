@@ -127,7 +127,9 @@ class Recipe:
     first: tuple[Derivation, ...]
     """Run first, on what was read."""
     whole: tuple[Derivation, ...]
-    """Run next, on the whole box of the step: those that do not make the target's weight."""
+    """Run next: those that do not make the target's weight."""
+    by_rows: bool
+    """Whether they may be run on some rows of the box after others: they only encode."""
     by_piece: tuple[Derivation, ...]
     """Run last, on one piece of the box after another: those that make the target's weight."""
     scratch: bool
@@ -185,6 +187,7 @@ def choose(
         makes=tuple(param for param in family.members if param in wanted),
         first=first,
         whole=tuple(whole),
+        by_rows=[type(one) for one in whole] == [Encode],
         by_piece=tuple(by_piece),
         scratch=scratch,
         has_values=scratch or weight in needs,

@@ -11,7 +11,7 @@ from isal import isal_zlib
 
 from gptoss_convert.codecs.stats import EncodeStats
 from gptoss_convert.engine.anomalies import examine, made_odd
-from gptoss_convert.engine.buffers import Parts, StepReader, byte_ranges, lay_out, scratch
+from gptoss_convert.engine.buffers import Parts, StepReader, byte_ranges, cuts, lay_out, scratch
 from gptoss_convert.engine.fingerprint import MASK
 from gptoss_convert.engine.records import Anomalies, Digest, Done, Effect, Region
 from gptoss_convert.engine.steps import Plan, Step
@@ -46,6 +46,10 @@ def execute(
     )
 
 
+_AT_ONCE = 1 << 21
+"""Values encoded at once: they are in the cache when they are summed up."""
+
+
 class _Worker:
     def __init__(self, plan: Plan, sources: ByteSource, targets: TargetFiles) -> None:
         self._plan = plan
@@ -63,7 +67,11 @@ class _Worker:
         work = Work(step, held, {**outputs, **self._scratch(step, held)})
         effect = work.run(step.recipe.first)
         held = dict(work.held)
-        effect += work.run(step.recipe.whole)
+        if step.recipe.by_rows:
+            more, digests = self._encode(work)
+        else:
+            more, digests = work.run(step.recipe.whole), []
+        effect += more
         scales = work.statistics()
         written = _Written()
         self._write(outputs, written)
@@ -71,7 +79,7 @@ class _Worker:
         if weight:
             digests, more = self._make_weight(step, held, weight, written, made)
             effect += more
-        else:
+        elif not digests:
             digests = [work.digest(effect.encoded)]
         marks = [one.fingerprint for one in digests if one.fingerprint is not None]
         mark = sum(marks) & MASK if marks else None
@@ -82,6 +90,22 @@ class _Worker:
         nbytes += sum(region.length for region in regions)
         done = Done(number, regions, mark, scales, effect.encoded, effect.cast_values, anomalies)
         return done, nbytes
+
+    def _encode(self, work: Work) -> tuple[Effect, list[Digest]]:
+        """Encode some rows after others, and sum up their values while they are in the cache."""
+        effect, digests = Effect(), []
+        for part in cuts(work.step, _AT_ONCE):
+            outputs = {
+                param: [one.within(box) for one in held if one.reaches(box)]
+                for param, held in work.outputs.items()
+                for box in (part.box_of(param),)
+            }
+            rows = Work(part, work.held, outputs)
+            made = rows.run(part.recipe.whole)
+            effect += made
+            digests.append(rows.digest(made.encoded))
+        work.made(*work.outputs)
+        return effect, digests
 
     def _make_weight(
         self,

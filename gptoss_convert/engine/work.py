@@ -118,7 +118,8 @@ class Work:
         IntegrityError for blocks that are not finite."""
         step = self.step
         if encoding is None:
-            return _digest(step, self.held[step.family.weight])
+            held = self.held[step.family.weight]
+            return _digest(step, [one.within(step.box) for one in held if one.reaches(step.box)])
         members = self._members(step, encoding)
         try:
             total = packed_fingerprint(
