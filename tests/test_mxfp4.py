@@ -156,6 +156,33 @@ def test_decode_fills_any_view(
     np.testing.assert_array_equal(values, decoded(blocks, scales))
 
 
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("shape", [(7, 1), (71, 3), (128, 9), (430, 2)])
+def test_blocks_are_the_same_as_their_values_until_any_bit_differs(
+    view: Callable[[int, int], U16], shape: tuple[int, int], path: str
+) -> None:
+    blocks, scales = random_blocks(*shape)
+    values = view(shape[0], shape[1] * 32)
+    values[...] = decoded(blocks, scales)
+    assert mxfp4.same(blocks, scales, values)
+    rng = np.random.default_rng(2)
+    corners = [(0, 0), (shape[0] - 1, values.shape[1] - 1)]
+    for at in [*corners, *(tuple(rng.integers(0, values.shape)) for _ in range(60))]:
+        bit = np.uint16(1 << rng.integers(16))
+        values[at] ^= bit
+        assert not mxfp4.same(blocks, scales, values)
+        values[at] ^= bit
+    assert mxfp4.same(blocks, scales, values)
+
+
+def test_blocks_that_are_no_number_are_the_same_as_nothing(path: str) -> None:
+    blocks, scales = random_blocks(3, 2)
+    values = straight(3, 64)
+    scales[1, 1] = 255
+    with pytest.raises(CodecError, match=r"block \(1, 1\): .* found 255, is NaN"):
+        mxfp4.same(blocks, scales, values)
+
+
 @pytest.mark.parametrize("view", [slice_of_rows, slice_of_columns, across_with_gaps])
 def test_decode_writes_nothing_beside_the_view(view: Callable[[int, int], U16]) -> None:
     blocks, scales = random_blocks(71, 3)

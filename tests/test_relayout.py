@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gptoss_convert.codecs.mxfp4 import relayout
+from gptoss_convert.compare.arrays import equal
 
 
 def numbered(shape: tuple[int, ...], dtype: type = np.uint16) -> np.ndarray:
@@ -120,3 +121,30 @@ def test_casts_between_strided_views_of_several_chunks() -> None:
 def test_casts_between_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"target: expected shape \(2, 3\), found \(3, 2\)"):
         relayout.cast(np.zeros((2, 3), np.float32), np.zeros((3, 2), np.uint16))
+
+
+@pytest.mark.parametrize("shape", [(40, 33), (8, 8), (130, 70), (513, 9)])
+def test_views_across_are_the_same_until_any_element_differs(shape: tuple[int, int]) -> None:
+    ours = numbered(shape)
+    theirs = np.ascontiguousarray(ours.T)
+    small = ours.size < 1 << 10
+    assert relayout.same_across(ours, theirs.T) is (None if small else True)
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        place, bit = rng.integers(shape[1]), np.uint16(1 << rng.integers(16))
+        at = (place, rng.integers(shape[0]))
+        theirs[at] ^= bit
+        assert equal(ours, theirs.T) is False and equal(theirs.T, ours) is False
+        theirs[at] ^= bit
+    assert equal(ours, theirs.T) and equal(theirs, ours.T)
+
+
+def test_gate_and_up_that_lie_across_in_pairs_are_compared() -> None:
+    interleaved = numbered((96, 2 * 70))
+    pairs = interleaved.reshape(96, 70, 2).transpose(2, 1, 0)
+    halves = pairs.copy()
+    assert relayout.same_across(pairs, halves) is True
+    for at in [(0, 0, 0), (1, 69, 95), (1, 3, 17)]:
+        halves[at] ^= 1
+        assert relayout.same_across(pairs, halves) is False
+        halves[at] ^= 1
