@@ -25,6 +25,7 @@ from gptoss_convert.errors import DiskError, IntegrityError
 from gptoss_convert.errors.refusals import disk_error
 from gptoss_convert.machine.arena import PAGE, Arena
 from gptoss_convert.machine.failures import UNSUPPORTED
+from gptoss_convert.machine.ram_disk import SharedPages
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _PIECE = 4 << 20
@@ -40,6 +41,8 @@ class File:
         self.direct: int | None = None
         self.exact = False
         """Whether bytes that fill no page may be written past the page cache, too."""
+        self.pages: SharedPages | None = None
+        """For several threads to write at once, where the file lies in memory."""
         # Where descriptors are scarce, every file gets one before any file gets two.
         if buffered < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
             with suppress(OSError):
@@ -55,6 +58,8 @@ class File:
 
     def close(self) -> None:
         """Close both."""
+        if self.pages is not None:
+            self.pages.close()
         for descriptor in (self.direct, self.buffered):
             if descriptor is not None:
                 os.close(descriptor)

@@ -10,6 +10,7 @@ from gptoss_convert.errors.refusals import disk_error
 from gptoss_convert.machine.arena import PAGE, Arena
 from gptoss_convert.machine.failures import UNSUPPORTED
 from gptoss_convert.machine.files import File, OpenFiles
+from gptoss_convert.machine.ram_disk import SharedPages, lies_in_memory
 
 _PIECE = 4 << 20
 _MANY, _AT_ONCE = 64, 32
@@ -40,11 +41,18 @@ class TargetFiles(OpenFiles[str]):
             raise disk_error(path, error) from None
         self._open[name] = file = File(path, descriptor, os.O_RDWR)
         file.exact = self._other_machines and file.direct is not None
+        if lies_in_memory(descriptor):
+            file.pages = SharedPages(descriptor, size)
         self._dirty.add(name)
 
     def write(self, name: str, offset: int, nbytes: int, arena: Arena, position: int) -> None:
         """Write from the arena: whole pages directly, ragged ends through the page cache."""
-        self._write_part(self._open[name], offset, nbytes, arena, position)
+        file = self._open[name]
+        if file.pages is None:
+            self._write_part(file, offset, nbytes, arena, position)
+        else:
+            content = memoryview(arena.memory)[position : position + nbytes]
+            self._write_in_memory(file, file.pages, content, offset)
         # Marked afterwards: a sync under way takes the mark of what was written before it began.
         self._dirty.add(name)
 
@@ -66,6 +74,19 @@ class TargetFiles(OpenFiles[str]):
             self._write_ragged(file, view[position:first], offset)
         if stop < offset + nbytes:
             self._write_ragged(file, view[last : position + nbytes], stop)
+
+    def _write_in_memory(
+        self, file: File, pages: SharedPages, view: memoryview, offset: int
+    ) -> None:
+        # One thread writes with half the work of a map; the others would wait for it.
+        if pages.writing.acquire(blocking=False):
+            try:
+                self._write(file, file.buffered, view, offset)
+            finally:
+                pages.writing.release()
+        elif not pages.write(view, offset):
+            # What stands in the way of a map does no harm here, or is told by an error.
+            self._write(file, file.buffered, view, offset)
 
     def write_bytes(self, name: str, offset: int, content: bytes) -> None:
         """Write bytes that are known beforehand."""
