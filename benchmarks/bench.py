@@ -299,16 +299,20 @@ KERNEL_RATIOS = (
 
 def table(rounds: Rounds) -> str:
     """Medians with their spread, then ratios."""
-    rows = [f"{'case':<44}{'median s':>9}{'min':>8}{'max':>8}{'GB/s':>7}{'peak MB':>9}{'cpu s':>7}"]
+    rows = [
+        f"{'case':<44}{'median s':>9}{'min':>8}{'max':>8}{'GB/s':>7}{'written':>8}"
+        f"{'peak MB':>9}{'cpu s':>7}"
+    ]
     for name, results in rounds.items():
         seconds = sorted(result["seconds"] for result in results)
         middle = statistics.median(seconds)
         moved = (results[0]["read"] + results[0]["written"]) / middle / 1e9
+        written = results[0]["written"] / middle / 1e9
         peak = max(result["peak_rss"] for result in results) / 1e6
         cpu = statistics.median(result["cpu"] for result in results)
         rows.append(
             f"{name:<44}{middle:>9.2f}{seconds[0]:>8.2f}{seconds[-1]:>8.2f}{moved:>7.2f}"
-            f"{peak:>9.0f}{cpu:>7.1f}"
+            f"{written:>8.2f}{peak:>9.0f}{cpu:>7.1f}"
         )
     rows += ["", f"{'ratio, within each round':<66}{'median':>8}{'min':>7}{'max':>7}  goal"]
     rows += [one.row(rounds) for one in RATIOS if one.over in rounds and one.under in rounds]

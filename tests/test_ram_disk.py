@@ -75,13 +75,13 @@ def ramfs(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """As if another thread were always in write(2); collects what the maps answer."""
+    """As if others always used write(2); collects what the maps answer."""
     answers: list[bool] = []
     write, new = SharedPages.write, SharedPages.__init__
 
     def holding(pages: SharedPages, descriptor: int, nbytes: int) -> None:
         new(pages, descriptor, nbytes)
-        assert pages.writing.acquire()
+        assert all(pages.turns.acquire(timeout=5) for _ in range(2))
 
     def telling(pages: SharedPages, source: memoryview, offset: int) -> bool:
         answers.append(write(pages, source, offset))
@@ -153,14 +153,26 @@ def test_parts_that_share_pages_arrive_whole_from_several_threads(
     assert not lines_of_maps(folder / "file", "Size")
 
 
-def test_a_thread_writes_while_another_is_in_write(
+def test_one_thread_writes_one_waits_and_the_others_use_the_map(
     ram_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inside, leave = threading.Event(), threading.Event()
+    here, leave = threading.Semaphore(0), threading.Event()
     pwrite = os.pwrite
 
+    class Announced:
+        """A lock that tells of everybody who comes for it."""
+
+        def __init__(self) -> None:
+            self._lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            here.release()
+            self._lock.acquire()
+
+        def __exit__(self, *failure: object) -> None:
+            self._lock.release()
+
     def slow(descriptor: int, view: memoryview, offset: int) -> int:
-        inside.set()
         assert leave.wait(60)
         return pwrite(descriptor, view, offset)
 
@@ -168,22 +180,31 @@ def test_a_thread_writes_while_another_is_in_write(
     arena = filled(bytes(range(256)) * 64)
     with TargetFiles(ram_disk) as files:
         files.create("file", 4 * PAGE)
-        first = threading.Thread(target=files.write, args=("file", 0, 2 * PAGE, arena, 0))
-        first.start()
-        assert inside.wait(60)
+        pages = files._open["file"].pages
+        assert pages is not None
+        pages.writing = Announced()  # pyright: ignore[reportAttributeAccessIssue]
+        threads = [
+            threading.Thread(target=files.write, args=("file", at, PAGE, arena, at))
+            for at in (0, PAGE)
+        ]
+        for thread in threads:
+            thread.start()
+            assert here.acquire(timeout=20)
         files.write("file", 2 * PAGE, 2 * PAGE, arena, 2 * PAGE)
         half = (ram_disk / "file").read_bytes()
         leave.set()
-        first.join()
+        for thread in threads:
+            thread.join()
     assert half == bytes(2 * PAGE) + arena.memory[2 * PAGE :]
     assert (ram_disk / "file").read_bytes() == arena.memory[:]
 
 
 def test_nobody_needs_a_map_who_writes_alone(ram_disk: Path) -> None:
-    arena = filled(b"x" * PAGE)
+    arena = filled(b"xyz" * PAGE)
     with TargetFiles(ram_disk) as files:
-        files.create("file", PAGE)
-        files.write("file", 0, PAGE, arena, 0)
+        files.create("file", 3 * PAGE)
+        for offset in (0, PAGE, 2 * PAGE):
+            files.write("file", offset, PAGE, arena, offset)
         assert not lines_of_maps(ram_disk / "file", "Size")
     assert (ram_disk / "file").read_bytes() == arena.memory[:]
 

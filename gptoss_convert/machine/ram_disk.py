@@ -51,7 +51,7 @@ def lies_in_memory(descriptor: int) -> bool:
 
 
 class SharedPages:
-    """A map of a file in memory, through which threads write while another one is in write(2).
+    """A map of a file in memory, through which threads write while others use write(2).
 
     The process never touches the map: process_vm_writev(2) has the kernel copy into it. Where a
     page cannot be had, since the disk is full or the file was cut, it says so; a process that
@@ -59,8 +59,10 @@ class SharedPages:
     """
 
     def __init__(self, descriptor: int, nbytes: int) -> None:
+        self.turns = threading.Semaphore(2)
+        """Held by the thread that is in write(2) and by one that waits for it."""
         self.writing = threading.Lock()
-        """Held by the thread that is in write(2)."""
+        """Held by the thread that is in write(2); who waits for the kernel's lock seldom sleeps."""
         self._descriptor = descriptor
         self._nbytes = nbytes
         self._mapping = threading.Lock()
