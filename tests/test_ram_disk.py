@@ -48,10 +48,11 @@ def ram_disk() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    synth(tmp_path / "source", layers=1)
-    return tmp_path / "source"
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("ram-disk") / "source"
+    synth(place, layers=1)
+    return place
 
 
 def mounted(place: Path, kind: str, options: str) -> Iterator[Path]:
@@ -235,11 +236,16 @@ def test_where_addresses_are_limited_no_file_is_mapped(ram_disk: Path, held: lis
     assert (ram_disk / "file").read_bytes() == arena.memory[:]
 
 
-def test_a_map_that_is_refused_is_told(ram_disk: Path) -> None:
+@pytest.mark.parametrize(
+    ("access", "offset"), [(os.O_RDONLY, 0), (os.O_RDWR, 1), (os.O_RDWR, -1), (os.O_RDWR, PAGE)]
+)
+def test_what_cannot_be_mapped_or_lies_beyond_is_not_written(
+    access: int, offset: int, ram_disk: Path
+) -> None:
     (ram_disk / "file").write_bytes(b"y" * PAGE)
-    descriptor = os.open(ram_disk / "file", os.O_RDONLY)
+    descriptor = os.open(ram_disk / "file", access)
     pages = SharedPages(descriptor, PAGE)
-    assert not pages.write(memoryview(bytearray(PAGE)), 0)
+    assert not pages.write(memoryview(bytearray(PAGE)), offset)
     pages.close()
     os.close(descriptor)
     assert (ram_disk / "file").read_bytes() == b"y" * PAGE

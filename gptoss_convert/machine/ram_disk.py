@@ -69,12 +69,13 @@ class SharedPages:
         self._start: int | None = None
 
     def write(self, source: memoryview, offset: int) -> bool:
-        """Write what lies in writable memory to the file, within its size; called by many threads.
+        """Write what lies in writable memory to the file; called by many threads.
 
         False where the system does not do it: then some of the bytes may be written.
         """
         start = self._mapped()
-        if start is None:
+        # Behind the map lies other memory of this process, where the kernel copies as willingly.
+        if start is None or not 0 <= offset <= offset + len(source) <= self._nbytes:
             return False
         address = ctypes.addressof(ctypes.c_char.from_buffer(source))
         return all(
