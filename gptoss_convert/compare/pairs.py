@@ -34,6 +34,9 @@ from gptoss_convert.machine.threads import run_all
 T = TypeVar("T")
 Recipes = Mapping[str, Recipe]
 """By weight, how its values come of what one side stores."""
+PIECE_BYTES = 16 << 20
+"""About what is read of the second side at once: longer than what a conversion writes, as many
+short calls on many threads wait for the interpreter's lock."""
 _AT_ONCE = 1 << 20
 """Values that are decoded to memory at once, where two sides differ."""
 
@@ -155,7 +158,7 @@ class StepPair:
         """The step in pieces that follow one another in the second side's files, which are read
         one after the other into the same memory; or the whole step, if there is room for it."""
         arena = self._reader.arena
-        for part in (self.step,) if self._whole else self.step.pieces():
+        for part in (self.step,) if self._whole else self.step.pieces(PIECE_BYTES):
             arena.rewind(self._mark)
             held, _ = self._reader.read(part, self.step.targets)
             theirs = _Side(part, held, self._other_recipe, arena)
@@ -283,5 +286,5 @@ def _room(step: Step, changes: Changes, whole: bool) -> int:
     values = 2 * volume(step.box) + PAGE
     if whole:
         return step.source_bytes() + step.target_bytes() + (2 + changed) * values
-    read = step.source_bytes() + next(step.pieces()).target_bytes()
+    read = step.source_bytes() + next(step.pieces(PIECE_BYTES)).target_bytes()
     return read + changed * values + 2 * min(values, 2 * _AT_ONCE + PAGE)

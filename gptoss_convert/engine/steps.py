@@ -102,13 +102,15 @@ class Step:
             tuple(extent for extent in self.targets if extent.param != weight),
         )
 
-    def pieces(self) -> Iterator[Step]:
-        """The step for parts of the weight that follow one another in every extent of the target.
+    def pieces(self, nbytes: int | None = None) -> Iterator[Step]:
+        """The step for parts of the weight that follow one another in every extent of the target,
+        of about so many bytes as BF16, else PIECE_BYTES.
 
         Blocks are never cut, and pages are not if the rows are of the released models' lengths.
         """
         weight, _ = self.split_targets()
-        for box in _pieces(self.box, weight, math.lcm(_ROWS, self.family.block)):
+        unit = math.lcm(_ROWS, self.family.block)
+        for box in _pieces(self.box, weight, unit, nbytes or PIECE_BYTES):
             yield self.part(box)
 
 
@@ -250,9 +252,9 @@ def _position(step: Step, order: Mapping[FileRef, int]) -> tuple[int, int]:
     return order[extent.file], extent.at(overlap(extent.box, box) or box)
 
 
-def _pieces(box: Box, extents: Sequence[Extent], unit: int) -> Iterator[Box]:
+def _pieces(box: Box, extents: Sequence[Extent], unit: int, nbytes: int) -> Iterator[Box]:
     slowest = {_slowest(extent, box) for extent in extents}
-    count = -(-2 * volume(box) // PIECE_BYTES)
+    count = -(-2 * volume(box) // nbytes)
     if len(slowest) != 1 or count < 2:
         yield box
         return
@@ -267,7 +269,7 @@ def _pieces(box: Box, extents: Sequence[Extent], unit: int) -> Iterator[Box]:
         if length > 1 or blocks:
             yield part
         else:
-            yield from _pieces(part, extents, unit)
+            yield from _pieces(part, extents, unit, nbytes)
 
 
 def _slowest(extent: Extent, box: Box) -> int:

@@ -14,6 +14,7 @@ from gptoss_convert.codecs.mxfp4.reference import U8
 from gptoss_convert.codecs.stats import ScaleStatistics
 
 U64 = npt.NDArray[np.uint64]
+_MASK = (1 << 64) - 1
 
 
 def weighted_sum(blocks: U8, scales: U8, weights: Sequence[U64]) -> int | None:
@@ -27,9 +28,12 @@ def weighted_sum(blocks: U8, scales: U8, weights: Sequence[U64]) -> int | None:
     if kernels is None or blocks.strides[-1] != 1:
         return None
     block_rows, scale_rows = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    rows = np.ones(1, np.uint64)
+    rows, scale = np.ones(1, np.uint64), 1
     *row_weights, columns = weights
     for axis, weight in enumerate(row_weights):
+        if len(weight) == 1:
+            scale *= int(weight[0])
+            continue
         at = np.arange(len(weight))
         block_rows = np.add.outer(block_rows, blocks.strides[axis] * at).ravel()
         scale_rows = np.add.outer(scale_rows, scales.strides[axis] * at).ravel()
@@ -37,7 +41,8 @@ def weighted_sum(blocks: U8, scales: U8, weights: Sequence[U64]) -> int | None:
     columns = np.ascontiguousarray(columns)
     group = numbers((blocks.strides[-2], scales.strides[-1]))
     starts = map(address, (blocks, scales, block_rows, scale_rows, rows))
-    return kernels.packed_sum(*starts, rows.size, group, address(columns), scales.shape[-1])
+    total = kernels.packed_sum(*starts, rows.size, group, address(columns), scales.shape[-1])
+    return total * scale & _MASK
 
 
 def scale_statistics(blocks: U8, scales: U8) -> ScaleStatistics:
