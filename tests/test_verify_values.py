@@ -255,7 +255,7 @@ def test_memory_is_bounded_and_too_little_is_said(tmp_path: Path) -> None:
     assert compare_values(checkpoint, checkpoint, workers=2).same
     assert peak_memory() - before < 400_000_000 < sum(c.nbytes for c in checkpoint.chunks)
     with pytest.raises(ResourceError, match="one worker needs"):
-        compare_values(checkpoint, checkpoint, max_memory=150_000_000)
+        compare_values(checkpoint, checkpoint, max_memory=75_000_000)
     shutil.rmtree(tmp_path / "a")
 
 

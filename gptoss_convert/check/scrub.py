@@ -55,7 +55,7 @@ def reread(
     """Read the steps of these numbers; raises IntegrityError for files that change meanwhile."""
     # The plan's targets are its sources again: a worker holds them once.
     room = max((plan.steps[number].source_bytes() for number in numbers), default=0)
-    count = resources.choose_workers(room, max_memory, workers)
+    count = resources.choose_workers(room, max_memory, workers, shared_bytes=plan.own_bytes)
     seen: list[Seen] = []
     total = plan.read_bytes * len(numbers) // max(len(plan.steps), 1)
     with (

@@ -227,7 +227,8 @@ def judge_steps(
     changes = changes or Changes()
     room = max((_room(step, changes, whole) for step in plan.steps), default=0)
     each = room + changes.worker_bytes
-    count = resources.choose_workers(each, max_memory, workers, processes, changes.shared_bytes)
+    shared = changes.shared_bytes + plan.own_bytes
+    count = resources.choose_workers(each, max_memory, workers, processes, shared)
     ours = _recipes(plan.steps, "sources", changes.by_weight)
     theirs = _recipes(plan.steps, "targets", {})
     others = {

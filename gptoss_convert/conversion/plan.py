@@ -84,9 +84,9 @@ class Conversion:
 
     @property
     def _memory_bytes(self) -> int:
-        """Bytes that the workers and the adapter take at most."""
+        """Bytes that the plan, the workers and the adapter take at most."""
         each = self.plan.buffer_bytes + self.changes.worker_bytes
-        return self.workers * each + self.changes.shared_bytes
+        return self.workers * each + self.changes.shared_bytes + self.plan.own_bytes
 
     @cached_property
     def header(self) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def plan_opened(
         options.max_memory,
         options.workers,
         processes,
-        changes.shared_bytes,
+        changes.shared_bytes + steps.own_bytes,
     )
     notes += more_notes
     return Conversion(

@@ -19,9 +19,11 @@ from gptoss_convert.layouts.model import Family, Model
 PAGE = 4096
 TILE_BYTES = 32 << 20
 """Largest tile of an expert weight as BF16: one expert's gate_up of the released models fits."""
+_STEP_BYTES = 8_700
+"""Memory of one step's plan and of what is found out about it; most for Megatron's files."""
 _PLAIN_TILE_BYTES = 8 << 20
 """Largest tile of any other weight: long enough runs for the disk, small buffers."""
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 16 << 20
 """About what is computed and written of a tile at once: little memory, still in the cache."""
 _ROWS = 32
 """Pieces are cut between so many rows: at the released models' lengths, that is between pages."""
@@ -123,6 +125,11 @@ class Plan:
     write_bytes: int
     buffer_bytes: int
     """Bytes of buffer that one worker needs for the largest step."""
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of memory that the plan itself takes, and what its execution finds out."""
+        return _STEP_BYTES * len(self.steps)
 
 
 def make_plan(

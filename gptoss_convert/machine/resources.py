@@ -9,8 +9,8 @@ from pathlib import Path
 
 from gptoss_convert.errors import DiskError, ResourceError
 
-BASE_BYTES = 140_000_000
-"""Resident memory before any buffer: the interpreter, numpy, compiled kernels, a plan of 120b."""
+BASE_BYTES = 66_000_000
+"""Resident memory before any plan and buffer: the interpreter, numpy, compiled kernels, threads."""
 USUAL_BYTES = 400_000_000
 """What a program may take without being asked."""
 
