@@ -22,6 +22,7 @@ from gptoss_convert.compare.values_report import Difference, ValuesReport
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.manifest import NAME
 from gptoss_convert.conversion.options import Options
+from gptoss_convert.engine import steps
 from gptoss_convert.engine.steps import make_plan
 from gptoss_convert.errors import InputError, ResourceError
 from gptoss_convert.formats.registry import open_checkpoint
@@ -264,7 +265,7 @@ def test_the_second_side_is_read_once_in_pieces_that_follow_one_another(
     target: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However it lies: parts of experts that lie across would be thousands of short runs."""
-    monkeypatch.setattr(pairs, "PIECE_BYTES", 1 << 13)
+    monkeypatch.setattr(steps, "PIECE_BYTES", 1 << 13)
     read: list[int] = []
     original = SourceFiles.read
 
@@ -289,7 +290,7 @@ def test_sqnr_of_each_expert_equals_its_definition(
 ) -> None:
     if small:
         monkeypatch.setattr(values, "make_plan", partial(make_plan, tile_bytes=2_000))
-        monkeypatch.setattr(pairs, "PIECE_BYTES", 500)
+        monkeypatch.setattr(steps, "PIECE_BYTES", 500)
         monkeypatch.setattr(pairs, "_AT_ONCE", 100)
     kept: dict[str, NDArray[np.uint16]] = {}
 

@@ -1,6 +1,7 @@
-"""Two checkpoints side by side: each box of each weight as both sides' BF16 bits, streamed.
+"""Two checkpoints side by side, streamed: each box of each weight is compared where it lies.
 
-Memory is bounded as in a conversion, and each byte is read once.
+Values go to memory only where the sides differ, or where somebody asks for them. Memory is bounded
+as in a conversion.
 """
 
 from __future__ import annotations
@@ -34,9 +35,6 @@ from gptoss_convert.machine.threads import run_all
 T = TypeVar("T")
 Recipes = Mapping[str, Recipe]
 """By weight, how its values come of what one side stores."""
-PIECE_BYTES = 16 << 20
-"""About what is read of the second side at once: longer than what a conversion writes, as many
-short calls on many threads wait for the interpreter's lock."""
 _AT_ONCE = 1 << 20
 """Values that are decoded to memory at once, where two sides differ."""
 
@@ -58,7 +56,7 @@ class _Side:
 
     @property
     def values(self) -> Sequence[Part]:
-        """The weight's values, if it is them that are held."""
+        """The weight's values, if no blocks are held."""
         return self._work.held[self._recipe.family.weight]
 
     def summed(self) -> Digest:
@@ -95,6 +93,8 @@ class Piece:
     ours: _Side
     theirs: _Side
     arena: Arena
+    mark: int
+    """Where the arena is free."""
     whole: bool
     """Whether there is room for all values of both sides at once."""
 
@@ -114,9 +114,8 @@ class Piece:
     def values(self) -> Iterator[tuple[Step, Bits, Bits]]:
         """(what, both sides as BF16 bits, contiguous, in the order of the weight's axes), one part
         after the other in the same memory; one array where both hold the same blocks."""
-        mark = self.arena.mark()
         for part in cuts(self.step, volume(self.step.box) if self.whole else _AT_ONCE):
-            self.arena.rewind(mark)
+            self.arena.rewind(self.mark)
             ours = self.ours.of(part, self.arena)
             yield part, ours, ours if self._same_blocks else self.theirs.of(part, self.arena)
 
@@ -158,11 +157,11 @@ class StepPair:
         """The step in pieces that follow one another in the second side's files, which are read
         one after the other into the same memory; or the whole step, if there is room for it."""
         arena = self._reader.arena
-        for part in (self.step,) if self._whole else self.step.pieces(PIECE_BYTES):
+        for part in (self.step,) if self._whole else self.step.pieces():
             arena.rewind(self._mark)
             held, _ = self._reader.read(part, self.step.targets)
             theirs = _Side(part, held, self._other_recipe, arena)
-            yield Piece(part, self.ours, theirs, arena, self._whole)
+            yield Piece(part, self.ours, theirs, arena, arena.mark(), self._whole)
 
     def readings(self) -> Readings:
         """What the weight would be if what changes it did otherwise; computed when asked for."""
@@ -287,5 +286,5 @@ def _room(step: Step, changes: Changes, whole: bool) -> int:
     values = 2 * volume(step.box) + PAGE
     if whole:
         return step.source_bytes() + step.target_bytes() + (2 + changed) * values
-    read = step.source_bytes() + next(step.pieces(PIECE_BYTES)).target_bytes()
+    read = step.source_bytes() + next(step.pieces()).target_bytes()
     return read + changed * values + 2 * min(values, 2 * _AT_ONCE + PAGE)

@@ -182,8 +182,9 @@ def _differing(number: int, pair: StepPair, share: int) -> tuple[Compared, bool]
             elements += filter(None, (first, worst))
             more, odd = examined(b, part.box, part.lengths, part.layer_axis)
             theirs, finite = theirs + more & MASK, finite and not odd
-    first = min(elements, key=lambda one: one.index)
-    worst = min(elements, key=lambda one: (-one.ulps, one.index))
+    # None are left if a file changed meanwhile, which is found out at the end.
+    first = min(elements, key=lambda one: one.index, default=None)
+    worst = min(elements, key=lambda one: (-one.ulps, one.index), default=None)
     return Compared(number, differing, first, worst, share, theirs), finite
 
 

@@ -24,7 +24,8 @@ _STEP_BYTES = 8_700
 _PLAIN_TILE_BYTES = 8 << 20
 """Largest tile of any other weight: long enough runs for the disk, small buffers."""
 PIECE_BYTES = 16 << 20
-"""About what is computed and written of a tile at once: little memory, still in the cache."""
+"""About what is computed and written of a tile at once: little memory, and few calls, since many
+threads wait for the interpreter's lock at each."""
 _ROWS = 32
 """Pieces are cut between so many rows: at the released models' lengths, that is between pages."""
 
@@ -104,15 +105,13 @@ class Step:
             tuple(extent for extent in self.targets if extent.param != weight),
         )
 
-    def pieces(self, nbytes: int | None = None) -> Iterator[Step]:
-        """The step for parts of the weight that follow one another in every extent of the target,
-        of about so many bytes as BF16, else PIECE_BYTES.
+    def pieces(self) -> Iterator[Step]:
+        """The step for parts of the weight that follow one another in every extent of the target.
 
         Blocks are never cut, and pages are not if the rows are of the released models' lengths.
         """
         weight, _ = self.split_targets()
-        unit = math.lcm(_ROWS, self.family.block)
-        for box in _pieces(self.box, weight, unit, nbytes or PIECE_BYTES):
+        for box in _pieces(self.box, weight, math.lcm(_ROWS, self.family.block)):
             yield self.part(box)
 
 
@@ -259,9 +258,9 @@ def _position(step: Step, order: Mapping[FileRef, int]) -> tuple[int, int]:
     return order[extent.file], extent.at(overlap(extent.box, box) or box)
 
 
-def _pieces(box: Box, extents: Sequence[Extent], unit: int, nbytes: int) -> Iterator[Box]:
+def _pieces(box: Box, extents: Sequence[Extent], unit: int) -> Iterator[Box]:
     slowest = {_slowest(extent, box) for extent in extents}
-    count = -(-2 * volume(box) // nbytes)
+    count = -(-2 * volume(box) // PIECE_BYTES)
     if len(slowest) != 1 or count < 2:
         yield box
         return
@@ -276,7 +275,7 @@ def _pieces(box: Box, extents: Sequence[Extent], unit: int, nbytes: int) -> Iter
         if length > 1 or blocks:
             yield part
         else:
-            yield from _pieces(part, extents, unit, nbytes)
+            yield from _pieces(part, extents, unit)
 
 
 def _slowest(extent: Extent, box: Box) -> int:
