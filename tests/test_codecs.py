@@ -73,6 +73,11 @@ class Int8:
         lost = codes * steps[..., None] != blocks
         return EncodeStats(blocks=steps.size, inexact_blocks=int(lost.any(axis=-1).sum()))
 
+    def same(self, parts: Arrays, values: Values) -> bool:
+        found = np.empty(values.shape, np.uint16)
+        self.decode(parts, found)
+        return np.array_equal(found, values)
+
     def statistics(self, parts: Arrays) -> ScaleStatistics:
         return ScaleStatistics(blocks=parts["steps"].size)
 
