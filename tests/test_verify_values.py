@@ -25,14 +25,18 @@ from gptoss_convert.conversion.options import Options
 from gptoss_convert.engine import steps
 from gptoss_convert.engine.steps import make_plan
 from gptoss_convert.errors import InputError, ResourceError
+from gptoss_convert.formats.adapters.adapter_options import AdapterOptions
 from gptoss_convert.formats.registry import open_checkpoint
+from gptoss_convert.hub.adapters import with_adapter
 from gptoss_convert.layouts.model import load_model
 from gptoss_convert.machine.files import SourceFiles
 from gptoss_convert.machine.progress import SILENT
 from gptoss_convert.machine.resources import peak_memory
 from gptoss_convert.synth.synth import synth
 from gptoss_convert.verify.values_level import describe
-from tests.tiny_files import write_hf_bf16
+from tests.adapter_files import write_adapter
+from tests.tiny_adapters import EXPERTS, peft_tensors, settings
+from tests.tiny_files import write_hf_bf16, write_hf_mxfp4
 from tests.tiny_models import SQUARE, random_weights
 
 FORMATS = ("mxfp4", "bf16", "openai", "megatron")
@@ -282,6 +286,37 @@ def test_the_second_side_is_read_once_in_pieces_that_follow_one_another(
     assert total <= sum(read) / sides < 1.01 * total  # Gaps between short runs are read, too.
     if target == "bf16":
         assert 2 * len(chunks) < len(read) < total / (1 << 13)
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("to", ["hf", "megatron"])
+def test_a_merge_is_compared_piece_by_piece_and_merged_once(
+    to: str, small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = random_weights(SQUARE, 3)
+    write_hf_bf16(tmp_path / "bf16", SQUARE, weights)
+    write_hf_mxfp4(tmp_path / "mxfp4", SQUARE, weights)
+    adapter = write_adapter(
+        tmp_path / "adapter", peft_tensors(SQUARE, [EXPERTS], size=0.2), settings()
+    )
+    if small:
+        monkeypatch.setattr(values, "make_plan", partial(make_plan, tile_bytes=1 << 16))
+        monkeypatch.setattr(steps, "PIECE_BYTES", 1 << 13)
+        monkeypatch.setattr(pairs, "_AT_ONCE", 1000)
+    for base in ("bf16", "mxfp4"):
+        wanted = Options(to=to, dtype="bf16" if to == "hf" else "keep", adapter=str(adapter))
+        convert(tmp_path / base, tmp_path / f"{base}-merged", wanted)
+        source = with_adapter(open_checkpoint(tmp_path / base), AdapterOptions(str(adapter)))
+        target = open_checkpoint(tmp_path / f"{base}-merged")
+        assert compare_values(source, target).same
+        expert = max(target.chunks, key=lambda chunk: (chunk.nbytes, chunk.tensor))
+        with (target.root / expert.file).open("r+b") as file:
+            file.seek(expert.offset + expert.nbytes // 2)
+            byte = file.read(1)[0]
+            file.seek(expert.offset + expert.nbytes // 2)
+            file.write(bytes([byte ^ 1]))
+        found = only(compare_values(source, open_checkpoint(tmp_path / f"{base}-merged")))
+        assert (found.differing, found.first) == (1, found.worst)
 
 
 @pytest.mark.parametrize("small", [False, True])

@@ -1,7 +1,7 @@
 """Two checkpoints side by side, streamed: each box of each weight is compared where it lies.
 
-Values go to memory only where the sides differ, or where somebody asks for them. Memory is bounded
-as in a conversion.
+Values are decoded to memory only where the sides differ, pack other blocks or cut them, or where
+somebody asks for them. Memory is bounded as in a conversion.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gptoss_convert.compare.diagnosis import Bits
 from gptoss_convert.compare.merge_diagnosis import Readings
 from gptoss_convert.engine.buffers import Part, Parts, StepReader, cuts, joined, scratch
 from gptoss_convert.engine.changes import Changes
-from gptoss_convert.engine.derivations import Change, Recipe, choose
+from gptoss_convert.engine.derivations import Change, Copy, Derivation, Recipe, choose
 from gptoss_convert.engine.records import Digest
 from gptoss_convert.engine.steps import Plan, Step
 from gptoss_convert.engine.work import Work
@@ -44,20 +44,23 @@ class _Side:
 
     def __init__(self, step: Step, held: Parts, recipe: Recipe, arena: Arena) -> None:
         self.parts = held
-        self.encoding = recipe.family.stored(held)
-        """Of which blocks and scales are held, None where values are."""
-        self._recipe = recipe
+        self._weight = step.family.weight
         self._work = Work(step, held, {})
         self._work.run(recipe.first)
+        self._chain = recipe.by_piece
+        """Makes values of what is held."""
         if is_changed(recipe):
-            weight = step.family.weight
-            self._work.held[weight] = [_made(step, self._work.held, recipe, arena)]
-            self.encoding = None
+            self._work.held[self._weight] = [_made(step, self._work.held, self._chain, arena)]
+            own = frozenset({self._weight})
+            self._chain = (Copy(own, own),)  # The changes have been made.
+        packed = self._weight not in self._work.held
+        self.encoding = recipe.family.stored(held) if packed else None
+        """Of which blocks and scales are held, None where values are."""
 
     @property
     def values(self) -> Sequence[Part]:
         """The weight's values, if no blocks are held."""
-        return self._work.held[self._recipe.family.weight]
+        return self._work.held[self._weight]
 
     def summed(self) -> Digest:
         """The fingerprint of all that is held."""
@@ -75,13 +78,13 @@ class _Side:
                 found = part.view(piece.box)
                 if found.flags.c_contiguous:
                     return found
-        return _made(piece, self._work.held, self._recipe, arena).array
+        return _made(piece, self._work.held, self._chain, arena).array
 
 
-def _made(step: Step, held: Parts, recipe: Recipe, arena: Arena) -> Part:
+def _made(step: Step, held: Parts, chain: Iterable[Derivation], arena: Arena) -> Part:
     """The weight's values, in memory of their own."""
     room = scratch(next(iter(held.values()))[0], step.box, arena)
-    Work(step, held, {step.family.weight: [room]}).run(recipe.by_piece)
+    Work(step, held, {step.family.weight: [room]}).run(chain)
     return room
 
 
@@ -99,7 +102,7 @@ class Piece:
     """Whether there is room for all values of both sides at once."""
 
     def same(self) -> bool:
-        """Whether both sides hold the same values, bit by bit; if so, none went to memory."""
+        """Whether both sides hold the same values, bit by bit."""
         ours, theirs = self.ours, self.theirs
         if ours.encoding and theirs.encoding:
             return self._same_blocks or all(equal(a, b) for _, a, b in self.values())
@@ -286,5 +289,5 @@ def _room(step: Step, changes: Changes, whole: bool) -> int:
     values = 2 * volume(step.box) + PAGE
     if whole:
         return step.source_bytes() + step.target_bytes() + (2 + changed) * values
-    read = step.source_bytes() + next(step.pieces()).target_bytes()
+    read = step.source_bytes() + max(piece.target_bytes() for piece in step.pieces())
     return read + changed * values + 2 * min(values, 2 * _AT_ONCE + PAGE)

@@ -1,8 +1,8 @@
 """Exact values: every parameter of two checkpoints, decoded and compared bit by bit.
 
 Both sides are streamed at once, through the mapping tables, so this level cannot see a wrong
-table: the logits level can. Memory is bounded as in a conversion. Each byte is read once, and what
-differs once more, expert by expert, to say what it looks like.
+table: the logits level can. Memory is bounded as in a conversion. Each byte is read once; what
+differs again, to say where, and once more expert by expert, to say what it looks like.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from gptoss_convert.compare.arrays import distance
+from gptoss_convert.compare.arrays import distance, equal
 from gptoss_convert.compare.diagnosis import Bits, expert_digests, looks
 from gptoss_convert.compare.merge_diagnosis import UNMERGED, looks_merged
 from gptoss_convert.compare.pairs import Judge, StepPair, judge_steps
@@ -192,9 +192,11 @@ def _explain(number: int, pair: StepPair, statistics: bool) -> Explained:
     """Which known mistake makes one side of the other, and how far they lie apart."""
     step = pair.step
     ((_, ours, theirs),) = (one for piece in pair.pieces() for one in piece.values())
-    explained = looks(step, ours, theirs)
-    if explained is None and (readings := pair.readings()):
-        explained = looks_merged(step, ours, theirs, readings)
+    explained = None
+    if not equal(ours, theirs):  # For a report, a layer is gone through where it is equal, too.
+        explained = looks(step, ours, theirs)
+        if explained is None and (readings := pair.readings()):
+            explained = looks_merged(step, ours, theirs, readings)
     digests = expert_digests(step, ours, theirs)
     found = Explained(number, *place_of(step), explained, digests)
     return replace(found, distances=distances_of(step, ours, theirs)) if statistics else found

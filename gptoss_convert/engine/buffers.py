@@ -50,9 +50,9 @@ class Part:
         common = overlap(self.box, box)
         if common is None or common == self.box:
             return self
-        skip = self.extent.at(common) - self.extent.at(self.box)
-        position = -1 if self.position < 0 else self.position + skip
-        return Part(self.extent, common, position, self.view(common))
+        view = self.view(common)
+        position = self.position + view.ctypes.data - self.array.ctypes.data
+        return Part(self.extent, common, position if self.position >= 0 else -1, view)
 
     def fill(self, sources: Iterable[Part]) -> None:
         """Copy the elements that the sources hold of this part."""

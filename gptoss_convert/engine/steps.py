@@ -79,8 +79,11 @@ class Step:
         return _payload(self, self.sources) + _payload(self, self.targets)
 
     def source_bytes(self) -> int:
-        """Bytes of buffer that the source parts need, page phases included."""
-        return _span(self, self.sources)
+        """Bytes of memory that the source parts need, page phases included, and what is made of
+        those that are cast."""
+        cast = (e for e in self.sources if e.param == self.family.weight)
+        floats = [e for e in cast if e.dtype != self.family.dtype]
+        return _span(self, self.sources) + sum(2 * volume(box) for _, box in self.parts(floats))
 
     def target_bytes(self) -> int:
         """The same of the target parts, all at once."""
@@ -93,7 +96,7 @@ class Step:
     def buffer_bytes(self) -> int:
         """Bytes of buffer that a conversion needs: the target's weight is made piece by piece."""
         weight, beside = self.split_targets()
-        largest = next(self.pieces())
+        largest = next(self.pieces())  # This program's own files are cut evenly.
         made = _span(self, beside) + _span(largest, weight) + self.scratch_bytes()
         return self.source_bytes() + made
 

@@ -67,6 +67,7 @@ class SharedPages:
         self._nbytes = nbytes
         self._mapping = threading.Lock()
         self._start: int | None = None
+        self._closed = False
 
     def write(self, source: memoryview, offset: int) -> bool:
         """Write what lies in writable memory to the file; called by many threads.
@@ -85,14 +86,16 @@ class SharedPages:
 
     def close(self) -> None:
         """Remove the map; the file keeps what was written."""
-        if self._start is not None:
-            _libc().munmap(self._start, self._nbytes)
-            self._start = None
+        with self._mapping:
+            self._closed = True
+            if self._start is not None:
+                _libc().munmap(self._start, self._nbytes)
+                self._start = None
 
     def _mapped(self) -> int | None:
         """The map's address; made when it is needed first, as most files never need one."""
         with self._mapping:
-            if self._start is None and _address_space_is_free():
+            if self._start is None and not self._closed and _address_space_is_free():
                 access, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED
                 start = _libc().mmap(None, self._nbytes, access, kind, self._descriptor, 0)
                 self._start = None if start == _FAILED else start

@@ -87,7 +87,8 @@ class TargetFiles(OpenFiles[str]):
                 pages.turns.release()
         elif not pages.write(view, offset):
             # What stands in the way of a map does no harm here, or is told by an error.
-            self._write(file, file.buffered, view, offset)
+            with pages.writing:
+                self._write(file, file.buffered, view, offset)
 
     def write_bytes(self, name: str, offset: int, content: bytes) -> None:
         """Write bytes that are known beforehand."""
