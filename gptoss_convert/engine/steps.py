@@ -21,6 +21,8 @@ TILE_BYTES = 32 << 20
 """Largest tile of an expert weight as BF16: one expert's gate_up of the released models fits."""
 _STEP_BYTES = 8_700
 """Memory of one step's plan and of what is found out about it; most for Megatron's files."""
+_CAST_BYTES = 2 << 20
+"""Memory of a cast besides what it reads and makes."""
 _PLAIN_TILE_BYTES = 8 << 20
 """Largest tile of any other weight: long enough runs for the disk, small buffers."""
 PIECE_BYTES = 16 << 20
@@ -83,7 +85,8 @@ class Step:
         those that are cast."""
         cast = (e for e in self.sources if e.param == self.family.weight)
         floats = [e for e in cast if e.dtype != self.family.dtype]
-        return _span(self, self.sources) + sum(2 * volume(box) for _, box in self.parts(floats))
+        made = sum(2 * volume(box) for _, box in self.parts(floats))
+        return _span(self, self.sources) + made + (_CAST_BYTES if floats else 0)
 
     def target_bytes(self) -> int:
         """The same of the target parts, all at once."""
