@@ -37,6 +37,14 @@ def test_equals_the_fingerprint_of_the_values(layer, odd, compiled, monkeypatch)
     assert found == fingerprint(decoded(blocks, scales), box, (9, 40, 320), layer)
 
 
+def test_one_index_of_an_axis_has_its_weight() -> None:
+    blocks = RNG.integers(0, 256, (1, 7, 5, 16), dtype=np.uint8)
+    scales = RNG.integers(0, 253, (1, 7, 5), dtype=np.uint8)
+    box, lengths = ((2, 3), (10, 17), (64, 224)), (9, 40, 320)
+    found = packed_fingerprint(blocks, scales, box, lengths, -1)
+    assert found == fingerprint(decoded(blocks, scales), box, lengths, -1)
+
+
 def test_views_with_gaps_between_rows_and_groups() -> None:
     wide = RNG.integers(0, 256, (4, 12, 9, 24), dtype=np.uint8)
     blocks = wide[::2, 1::3, ::2, 4:20]

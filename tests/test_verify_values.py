@@ -288,6 +288,24 @@ def test_the_second_side_is_read_once_in_pieces_that_follow_one_another(
         assert 2 * len(chunks) < len(read) < total / (1 << 13)
 
 
+def test_a_scale_alone_is_seen_and_both_fingerprints_are_whole(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "_AT_ONCE", 3000)
+    shutil.copytree(tiny / "openai", tmp_path / "wrong")
+    wrong = open_checkpoint(tmp_path / "wrong")
+    scales = next(c for c in wrong.chunks if c.tensor == "block.1.mlp.mlp2_weight.scales")
+    with (wrong.root / scales.file).open("r+b") as file:
+        file.seek(scales.offset + 700)
+        byte = file.read(1)[0]
+        file.seek(scales.offset + 700)
+        file.write(bytes([byte ^ 1]))
+    report = compared(tiny / "mxfp4", tmp_path / "wrong")
+    assert only(report).parameter == "down.weight"
+    assert report.target_parameters == compared(tmp_path / "wrong", tiny / "bf16").parameters
+    assert report.parameters == compared(tiny / "bf16", tiny / "mxfp4").parameters
+
+
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("to", ["hf", "megatron"])
 def test_a_merge_is_compared_piece_by_piece_and_merged_once(
