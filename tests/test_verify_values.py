@@ -19,6 +19,7 @@ from gptoss_convert.compare import pairs, values
 from gptoss_convert.compare.pairs import StepPair, judge_steps
 from gptoss_convert.compare.values import compare_values
 from gptoss_convert.compare.values_report import Difference, ValuesReport
+from gptoss_convert.containers import Chunk
 from gptoss_convert.containers.refs import FileRef
 from gptoss_convert.conversion.manifest import NAME
 from gptoss_convert.conversion.options import Options
@@ -78,17 +79,24 @@ def edited(source: Path, copy: Path, edits: dict[str, Callable[[Any], Any]]) -> 
     return copy
 
 
+def chunk_of(folder: Path, tensor: str) -> Chunk:
+    return next(chunk for chunk in open_checkpoint(folder).chunks if chunk.tensor == tensor)
+
+
+def flip(root: Path, chunk: Chunk, at: int) -> None:
+    """Flip the lowest bit of a byte of a chunk."""
+    with (root / chunk.file).open("r+b") as file:
+        file.seek(chunk.offset + at)
+        byte = file.read(1)[0]
+        file.seek(chunk.offset + at)
+        file.write(bytes([byte ^ 1]))
+
+
 def test_equal_blocks_are_decoded_once_and_any_other_byte_is_seen(
     tiny: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny / "openai", tmp_path / "wrong")
-    wrong = open_checkpoint(tmp_path / "wrong")
-    flipped = next(c for c in wrong.chunks if c.tensor == "block.1.mlp.mlp2_weight.blocks")
-    with (wrong.root / flipped.file).open("r+b") as file:
-        file.seek(flipped.offset + 5)
-        byte = file.read(1)[0]
-        file.seek(flipped.offset + 5)
-        file.write(bytes([byte ^ 1]))
+    flip(tmp_path / "wrong", chunk_of(tmp_path / "wrong", "block.1.mlp.mlp2_weight.blocks"), 5)
     wrong = open_checkpoint(tmp_path / "wrong")
     source = open_checkpoint(tiny / "mxfp4")
     shared: dict[str, list[tuple[str, int, bool]]] = {}
@@ -288,18 +296,24 @@ def test_the_second_side_is_read_once_in_pieces_that_follow_one_another(
         assert 2 * len(chunks) < len(read) < total / (1 << 13)
 
 
+def test_every_part_of_the_values_is_compared_with_blocks(tiny: Path, tmp_path: Path) -> None:
+    """In Megatron's files each half of an expert is a part of its own."""
+    shutil.copytree(tiny / "megatron", tmp_path / "wrong")
+    target = open_checkpoint(tmp_path / "wrong")
+    experts = [chunk for chunk in target.chunks if "experts.linear_fc1.weight" in chunk.tensor]
+    last = max(experts, key=lambda chunk: chunk.start)
+    flip(target.root, last, last.nbytes - 2)
+    found = only(compared(tiny / "mxfp4", tmp_path / "wrong"))
+    assert (found.parameter, found.layer, found.differing) == ("gate_up.weight", 3, 1)
+    assert found.first.index[1:4] == (7, 159, 1)
+
+
 def test_a_scale_alone_is_seen_and_both_fingerprints_are_whole(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pairs, "_AT_ONCE", 3000)
     shutil.copytree(tiny / "openai", tmp_path / "wrong")
-    wrong = open_checkpoint(tmp_path / "wrong")
-    scales = next(c for c in wrong.chunks if c.tensor == "block.1.mlp.mlp2_weight.scales")
-    with (wrong.root / scales.file).open("r+b") as file:
-        file.seek(scales.offset + 700)
-        byte = file.read(1)[0]
-        file.seek(scales.offset + 700)
-        file.write(bytes([byte ^ 1]))
+    flip(tmp_path / "wrong", chunk_of(tmp_path / "wrong", "block.1.mlp.mlp2_weight.scales"), 700)
     report = compared(tiny / "mxfp4", tmp_path / "wrong")
     assert only(report).parameter == "down.weight"
     assert report.target_parameters == compared(tmp_path / "wrong", tiny / "bf16").parameters
@@ -328,11 +342,7 @@ def test_a_merge_is_compared_piece_by_piece_and_merged_once(
         target = open_checkpoint(tmp_path / f"{base}-merged")
         assert compare_values(source, target).same
         expert = max(target.chunks, key=lambda chunk: (chunk.nbytes, chunk.tensor))
-        with (target.root / expert.file).open("r+b") as file:
-            file.seek(expert.offset + expert.nbytes // 2)
-            byte = file.read(1)[0]
-            file.seek(expert.offset + expert.nbytes // 2)
-            file.write(bytes([byte ^ 1]))
+        flip(target.root, expert, expert.nbytes // 2)
         found = only(compare_values(source, open_checkpoint(tmp_path / f"{base}-merged")))
         assert (found.differing, found.first) == (1, found.worst)
 
