@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 from gptoss_convert.compare.arrays import equal
 from gptoss_convert.compare.diagnosis import Bits
 from gptoss_convert.compare.merge_diagnosis import Readings
-from gptoss_convert.engine.buffers import Part, Parts, StepReader, cuts, joined, scratch
+from gptoss_convert.engine.buffers import Part, Parts, StepReader, cuts, joined, scratch, within
 from gptoss_convert.engine.changes import Changes
 from gptoss_convert.engine.derivations import Change, Copy, Derivation, Recipe, choose
 from gptoss_convert.engine.records import Digest
@@ -49,7 +49,7 @@ class _Side:
         self._work.run(recipe.first)
         self._chain = recipe.by_piece
         """Makes values of what is held."""
-        if is_changed(recipe):
+        if _is_changed(recipe):
             self._work.held[self._weight] = [_made(step, self._work.held, self._chain, arena)]
             own = frozenset({self._weight})
             self._chain = (Copy(own, own),)  # The changes have been made.
@@ -109,7 +109,7 @@ class Piece:
         if not (ours.encoding or theirs.encoding):
             return _same_parts(self.step.box, ours.values, theirs.values)
         packed, other = (ours, theirs) if ours.encoding else (theirs, ours)
-        held = _within(other.values, self.step.box)
+        held = within(joined(other.values), self.step.box)
         if all(_whole_blocks(part.box[-1], self.step) for part in held):
             return all(packed.stands_for(part) for part in held)
         return all(equal(a, b) for _, a, b in self.values())
@@ -168,7 +168,7 @@ class StepPair:
 
     def readings(self) -> Readings:
         """What the weight would be if what changes it did otherwise; computed when asked for."""
-        if not is_changed(self._recipe):
+        if not _is_changed(self._recipe):
             return {}
         return {name: partial(self._otherwise, recipe) for name, recipe in self._others.items()}
 
@@ -181,18 +181,13 @@ class StepPair:
         return values
 
 
-def is_changed(recipe: Recipe) -> bool:
+def _is_changed(recipe: Recipe) -> bool:
     """Whether a weight is more than copied or decoded."""
     return len(recipe.by_piece) > 1
 
 
-def _within(parts: Sequence[Part], box: Box) -> list[Part]:
-    """What parts hold of a box, those that follow one another as one."""
-    return [part.within(box) for part in joined(parts) if part.reaches(box)]
-
-
 def _same_parts(box: Box, ours: Sequence[Part], theirs: Sequence[Part]) -> bool:
-    sides = product(_within(ours, box), _within(theirs, box))
+    sides = product(*(within(joined(side), box) for side in (ours, theirs)))
     common = ((a, b, overlap(a.box, b.box)) for a, b in sides)
     return all(equal(a.view(held), b.view(held)) for a, b, held in common if held)
 
@@ -247,7 +242,7 @@ def judge_steps(
             otherwise = {
                 name: recipes[weight]
                 for name, recipes in others.items()
-                if is_changed(ours[weight])
+                if _is_changed(ours[weight])
             }
             pair = StepPair(step, reader, (ours[weight], theirs[weight]), otherwise, whole)
             return judge(number, pair), step.moved_bytes()

@@ -28,6 +28,7 @@ from gptoss_convert.compare.values_report import (
     summed_up,
 )
 from gptoss_convert.containers.json_records import from_json, to_json
+from gptoss_convert.engine.buffers import Parts
 from gptoss_convert.engine.changes import Changes, merges_of
 from gptoss_convert.engine.fingerprint import MASK, examined
 from gptoss_convert.engine.steps import Plan, Step, make_plan
@@ -109,8 +110,8 @@ def compare_values(
 
 
 def _reached(plan: Plan, steps: Iterable[Step], whole_layers: bool) -> list[int]:
-    """The numbers of a plan's steps that hold experts of which some other plan's steps hold a part;
-    of weights without experts, or with `whole_layers` of all, whatever the layer has."""
+    """The numbers of a plan's steps that hold experts of which these steps hold a part; of weights
+    without experts, or with `whole_layers` of all, whatever the layer has."""
 
     def experts(step: Step) -> Iterable[tuple[str, int | None, int]]:
         axes = step.family.axes
@@ -156,9 +157,9 @@ def _compare(number: int, pair: StepPair, statistics: bool) -> Compared:
     mark = pair.ours.summed()
     share = mark.fingerprint or 0
     found, finite = Compared(number, 0, None, None, share, share), mark.finite
-    held = [pair.ours.parts]
+    theirs: Parts = {}  # Blocks and scales are read in one piece.
     for piece in pair.pieces():
-        held[1:] = [piece.theirs.parts]
+        theirs = piece.theirs.parts
         if not piece.same():
             found, more = _differing(number, pair, share)
             finite = finite and more
@@ -168,7 +169,9 @@ def _compare(number: int, pair: StepPair, statistics: bool) -> Compared:
     # What is no number is rare: only then is it worth a pass of its own.
     parts = () if finite else (one for piece in pair.pieces() for one in piece.values())
     nonfinite = sum(distance(a, b).nonfinite for _, a, b in parts)
-    return replace(found, statistics=step_statistics(pair.step, nonfinite, held))
+    return replace(
+        found, statistics=step_statistics(pair.step, nonfinite, [pair.ours.parts, theirs])
+    )
 
 
 def _differing(number: int, pair: StepPair, share: int) -> tuple[Compared, bool]:

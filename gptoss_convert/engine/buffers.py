@@ -41,19 +41,6 @@ class Part:
             )
         ]
 
-    def reaches(self, box: Box) -> bool:
-        """Whether it holds anything of a box."""
-        return overlap(self.box, box) is not None
-
-    def within(self, box: Box) -> Part:
-        """What this part holds of a box that it reaches into."""
-        common = overlap(self.box, box)
-        if common is None or common == self.box:
-            return self
-        view = self.view(common)
-        position = self.position + view.ctypes.data - self.array.ctypes.data
-        return Part(self.extent, common, position if self.position >= 0 else -1, view)
-
     def fill(self, sources: Iterable[Part]) -> None:
         """Copy the elements that the sources hold of this part."""
         for source in sources:
@@ -140,6 +127,20 @@ def gather(parts: Sequence[Part], box: Box) -> Array:
     whole = loose(parts[0], box)
     whole.fill(parts)
     return whole.array
+
+
+def within(parts: Iterable[Part], box: Box) -> list[Part]:
+    """What parts hold of a box; those that hold nothing of it are left out."""
+    found: list[Part] = []
+    for part in parts:
+        common = overlap(part.box, box)
+        if common is not None and common != part.box:
+            view = part.view(common)
+            position = part.position + view.ctypes.data - part.array.ctypes.data
+            part = Part(part.extent, common, position if part.position >= 0 else -1, view)
+        if common is not None:
+            found.append(part)
+    return found
 
 
 def loose(like: Part, box: Box) -> Part:

@@ -11,7 +11,15 @@ from isal import isal_zlib
 
 from gptoss_convert.codecs.stats import EncodeStats
 from gptoss_convert.engine.anomalies import examine, made_odd
-from gptoss_convert.engine.buffers import Parts, StepReader, byte_ranges, cuts, lay_out, scratch
+from gptoss_convert.engine.buffers import (
+    Parts,
+    StepReader,
+    byte_ranges,
+    cuts,
+    lay_out,
+    scratch,
+    within,
+)
 from gptoss_convert.engine.fingerprint import MASK
 from gptoss_convert.engine.records import Anomalies, Digest, Done, Effect, Region
 from gptoss_convert.engine.steps import Plan, Step
@@ -70,7 +78,8 @@ class _Worker:
         if step.recipe.by_rows:
             more, digests = self._encode(work)
         else:
-            more, digests = work.run(step.recipe.whole), []
+            more = work.run(step.recipe.whole)
+            digests = [] if weight else [work.digest(more.encoded)]
         effect += more
         scales = work.statistics()
         written = _Written()
@@ -79,8 +88,6 @@ class _Worker:
         if weight:
             digests, more = self._make_weight(step, held, weight, written, made)
             effect += more
-        elif not digests:
-            digests = [work.digest(effect.encoded)]
         marks = [one.fingerprint for one in digests if one.fingerprint is not None]
         mark = sum(marks) & MASK if marks else None
         anomalies = examine(work, all(one.finite for one in digests))
@@ -96,9 +103,7 @@ class _Worker:
         effect, digests = Effect(), []
         for part in cuts(work.step, _AT_ONCE):
             outputs = {
-                param: [one.within(box) for one in held if one.reaches(box)]
-                for param, held in work.outputs.items()
-                for box in (part.box_of(param),)
+                param: within(held, part.box_of(param)) for param, held in work.outputs.items()
             }
             rows = Work(part, work.held, outputs)
             made = rows.run(part.recipe.whole)

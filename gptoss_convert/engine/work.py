@@ -11,7 +11,7 @@ import numpy as np
 
 from gptoss_convert.codecs.mxfp4 import relayout
 from gptoss_convert.codecs.stats import EncodeStats, ScaleStatistics
-from gptoss_convert.engine.buffers import Array, Part, Parts, gather, joined, loose
+from gptoss_convert.engine.buffers import Array, Part, Parts, gather, joined, loose, within
 from gptoss_convert.engine.derivations import Derivation
 from gptoss_convert.engine.fingerprint import MASK, examined, packed_fingerprint
 from gptoss_convert.engine.records import Digest, Effect
@@ -118,8 +118,7 @@ class Work:
         IntegrityError for blocks that are not finite."""
         step = self.step
         if encoding is None:
-            held = self.held[step.family.weight]
-            return _digest(step, [one.within(step.box) for one in held if one.reaches(step.box)])
+            return _digest(step, within(self.held[step.family.weight], step.box))
         members = self._members(step, encoding)
         try:
             total = packed_fingerprint(

@@ -224,12 +224,7 @@ def encoding(table: Table, variant: str) -> str:
 
 def best_variant(table: Table, config: Config, chunks: Sequence[Chunk]) -> str:
     """The variant whose names fit best; dtypes decide between packed blocks and mis-saved ones."""
-    found: dict[str, int] = {}
-    for variant in table.variants:
-        found[variant] = len(misfits(table, variant, config, chunks))
-        if not found[variant]:
-            return variant
-    return min(found, key=lambda variant: found[variant])
+    return min(table.variants, key=lambda variant: len(misfits(table, variant, config, chunks)))
 
 
 def misfits(
