@@ -27,7 +27,7 @@ class StoppedError(BaseException):
     """SIGINT or SIGTERM arrived: unwind after the step at work, so that it can be gone on with."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(number)
+        super().__init__("interrupted" if number == signal.SIGINT else "terminated")
         self.number = number
 
 
@@ -107,7 +107,8 @@ def _last_words(error: BaseException) -> int:
     usual = 7 if isinstance(error, MemoryError | ImportError) else usual
     status = 128 + number if number else getattr(error, "exit_code", usual)
     try:
-        text = " ".join(f"error: {error}".split()) if str(error) else "error: out of memory"
+        said = str(error) or ("interrupted" if number else "out of memory")
+        text = " ".join(f"error: {said}".split())
         os.write(2, f"{text}\n".encode(errors="backslashreplace"))
     except Exception:
         return status

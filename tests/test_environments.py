@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from gptoss_convert.__main__ import StoppedError
+from gptoss_convert.__main__ import _last_words as last_words
 from gptoss_convert.cli import main as commands
 from gptoss_convert.conversion.options import Options
 from gptoss_convert.conversion.run import convert
@@ -311,3 +313,20 @@ main()
     assert b"Traceback" not in done.stderr
     assert b"terminated" in done.stderr or b"interrupted" in done.stderr
     assert (done.returncode, done.stdout) == (128 + number, b"")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (StoppedError(signal.SIGINT), 130, "error: interrupted\n"),
+        (StoppedError(signal.SIGTERM), 143, "error: terminated\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (MemoryError(), 7, "error: out of memory\n"),
+    ],
+)
+def test_last_words_say_what_ended_it(
+    error: BaseException, status: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A signal may come between two steps of the beginning, where nothing else tells."""
+    assert last_words(error) == status
+    assert capfd.readouterr().err == said
